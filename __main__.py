@@ -1,0 +1,399 @@
+"""The command line: `reelstep --help`. Each command imports what it needs when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from reelstep import __version__
+from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, NotFound, ReelstepError, UnsupportedRequest
+
+if TYPE_CHECKING:
+    from reelstep.compiler.program import Precision
+    from reelstep.engine.client import Artifact, ClientEvent, Generation, Options
+    from reelstep.engine.resolve import Ask, Engine
+
+USER_ERRORS = (ConfigError, InvalidRequest, UnsupportedRequest, NotFound)
+PRECISIONS: dict[str, Precision] = {"f32": "float32", "bf16": "bfloat16"}
+EXAMPLES = """\
+examples:
+  reelstep compile reel-tiny -o reel-tiny.reel      compile a model ahead of time
+  reelstep serve reel-tiny.reel                     serve it on localhost:50051
+  reelstep generate "a red heart spins" -o heart.mp4  ask the server
+  reelstep sample reel-tiny.reel "a dog jumps" -o dog.webp   the same without a server
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 2 for a mistake in the command or the request, 130 after Ctrl-C, 1 for all else."""
+    args = build_parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], None] = args.run
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print("reelstep: cancelled", file=sys.stderr)
+        return 130
+    except ReelstepError as error:
+        print(f"reelstep: {error}", file=sys.stderr)
+        return 2 if isinstance(error, USER_ERRORS) else 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reelstep",
+        description="Compile media-generation models and serve them over gRPC.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"reelstep {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_compile(commands)
+    add_inspect(commands)
+    add_serve(commands)
+    add_generate(commands)
+    add_sample(commands)
+    add_bench(commands)
+    return parser
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str, examples: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=text, description=text, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_compile(commands: Commands) -> None:
+    text = "Compile a model of the zoo into a bundle: graphs, weights, plan and solver tables."
+    examples = "  reelstep compile reel-tiny\n  reelstep compile reel-tiny -o fast --precision bf16 --explain\n"
+    parser = add_command(commands, "compile", run_compile, text, examples)
+    parser.add_argument("model", metavar="MODEL", help="a model's name; a wrong one prints those there are")
+    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="bundle to write (MODEL.reel)")
+    parser.add_argument("--explain", action="store_true", help="print the plan: every choice and its reason")
+    parser.add_argument("--backend", default="openvino", help="what executes the programs (openvino)")
+    add_precision(parser)
+    add_cache(parser)
+
+
+def add_inspect(commands: Commands) -> None:
+    text = "Show what a bundle holds, and verify its hashes."
+    parser = add_command(commands, "inspect", run_inspect, text, "  reelstep inspect reel-tiny.reel\n  reelstep inspect reel-tiny.reel --json\n")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def add_serve(commands: Commands) -> None:
+    text = "Load bundles and serve them over gRPC, with health checks and reflection, until SIGTERM."
+    parser = add_command(commands, "serve", run_serve, text, "  reelstep serve reel-tiny.reel\n  reelstep serve a.reel b.reel --port 0\n")
+    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=50051, help="0 takes a free one and prints it (50051)")
+    parser.add_argument("--allow-plaintext", action="store_true", help="listen without encryption where other machines can connect")
+    parser.add_argument("--no-reflection", action="store_true", help="do not tell clients the schema")
+    parser.add_argument("--max-running", type=int, default=32, metavar="N", help="requests that hold memory at once (32)")
+    parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait for that; more are refused (256)")
+    parser.add_argument("--max-seconds", type=float, default=600.0, metavar="S", help="longest that one request may take (600)")
+    parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="time for running requests after SIGTERM (30)")
+    add_engine_options(parser)
+
+
+def add_generate(commands: Commands) -> None:
+    text = "Ask a server for a video, an animation of a picture, or a picture."
+    examples = (
+        '  reelstep generate "a red heart spins clockwise on a blue background" -o heart.mp4\n'
+        '  reelstep generate "the sticker jumps up and down" --image cat.png -o cat.webp\n'
+        '  reelstep generate "a green apple" -o apple.png --seed 7 --count 4\n'
+    )
+    parser = add_command(commands, "generate", run_generate, text, examples)
+    parser.add_argument("prompt", metavar="PROMPT", help="what to show, in words")
+    parser.add_argument("--server", default="localhost:50051", metavar="ADDRESS", help="host:port (localhost:50051)")
+    parser.add_argument("--model", help="needed when the server has several")
+    parser.add_argument("--timeout", type=float, metavar="S", help="give up after so many seconds; the server stops then too")
+    add_generation_options(parser)
+
+
+def add_sample(commands: Commands) -> None:
+    text = "The same as generate, without a server: load one bundle, run one request."
+    examples = '  reelstep sample reel-tiny.reel "a yellow star bounces" -o star.gif --solver heun --steps 10\n'
+    parser = add_command(commands, "sample", run_sample, text, examples)
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("prompt", metavar="PROMPT", help="what to show, in words")
+    add_generation_options(parser)
+    add_engine_options(parser)
+
+
+def add_bench(commands: Commands) -> None:
+    text = "Run a benchmark; without a name, list them."
+    parser = add_command(commands, "bench", run_bench, text, "  reelstep bench\n  reelstep bench engine --json engine.json\n")
+    parser.add_argument("name", nargs="?", metavar="NAME")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of that benchmark; all take --json FILE and --help")
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("generation", "what is left out is the model's default")
+    group.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the suffix chooses the format: .mp4 .webp .gif .png")
+    group.add_argument("--image", type=Path, metavar="FILE", help="a picture to animate: PNG, JPEG, WebP or GIF")
+    group.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    group.add_argument("--seed", type=int, help="the same seed gives the same result; drawn and printed if absent")
+    group.add_argument("--count", type=int, metavar="N", help="how many, with seeds counting up; writes FILE-0, FILE-1, ...")
+    group.add_argument("--frames", type=int, metavar="N", help="1 is a still picture")
+    group.add_argument("--fps", type=float, metavar="N", help="frames per second when played")
+    group.add_argument("--size", type=parse_size, default=(None, None), metavar="WxH", help="in pixels; one that was compiled")
+    group.add_argument("--steps", type=int, metavar="N", help="of the solver: more is better and slower")
+    group.add_argument("--scale", type=float, metavar="S", help="guidance: 1 is none, higher follows the prompt more closely")
+    group.add_argument("--solver", default="", help="a wrong name prints those there are")
+    group.add_argument("--schedule", default="", help="how the solver's times are spaced")
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine", "what is left out is the bundle's plan")
+    group.add_argument("--backend", help="execute with this one instead")
+    add_precision(group)
+    add_cache(group)
+
+
+def add_precision(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the networks (the best that this machine has)")
+
+
+def add_cache(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="compiled engines ($REELSTEP_CACHE, else ~/.cache/reelstep)")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 64x64")
+    return int(width), int(height)
+
+
+def cache_dir(args: argparse.Namespace) -> Path:
+    """--cache, else $REELSTEP_CACHE, else the user's cache folder."""
+    if args.cache:
+        return Path(args.cache)
+    if "REELSTEP_CACHE" in os.environ:
+        return Path(os.environ["REELSTEP_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reelstep"
+
+
+def tell_stage(stage: str, done: int, total: int) -> None:
+    print(f"[{done}/{total}] {stage}", file=sys.stderr, flush=True)
+
+
+def run_compile(args: argparse.Namespace) -> None:
+    from reelstep.engine.build import build_bundle
+
+    out = args.out or Path(f"{args.model}.reel")
+    precision = PRECISIONS.get(args.precision)
+    bundle = build_bundle(args.model, backend=args.backend, precision=precision, out=out, cache=cache_dir(args), progress=tell_stage)
+    if args.explain:
+        print(bundle.plan.explain())
+    print(f"{bundle.path}  {bundle.total_bytes / 1e6:.1f} MB, plan {bundle.plan.hash[:16]}")
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from reelstep.compiler.bundle import Bundle
+    from reelstep.compiler.describe import describe, describe_json
+
+    bundle = Bundle.open(args.bundle)
+    print(json.dumps(describe_json(bundle), indent=2) if args.json else describe(bundle), end="\n" if args.json else "")
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    import logging
+
+    from reelstep.engine.service.server import ServerOptions, serve
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    options = ServerOptions(
+        host=args.host,
+        port=args.port,
+        allow_plaintext=args.allow_plaintext,
+        reflection=not args.no_reflection,
+        grace_s=args.grace,
+        max_request_s=args.max_seconds,
+    )
+    serve(lambda: load_engine(args, args.bundles, args.max_running, args.max_queue), options, announce)
+
+
+def announce(address: str) -> None:
+    print(f"serving on {address}", flush=True)
+
+
+def load_engine(args: argparse.Namespace, bundles: list[Path], max_running: int, max_queued: int) -> Engine:
+    from reelstep.engine.loop import open_engine
+
+    return open_engine(
+        bundles,
+        cache=cache_dir(args),
+        backend=args.backend,
+        precision=PRECISIONS.get(args.precision),
+        max_running=max_running,
+        max_queued=max_queued,
+        progress=tell_stage,
+    )
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    from reelstep.engine.client import Client
+
+    options = build_options(args)
+    if args.model:
+        options["model"] = args.model
+    with Client(args.server) as client, closing(client.stream(args.prompt, timeout=args.timeout, **options)) as events:
+        report(args, follow(events))
+
+
+def build_options(args: argparse.Namespace) -> Options:
+    width, height = args.size
+    return {
+        "media_type": check_out(args.out),
+        "negative_prompt": args.negative_prompt,
+        "image": args.image,
+        "seed": args.seed,
+        "count": args.count,
+        "width": width,
+        "height": height,
+        "frames": args.frames,
+        "frames_per_second": args.fps,
+        "steps": args.steps,
+        "scale": args.scale,
+        "solver": args.solver,
+        "schedule": args.schedule,
+    }
+
+
+def check_out(path: Path) -> str:
+    """The media type of an output, before any work is done for it. Raises ConfigError."""
+    from reelstep.engine.media import media_type_of
+
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+    return media_type_of(path)
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    ask = build_ask(args)
+    engine = load_engine(args, [args.bundle], max_running=1, max_queued=0)
+    try:
+        report(args, follow(run_local(engine, ask)))
+    finally:
+        engine.close(0.0)
+
+
+def build_ask(args: argparse.Namespace) -> Ask:
+    from reelstep.engine.resolve import Ask
+
+    options = build_options(args)
+    return Ask(
+        prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
+        seed=args.seed,
+        count=args.count,
+        width=args.size[0],
+        height=args.size[1],
+        frames=args.frames,
+        frames_per_second=args.fps,
+        steps=args.steps,
+        scale=args.scale,
+        solver=args.solver,
+        schedule=args.schedule,
+        image=read_picture(args.image) if args.image else None,
+        media_type=options["media_type"] or "",
+    )
+
+
+def read_picture(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest([FieldViolation("image", f"cannot read {path}: {error.strerror}")]) from error
+
+
+def run_local(engine: Engine, ask: Ask) -> Iterator[ClientEvent]:
+    """Run one request on an engine of this process, with the events that a client would see."""
+    from reelstep.engine.client import Artifact, Cost, Generation
+    from reelstep.engine.media import encode
+    from reelstep.engine.request import Event, Failed, Finished, Preview
+    from reelstep.engine.resolve import resolve
+
+    request = resolve(ask, engine.models)
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    engine.submit(request, events.put)
+    while not isinstance(event := events.get(), Finished):
+        if isinstance(event, Failed):
+            raise event.error
+        if not isinstance(event, Preview):
+            yield event
+    artifacts = []
+    for index, (frames, seed) in enumerate(zip(event.media.frames, event.media.seeds, strict=True)):
+        data = encode(frames, event.media.frames_per_second, ask.media_type)
+        artifacts.append(Artifact(f"artifacts/{index}", ask.media_type, data, request.width, request.height, len(frames), seed))
+    usage = Cost(event.usage.nfe, event.usage.forwards, event.usage.queue_s, event.usage.compute_s)
+    yield Generation(
+        request.id, request.model, request.task, request.solver, request.schedule, request.steps, request.scale, tuple(artifacts), usage
+    )  # fmt: skip
+
+
+def follow(events: Iterator[ClientEvent]) -> Generation:
+    """Show a progress bar on stderr until the result is there."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    from reelstep.engine.client import Generation
+    from reelstep.engine.request import Progress, Queued
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("waiting", total=None)
+        for event in events:
+            if isinstance(event, Queued):
+                bar.update(task, description=f"queued, {event.position} before")
+            elif isinstance(event, Progress):
+                bar.update(task, description=event.stage, completed=event.step, total=event.steps)
+            elif isinstance(event, Generation):
+                return event
+    raise AssertionError("a stream ends with a Generation or an error")
+
+
+def report(args: argparse.Namespace, result: Generation) -> None:
+    """Write the files and print what they are and what they took."""
+    from reelstep.engine.media import write_file
+
+    for index, artifact in enumerate(result.artifacts):
+        path = args.out if args.count in (None, 1) else args.out.with_stem(f"{args.out.stem}-{index}")
+        write_file(path, artifact.data)
+        print(describe_artifact(path, artifact))
+    usage = result.usage
+    compute = ", ".join(f"{program} {spent:.2f} s" for program, spent in usage.compute_s.items())
+    print(f"{result.model} {result.task}: {result.solver} on {result.schedule}, {result.steps} steps, scale {result.scale:g}")
+    print(f"NFE {usage.nfe}, forwards {usage.forwards}; queue {usage.queue_s:.2f} s; compute {sum(usage.compute_s.values()):.2f} s ({compute})")
+
+
+def describe_artifact(path: Path, artifact: Artifact) -> str:
+    frames = f", {artifact.frames} frames" if artifact.frames > 1 else ""
+    return f"{path}  {artifact.width}x{artifact.height}{frames}, {len(artifact.data) / 1e3:.1f} kB, seed {artifact.seed}"
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    from reelstep.benchmarks import BENCHMARKS
+
+    if args.name is None:
+        print("\n".join(BENCHMARKS))
+    else:
+        BENCHMARKS[args.name](args.arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""One file per question. Each prints a table and writes its rows, with the conditions they were measured under, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from reelstep.registry import Registry
+
+BENCHMARKS: Registry[Callable[[Sequence[str]], None]] = Registry(
+    "benchmark",
+    {
+        "engine": "reelstep.benchmarks.engine:main",
+        "sticker": "reelstep.benchmarks.sticker:main",
+        "concurrency": "reelstep.benchmarks.concurrency:main",
+        "overhead": "reelstep.benchmarks.overhead:main",
+        "animation": "reelstep.benchmarks.animation:main",
+    },
+)
+"""Entry point of each benchmark: it takes the command line after its name."""

@@ -1,0 +1,1 @@
+"""Model to plan to bundle: capture with `torch.export`, rewrite, save, build engines."""

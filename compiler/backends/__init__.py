@@ -1,0 +1,66 @@
+"""The table of backends, and what one is: it turns an exported graph into something that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from reelstep.compiler.program import Precision
+from reelstep.compiler.signature import Signature
+from reelstep.registry import Registry
+
+Graph = Callable[[], ExportedProgram]
+"""Reads the graph: seconds of work, so a backend that finds its engine in the cache does not ask."""
+
+
+class Executable(Protocol):
+    """A program at a profile, ready to run. May be called by one thread at a time."""
+
+    signature: Signature
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name, in memory of their own, for inputs of any number of rows in 1..max_batch.
+
+        Edges are float32 or int64 whatever the precision inside. Raises ConfigError for inputs that do not fit the signature.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """One way to run graphs."""
+
+    name: str
+    runs: bool
+    """False for a backend that computes nothing."""
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """What this machine can run."""
+        ...
+
+    def default_precision(self) -> tuple[Precision, str]:
+        """What is used if nobody says otherwise, and why."""
+        ...
+
+    def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> Executable:
+        """Compile, or take from the directory `cache` what was compiled under `key` before.
+
+        key: hash of the graph, the weights and every choice; the backend adds its own version and the machine. Raises
+        CompileError if the graph or the precision cannot be compiled here, StorageError if the cache cannot be written.
+        """
+        ...
+
+
+BACKENDS: Registry[Backend] = Registry(
+    "backend",
+    {
+        "openvino": "reelstep.compiler.backends.openvino:BACKEND",
+        "inductor": "reelstep.compiler.backends.inductor:BACKEND",
+        "eager": "reelstep.compiler.backends.eager:BACKEND",
+        "null": "reelstep.compiler.backends.null:BACKEND",
+    },
+)

@@ -1,0 +1,268 @@
+"""A bundle: plan, graphs, weights, solver tables and model card in one directory, hashed, the same bytes for the same input.
+
+NAME.reel/
+  manifest.json           versions, settings, signatures, sha256 and size of every other file, and its own sha256
+  plan.json               every choice (plan.py)
+  programs/P.Q.json       the graph of program P at profile Q (graphs.py)
+  weights.safetensors     each distinct tensor once; absent if the model was on the meta device
+  solvers/NAME.json       solver tables
+  MODEL_CARD.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from reelstep import __version__
+from reelstep.compiler.capture import SAFE_NAME
+from reelstep.compiler.graphs import load_graph, weights_of
+from reelstep.compiler.plan import Plan, canonical_json
+from reelstep.compiler.signature import Signature
+from reelstep.compiler.storage import sha256_file, sync, whole_directory, write_file
+from reelstep.errors import BundleError, ConfigError, StorageError, unknown
+
+FORMAT = 1
+"""Of the directory. A reader takes exactly its own; a change of layout adds one."""
+
+MANIFEST, PLAN, WEIGHTS, CARD = "manifest.json", "plan.json", "weights.safetensors", "MODEL_CARD.md"
+AGAIN = "run `reelstep compile` again"
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One program at one profile after the passes, and what was chosen for it."""
+
+    signature: Signature
+    exported: ExportedProgram
+    graph: bytes  # dump_graph(exported)
+
+    @property
+    def file(self) -> str:
+        return f"programs/{self.signature.program}.{self.signature.profile}.json"
+
+
+def write_bundle(out: Path, *, plan: Plan, captured: tuple[Captured, ...], settings: Mapping[str, Any], solvers: Mapping[str, Any], card: str) -> None:
+    """Write the directory `out`, replacing a bundle that is there.
+
+    Raises ConfigError for a solver name that cannot be a file name, StorageError if the disk fails or is full (the old
+    bundle is then untouched) or if `out` is something else than a bundle.
+    """
+    for name in solvers:
+        if not SAFE_NAME.fullmatch(name):
+            raise ConfigError(f"{name!r} cannot name a solver; use letters, digits, '_', '-' and '.'")
+    names, tensors = _share_weights(captured)
+    contents = {PLAN: canonical_json(plan.to_json()), CARD: card.encode()}
+    contents |= {f"solvers/{name}.json": canonical_json(table) for name, table in solvers.items()}
+    contents |= {item.file: item.graph for item in captured}
+    with whole_directory(out, replaceable=is_bundle) as folder:
+        for file, data in contents.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            write_file(folder / file, data)
+        has_weights = not any(tensor.is_meta for tensor in tensors.values())
+        if has_weights:
+            _write_weights(folder / WEIGHTS, tensors)
+        files = sorted([*contents, WEIGHTS] if has_weights else contents)
+        manifest = _manifest(plan, captured, settings, names, {} if has_weights else tensors)
+        manifest["files"] = {file: {"sha256": sha256_file(folder / file), "bytes": (folder / file).stat().st_size} for file in files}
+        manifest["sha256"] = _digest(manifest)
+        write_file(folder / MANIFEST, canonical_json(manifest))
+
+
+def is_bundle(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+class Bundle:
+    """A verified bundle. Made by `Bundle.open`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], plan: Plan) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.plan = plan
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """Read and verify. Raises BundleError naming the file that is missing, damaged, misplaced or of another version."""
+        manifest = _read_manifest(path)
+        graphs = [entry["file"] for profiles in manifest["programs"].values() for entry in profiles.values()]
+        for name in (PLAN, CARD, *graphs):
+            if name not in manifest["files"]:
+                raise BundleError(f"{path / MANIFEST} gives no sha256 for {name!r}; {AGAIN}")
+        for name, entry in manifest["files"].items():
+            _verify_file(path, name, entry)
+        plan = Plan.from_json(json.loads((path / PLAN).read_bytes()))
+        if plan.hash != manifest["plan_hash"]:
+            raise BundleError(f"{path / PLAN} is not the plan that the manifest names; {AGAIN}")
+        return cls(path, manifest, plan)
+
+    @cached_property
+    def model_card(self) -> str:
+        return (self.path / CARD).read_text("utf-8")
+
+    @cached_property
+    def solvers(self) -> dict[str, Any]:
+        """Tables by name, as they were handed in."""
+        files = [name for name in self.manifest["files"] if name.startswith("solvers/")]
+        return {name.removeprefix("solvers/").removesuffix(".json"): json.loads((self.path / name).read_bytes()) for name in files}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.manifest["settings"]
+        return found
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all files."""
+        return int(sum(entry["bytes"] for entry in self.manifest["files"].values())) + (self.path / MANIFEST).stat().st_size
+
+    @property
+    def has_weights(self) -> bool:
+        return WEIGHTS in self.manifest["files"]
+
+    @property
+    def weights_hash(self) -> str:
+        """sha256 of the weights file; of nothing where there is none."""
+        return str(self.manifest["files"][WEIGHTS]["sha256"]) if self.has_weights else hashlib.sha256().hexdigest()
+
+    @cached_property
+    def signatures(self) -> dict[tuple[str, str], Signature]:
+        """By (program, profile), in the order of the plan."""
+        programs = self.manifest["programs"]
+        keys = [(p.program, p.profile) for p in self.plan.programs]
+        return {key: Signature.from_json(*key, programs[key[0]][key[1]]["signature"]) for key in keys}
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every distinct weight, mapped from the file, so that all programs and profiles share one copy."""
+        if not self.has_weights:
+            return {name: torch.empty(t["shape"], dtype=getattr(torch, t["dtype"]), device="meta") for name, t in self.manifest["meta_weights"].items()}
+        with safe_open(self.path / WEIGHTS, "pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # a safe_open is not a mapping
+
+    def program(self, name: str, profile: str) -> ExportedProgram:
+        """The graph with its weights. Raises NotFound for an unknown program or profile."""
+        if name not in self.manifest["programs"]:
+            raise unknown("program", name, self.manifest["programs"])
+        profiles = self.manifest["programs"][name]
+        if profile not in profiles:
+            raise unknown(f"profile of program {name!r}", profile, profiles)
+        entry = profiles[profile]
+        weights = {qualified: self.tensors[stored] for qualified, stored in entry["weights"].items()}
+        file = self.path / entry["file"]
+        return load_graph(file.read_bytes(), weights, self.signatures[name, profile], str(file))
+
+
+def _share_weights(captured: tuple[Captured, ...]) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
+    """For each captured program the stored name of every weight, and the distinct tensors by stored name.
+
+    Weights are one if their bytes are: programs that wrap the same module name its parameters differently.
+    """
+    stored_by_content: dict[str, str] = {}
+    digests: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    names = []
+    for item in captured:
+        own = {}
+        for qualified, tensor in sorted(weights_of(item.exported).items()):
+            place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+            if place not in digests:
+                digests[place] = _content(tensor, place)
+            content = digests[place]
+            if content not in stored_by_content:
+                stored = qualified if qualified not in tensors else f"{item.signature.program}.{item.signature.profile}/{qualified}"
+                stored_by_content[content] = stored
+                tensors[stored] = tensor.detach()
+            own[qualified] = stored_by_content[content]
+        names.append(own)
+    return names, tensors
+
+
+def _content(tensor: Tensor, place: tuple[Any, ...]) -> str:
+    """sha256 of a tensor's dtype, shape and bytes. Meta tensors have no bytes and are one if their storage is."""
+    if tensor.is_meta:
+        return f"meta {place}"
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file({name: tensor.contiguous().clone() if _shares(tensor) else tensor for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise StorageError(f"cannot write {path}: {error}. What was there before is kept; free some space or choose another path") from error
+    path.chmod(0o644)
+    sync(path)
+
+
+def _shares(tensor: Tensor) -> bool:
+    """Whether the tensor is a view of a larger storage, which the file format refuses."""
+    return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+
+
+def _manifest(
+    plan: Plan, captured: tuple[Captured, ...], settings: Mapping[str, Any], names: list[dict[str, str]], meta: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    programs: dict[str, dict[str, Any]] = {}
+    for item, own in zip(captured, names, strict=True):
+        entry = {"file": item.file, "signature": item.signature.to_json(), "weights": own}
+        programs.setdefault(item.signature.program, {})[item.signature.profile] = entry
+    return {
+        "format": FORMAT,
+        "reelstep": __version__,
+        "torch": str(torch.__version__),
+        "model": plan.model,
+        "version": plan.version,
+        "plan_hash": plan.hash,
+        "settings": dict(settings),
+        "programs": programs,
+        "meta_weights": {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in meta.items()},
+    }
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json({key: value for key, value in manifest.items() if key != "sha256"})).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}; make one with `reelstep compile`")
+    data = file.read_bytes()
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
+        raise BundleError(f"{file} is damaged ({error}); {AGAIN}") from error
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise BundleError(f"{file} is damaged: it names no format; {AGAIN}")
+    if manifest["format"] != FORMAT:
+        writer = manifest.get("reelstep", "an unknown version")
+        raise BundleError(f"{path} has bundle format {manifest['format']}, written by reelstep {writer}; reelstep {__version__} reads format {FORMAT}; {AGAIN}")
+    if manifest.get("sha256") != _digest(manifest) or data != canonical_json(manifest):
+        raise BundleError(f"{file} is damaged: its sha256 is not the one it states; {AGAIN}")
+    return manifest
+
+
+def _verify_file(path: Path, name: str, entry: Mapping[str, Any]) -> None:
+    parts = PurePosixPath(name).parts
+    if PurePosixPath(name).is_absolute() or not parts or ".." in parts or "\\" in name:
+        raise BundleError(f"{path / MANIFEST} names {name!r}, which is outside the bundle; do not use this bundle")
+    file = path / name
+    if not file.is_file():
+        raise BundleError(f"{file} is missing; {AGAIN}")
+    if not file.resolve().is_relative_to(path.resolve()):
+        raise BundleError(f"{file} is a link to outside the bundle; do not use this bundle")
+    if file.stat().st_size != entry["bytes"] or sha256_file(file) != entry["sha256"]:
+        raise BundleError(f"{file} is damaged: its size or sha256 is not the one in {MANIFEST}; {AGAIN}")

@@ -1,0 +1,90 @@
+"""A program becomes one `torch.export` graph per profile: the batch stays dynamic, every other size is a number."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+from reelstep.compiler.program import BATCH, Profile, Program
+from reelstep.compiler.signature import TORCH_DTYPES, Edge, Signature
+from reelstep.errors import CompileError, ConfigError
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""Names of programs, profiles and solvers become file names."""
+
+EXAMPLE_ROWS = 3
+"""Sizes 0 and 1 are always specialised by the tracer, and 2 is a common size of other things; 3 keeps the batch apart."""
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Inside, torch's warnings about its own use of what it has deprecated are not shown."""
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"torch(\..*)?|copyreg")
+        yield
+
+
+def capture(program: Program, profile: Profile) -> ExportedProgram:
+    """The exported graph of `program` at `profile`, in evaluation mode, on the module's own device (meta too).
+
+    Raises ConfigError for a name that cannot be a file name, CompileError naming program, profile and cause if the module
+    cannot be exported, fixes the batch, or does not give the outputs that were declared.
+    """
+    if not SAFE_NAME.fullmatch(program.name) or not SAFE_NAME.fullmatch(profile.name) or "." in program.name:
+        raise ConfigError(f"program {program.name!r}, profile {profile.name!r}: names are letters, digits, '_' and '-'; a profile's may have '.' too")
+    signature = Signature.of(program, profile)
+    training = [module for module in program.module.modules() if module.training]
+    program.module.eval()
+    try:
+        with quiet_torch():
+            exported = trace(program.module, signature)
+    except Exception as error:  # export raises whatever the module's own code raises
+        raise CompileError(f"program {program.name!r} at profile {profile.name!r} cannot be exported: {error}") from error
+    finally:
+        _restore(training)
+    _check_outputs(exported, signature)
+    return exported
+
+
+def trace(module: nn.Module, signature: Signature, varargs: bool = False) -> ExportedProgram:
+    """Export `module` with a dynamic batch. varargs: its forward takes `*inputs`."""
+    rows = min(EXAMPLE_ROWS, signature.max_batch)
+    device = next(module.parameters(), torch.empty(0)).device
+    examples = tuple(edge.zeros(rows, device) for edge in signature.inputs)
+    batch = {0: Dim(BATCH, min=1, max=signature.max_batch)} if signature.max_batch > 1 else {}
+    shapes = tuple(batch for _ in examples)
+    with torch.no_grad():
+        return export(module, examples, dynamic_shapes=(shapes,) if varargs else shapes, strict=False)
+
+
+def output_values(exported: ExportedProgram) -> list[Tensor]:
+    """The fake tensors that the graph returns; their batch is symbolic."""
+    return [node.meta["val"] for node in exported.graph.output_node().args[0]]
+
+
+def _restore(training: list[nn.Module]) -> None:
+    for module in training:
+        module.training = True
+
+
+def _check_outputs(exported: ExportedProgram, signature: Signature) -> None:
+    values = output_values(exported)
+    where = f"program {signature.program!r} at profile {signature.profile!r}"
+    if len(values) != len(signature.outputs):
+        raise CompileError(f"{where} returns {len(values)} tensors; {len(signature.outputs)} are declared: {'; '.join(map(str, signature.outputs))}")
+    for value, edge in zip(values, signature.outputs, strict=True):
+        if not _fits(value, edge, signature.max_batch):
+            found = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+            raise CompileError(f"{where} returns {found}; declared is {edge}, with a batch that must stay dynamic")
+
+
+def _fits(value: Tensor, edge: Edge, max_batch: int) -> bool:
+    dynamic = isinstance(value.shape[0], torch.SymInt) if max_batch > 1 else value.shape[0] == 1
+    return value.dtype is TORCH_DTYPES[edge.dtype] and tuple(value.shape[1:]) == edge.sizes and dynamic

@@ -1,0 +1,107 @@
+"""An exported graph as JSON without weights, and back. Nothing is pickled, nothing names a path of the machine that wrote it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._export.serde.serialize import ExportedProgramSerializer, SerializedArtifact, SerializeError, _dataclass_to_dict, deserialize
+from torch.export import ExportedProgram
+
+from reelstep.compiler.capture import quiet_torch
+from reelstep.compiler.plan import canonical_json
+from reelstep.compiler.signature import Signature
+from reelstep.errors import BundleError, CompileError
+
+WEIGHT_KINDS = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
+
+SAFE_TARGET = re.compile(
+    r"torch\.ops\.(?:aten|prims|reelstep)\.\w+(?:\.\w+)?|torch\.sym_\w+|math\.(?:ceil|floor|trunc|sqrt)"
+    r"|_operator\.(?:add|sub|mul|floordiv|truediv|mod|neg|pow|pos|getitem|eq|ne|lt|le|gt|ge|and_|or_)"
+)
+"""Operators a stored graph may call: the deserialiser would resolve any attribute of torch."""
+
+SAFE_EXPRESSION = re.compile(
+    r"(?:Symbol\('[su]\d+'(?:, (?:positive|nonnegative|integer)=True)*\)|\d+|[-+*/(), ]"
+    r"|Add|Mul|Pow|Integer|Rational|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|Max|Min)*"
+)
+"""Sizes as formulas of the batch: the deserialiser evaluates them, so only arithmetic may pass."""
+
+
+def weights_of(exported: ExportedProgram) -> dict[str, Tensor]:
+    """Parameters, buffers and constants by qualified name. Raises CompileError for a constant that is no tensor."""
+    weights = {**exported.state_dict, **exported.constants}
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            raise CompileError(f"the graph holds a constant {name!r} of type {type(tensor).__name__}; only tensors can be saved")
+    return weights
+
+
+def ops_of(exported: ExportedProgram) -> dict[str, int]:
+    """Calls by operator, sorted by name."""
+    counts = Counter(str(node.target) for node in exported.graph.nodes if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload))
+    return dict(sorted(counts.items()))
+
+
+def dump_graph(exported: ExportedProgram) -> bytes:
+    """The graph as canonical JSON. Equal inputs give equal bytes, in any process."""
+    serialized = ExportedProgramSerializer().serialize(exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False)
+    data: dict[str, Any] = _dataclass_to_dict(serialized.exported_program)
+    data["guards_code"] = []  # code would be run by whoever loads it; the edge is checked by the signature
+    data["graph_module"]["module_call_graph"] = [entry for entry in data["graph_module"]["module_call_graph"] if entry["fqn"] == ""]
+    _strip_metadata(data)
+    return canonical_json(data, indent=None)
+
+
+def load_graph(data: bytes, weights: Mapping[str, Tensor], signature: Signature, where: str) -> ExportedProgram:
+    """The graph with `weights` attached, shared and not copied. `where` names the file in errors.
+
+    Raises BundleError if it calls or computes what no graph of ours does, or is of a torch that this one cannot read.
+    """
+    try:
+        graph = json.loads(data)
+        _check_safe(graph, where)
+        specs = graph["graph_module"]["signature"]["input_specs"]
+        named = {kind: [spec[kind][field] for spec in specs if kind in spec] for kind, field in WEIGHT_KINDS.items()}
+        state = {name: nn.Parameter(weights[name], requires_grad=False) for name in named["parameter"]}
+        buffers = {name: weights[name] for name in named["buffer"]}
+        constants = {name: weights[name] for name in weights if name not in state and name not in buffers}
+        persistent = {spec["buffer"]["buffer_name"] for spec in specs if "buffer" in spec and spec["buffer"]["persistent"]}
+        constants |= {name: tensor for name, tensor in buffers.items() if name not in persistent}
+        device = next((tensor.device for tensor in weights.values()), torch.device("cpu"))
+        examples = tuple(edge.zeros(min(2, signature.max_batch), device) for edge in signature.inputs)
+        with quiet_torch():
+            artifact = SerializedArtifact(data, {**state, **{n: t for n, t in buffers.items() if n in persistent}}, constants, (examples, {}))  # type: ignore[arg-type]  # deserialize takes what is already loaded as it is
+            return deserialize(artifact)
+    except (SerializeError, KeyError, TypeError, ValueError, AssertionError) as error:
+        raise BundleError(f"{where} is not a graph that torch {torch.__version__} reads ({error}); run `reelstep compile` again") from error
+
+
+def _strip_metadata(data: Any) -> None:
+    """Empty every node's metadata: stack traces, source files and object addresses."""
+    for item in _dicts(data):
+        if "metadata" in item:
+            item["metadata"] = {}
+
+
+def _dicts(data: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(data, dict):
+        yield data
+    for child in data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple) else ():
+        yield from _dicts(child)
+
+
+def _check_safe(graph: Any, where: str) -> None:
+    if graph["guards_code"]:
+        raise BundleError(f"{where} carries code to run; Reelstep writes none and runs none")
+    for item in _dicts(graph):
+        target, expression = item.get("target"), item.get("expr_str")
+        if isinstance(target, str) and "inputs" in item and not SAFE_TARGET.fullmatch(target):
+            raise BundleError(f"{where} calls {target!r}, which no graph of Reelstep does")
+        if isinstance(expression, str) and not SAFE_EXPRESSION.fullmatch(expression):
+            raise BundleError(f"{where} holds the size {expression!r}, which is not plain arithmetic")

@@ -1,0 +1,11 @@
+"""Turn in-place writes and views of them into operators without side effects."""
+
+from __future__ import annotations
+
+from torch.export import ExportedProgram
+
+
+def functionalise(exported: ExportedProgram) -> ExportedProgram:
+    """Same operators, none decomposed: backends keep `linear`, `conv2d` and attention whole."""
+    functional: ExportedProgram = exported.run_decompositions({})
+    return functional

@@ -1,0 +1,84 @@
+"""bfloat16 where the work is, float32 where the sums are.
+
+Products (matrix, convolution, attention) take and give bfloat16; operators between them follow their inputs, so that what
+only products feed (a gated FFN's middle) stays bfloat16; norms and everything that meets a float32 tensor (residual sums,
+modulation) run in float32. So do the first and the last product: they are small, and what they round reaches the output
+whole (measured on `dit-mid`: 3.9e-3 relative error without the two, 2.9e-3 and 2.6e-3 with one, 0.6e-3 with both).
+A runtime's own bfloat16 hint casts everything and rounds the residual stream at every layer: 8e-3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from reelstep.compiler.capture import quiet_torch, trace
+from reelstep.compiler.passes.drop_asserts import drop_asserts
+from reelstep.compiler.signature import Signature
+
+aten = torch.ops.aten
+
+PRODUCTS = frozenset(
+    {
+        aten.linear.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.matmul.default,
+        aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default, aten.scaled_dot_product_attention.default,
+    }
+)  # fmt: skip
+SUMS = frozenset(
+    {
+        aten.rms_norm.default, aten.layer_norm.default, aten.group_norm.default, aten.native_layer_norm.default, aten.native_group_norm.default,
+        aten._fused_rms_norm.default, aten.softmax.int, aten._softmax.default, aten.sum.dim_IntList, aten.mean.dim, aten.var.correction,
+        aten.exp.default, aten.pow.Tensor_Scalar, aten.cos.default, aten.sin.default, aten.log.default, aten.rsqrt.default,
+    }
+)  # fmt: skip
+
+
+class Recast(Interpreter):
+    """Runs a float32 graph with the casts in place; tracing that run gives the mixed graph."""
+
+    def __init__(self, body: GraphModule) -> None:
+        super().__init__(body)
+        products = [node for node in body.graph.nodes if node.target in PRODUCTS]
+        self.kept = {products[0], products[-1]} if products else set()
+        self.keeps = False
+
+    def run_node(self, n: Node) -> Any:
+        self.keeps = n in self.kept
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.bfloat16)]
+        mixed = len({x.dtype for x in tensors}) > 1
+        if target in PRODUCTS and not self.keeps:
+            args, kwargs = cast((args, kwargs), torch.bfloat16)
+        elif target in SUMS or self.keeps or mixed:
+            args, kwargs = cast((args, kwargs), torch.float32)
+        return super().call_function(target, args, kwargs)
+
+
+def cast(values: Any, dtype: torch.dtype) -> Any:
+    """The same structure with every floating tensor in `dtype`."""
+    return pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != dtype else x, values)
+
+
+class Mixed(nn.Module):
+    """A graph module run through Recast; float32 at its edges."""
+
+    def __init__(self, body: GraphModule) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return cast(Recast(self.body).run(*inputs), torch.float32)
+
+
+def mixed_precision(exported: ExportedProgram, signature: Signature) -> ExportedProgram:
+    """The same program with explicit casts, float32 at its edges. For a backend to apply to a float32 graph as it builds."""
+    with quiet_torch():
+        body: Any = exported.module()
+        return drop_asserts(trace(Mixed(body), signature, varargs=True))

@@ -1,0 +1,341 @@
+"""The engine's loop: schedule, run, postprocess. One thread owns it; everything else talks to it through a queue."""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.load import Progress as LoadProgress
+from reelstep.compiler.load import load, silent
+from reelstep.compiler.program import Precision
+from reelstep.engine.build import ServedModel
+from reelstep.engine.executors import Executor
+from reelstep.engine.executors.inline import Inline
+from reelstep.engine.pipelines import PIPELINES
+from reelstep.engine.pipelines.latent import Job, Pipeline
+from reelstep.engine.pipelines.state import PipelineState
+from reelstep.engine.request import Call, Event, Failed, Finished, Media, Preview, Progress, Queued, Request, Usage, validate
+from reelstep.engine.runner import Outputs, Runner
+from reelstep.engine.scheduler import Scheduler, Ticket
+from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, Overloaded, ReelstepError, Unavailable, UnsupportedRequest, unknown
+
+log = logging.getLogger(__name__)
+
+Listener = Callable[[Event], None]
+
+
+@dataclass
+class Running:
+    """One request inside the loop. answers: outputs of the calls it waits for, by slot."""
+
+    request: Request
+    listener: Listener
+    arrival: float
+    state: PipelineState = field(default_factory=PipelineState)
+    pipeline: Pipeline | None = None
+    calls: tuple[Call, ...] = ()
+    answers: dict[int, Outputs] = field(default_factory=dict)
+    started: float | None = None
+    compute_s: dict[str, float] = field(default_factory=dict)
+    reported: tuple[str, int] = ("", -1)
+    previewed: int = 0
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """What one tick ran. For benchmarks and metrics."""
+
+    key: tuple[str, str, str]
+    calls: int
+    rows: int
+    seconds: float
+
+
+class Engine:
+    """Runs requests on an executor. Thread-safe: `submit`, `cancel`, `close`.
+
+    At most `max_running` requests hold memory; `max_queued` more may wait for a place, then Overloaded. `on_batch` hears of every tick.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        executor: Executor,
+        *,
+        max_running: int = 32,
+        max_queued: int = 256,
+        on_batch: Callable[[BatchRecord], None] | None = None,
+    ) -> None:
+        self.models = models
+        self.max_running, self.max_queued = max_running, max_queued
+        self._executor = executor
+        self._on_batch = on_batch
+        self._scheduler = Scheduler(executor.max_rows)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._running: dict[str, Running] = {}
+        self._queued: dict[str, Running] = {}
+        self._lock = threading.Lock()
+        self._admitted: set[str] = set()
+        self._request_s = 1.0  # running mean of a request's own time, for estimates
+        self._closing = False
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="reelstep-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, listener: Listener) -> None:
+        """Start a request; returns at once. The listener hears events on the engine's thread, the last one Finished or Failed.
+
+        Raises NotFound, InvalidRequest, UnsupportedRequest, DeadlineExceeded, Overloaded or Unavailable; the listener then hears nothing.
+        """
+        self._check(request)
+        with self._lock:
+            if self._closing:
+                raise Unavailable("the server is shutting down; try another one", retry_after_s=1.0)
+            if request.id in self._admitted:
+                raise ConfigError(f"request id {request.id!r} is in use; give every request its own")
+            if len(self._admitted) >= self.max_running + self.max_queued:
+                wait = self._request_s * max(1, self.max_queued // 4)
+                raise Overloaded(f"{len(self._admitted)} requests are running or queued, the limit; try again in {wait:.0f} s", retry_after_s=wait)
+            self._admitted.add(request.id)
+        self._commands.put(lambda: self._enqueue(Running(request, listener, time.monotonic())))
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request before its next call. Its listener hears Failed(Cancelled). An unknown id is no error: it may just have ended."""
+        self._commands.put(lambda: self._fail_by_id(request_id, Cancelled(f"request {request_id} was cancelled")))
+
+    def close(self, grace_s: float) -> None:
+        """Take nothing new, finish what is there within `grace_s`, cancel the rest. Idempotent."""
+        with self._lock:
+            self._closing = True
+        end = time.monotonic() + grace_s
+        while self._admitted and time.monotonic() < end:
+            time.sleep(0.01)
+        for request_id in tuple(self._admitted):
+            self.cancel(request_id)
+        self._commands.put(self._stopped.set)
+        self._thread.join()
+
+    def _check(self, request: Request) -> None:
+        served = self.models.get(request.model)
+        if served is None:
+            raise unknown("model", request.model, self.models)
+        if request.task not in served.settings.tasks:
+            raise UnsupportedRequest(f"model {served.name!r} does not do {request.task}; it does: {', '.join(served.settings.tasks) or 'nothing'}")
+        for kind, name, known in (("solver", request.solver, served.solvers), ("schedule", request.schedule, served.schedules)):
+            if name not in known:
+                raise unknown(kind, name, known)
+        validate(request, served.settings.limits)
+        if request.deadline <= time.monotonic():
+            raise DeadlineExceeded("queued")
+
+    # Everything below runs on the engine's thread.
+
+    def _loop(self) -> None:
+        while not self._stopped.is_set():
+            self._take_commands()
+            self._expire()
+            batch = self._scheduler.next_batch(time.monotonic())
+            if batch:
+                self._run(batch)
+
+    def _take_commands(self) -> None:
+        """Run waiting commands; with nothing to do, wait for one, but not past the next deadline of a queued request."""
+        idle = not any(self._scheduler.waiting.values())
+        try:
+            command = self._commands.get(timeout=0.5) if idle else self._commands.get_nowait()
+            while True:
+                command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return
+
+    def _enqueue(self, running: Running) -> None:
+        self._queued[running.request.id] = running
+        ahead = len(self._running) + len(self._queued) - 1
+        self._tell(running, Queued(ahead, self._request_s * max(0, ahead + 1 - self.max_running)))
+        self._fill()
+
+    def _fill(self) -> None:
+        """Give free places to the queued, by priority, deadline, arrival."""
+        while self._queued and len(self._running) < self.max_running:
+            first = min(self._queued.values(), key=lambda r: (r.request.priority, r.request.deadline, r.arrival))
+            self._start(self._queued.pop(first.request.id))
+
+    def _start(self, running: Running) -> None:
+        request = running.request
+        self._running[request.id] = running
+        running.started = time.monotonic()
+        try:
+            served = self.models[request.model]
+            job = Job(request, served.settings, served.table(request.solver, request.schedule, request.steps))
+            running.pipeline = PIPELINES[request.task](job, running.state)
+            self._advance(running, None)
+        except ReelstepError as error:
+            self._fail(running, error)
+
+    def _run(self, batch: list[Ticket]) -> None:
+        model, program, _ = batch[0].key
+        owners = [self._running[t.request_id] for t in batch]
+        began = time.monotonic()
+        try:
+            outputs = self._executor.run(model, [owner.calls[t.slot] for owner, t in zip(owners, batch, strict=True)])
+        except Exception as error:
+            # A device or a program failed: those who wait for it must hear so, and the loop must live.
+            log.exception("program %s of %s failed", program, model)
+            reason = error if isinstance(error, ReelstepError) else InternalError(f"program {program!r} failed: {error}")
+            for owner in {o.request.id: o for o in owners}.values():
+                self._fail(owner, reason)
+            return
+        seconds = time.monotonic() - began
+        self._scheduler.note(batch[0].key, seconds)
+        if self._on_batch:
+            self._on_batch(BatchRecord(batch[0].key, len(batch), sum(t.rows for t in batch), seconds))
+        for owner in {o.request.id: o for o in owners}.values():
+            owner.compute_s[program] = owner.compute_s.get(program, 0.0) + seconds
+        for ticket, owner, output in zip(batch, owners, outputs, strict=True):
+            owner.answers[ticket.slot] = output
+        for owner in {o.request.id: o for o in owners}.values():
+            if len(owner.answers) == len(owner.calls):
+                self._advance(owner, tuple(owner.answers[i] for i in range(len(owner.calls))))
+
+    def _advance(self, running: Running, answers: tuple[Outputs, ...] | None) -> None:
+        """Send the answers to a pipeline and queue the calls it asks for next."""
+        assert running.pipeline is not None
+        try:
+            calls = next(running.pipeline) if answers is None else running.pipeline.send(answers)
+        except StopIteration as done:
+            self._finish(running, done.value)
+            return
+        except Exception as error:
+            log.exception("request %s failed", running.request.id)
+            self._fail(running, error if isinstance(error, ReelstepError) else InternalError(f"{running.request.task} failed: {error}"))
+            return
+        self._report(running)
+        running.calls, running.answers = calls, {}
+        request, now = running.request, time.monotonic()
+        for slot, call in enumerate(calls):
+            self._scheduler.push(request.id, slot, (request.model, *call.key), call.rows, request.priority, request.deadline, now)
+
+    def _report(self, running: Running) -> None:
+        """Tell of new previews and of progress."""
+        state = running.state
+        if state.preview is not None:
+            self._tell(running, Preview(state.step, state.preview))
+            state.preview = None
+        if running.reported == (state.stage, state.step):
+            return
+        running.reported = (state.stage, state.step)
+        assert running.started is not None
+        spent = time.monotonic() - running.started
+        remaining = spent / state.step * (state.steps - state.step) if state.step else self._request_s
+        self._tell(running, Progress(state.stage, state.step, state.steps, remaining))
+
+    def _finish(self, running: Running, media: Media) -> None:
+        assert running.started is not None
+        guidance = running.state.guidance
+        usage = Usage(guidance.nfe, guidance.forwards, running.started - running.arrival, dict(running.compute_s))
+        self._request_s = 0.8 * self._request_s + 0.2 * (time.monotonic() - running.started)
+        self._forget(running)
+        self._tell(running, Finished(media, usage))
+        self._fill()
+
+    def _fail_by_id(self, request_id: str, error: ReelstepError) -> None:
+        running = self._running.get(request_id) or self._queued.get(request_id)
+        if running is not None:
+            self._fail(running, error)
+
+    def _fail(self, running: Running, error: ReelstepError) -> None:
+        self._forget(running)
+        self._tell(running, Failed(error))
+        self._fill()
+
+    def _forget(self, running: Running) -> None:
+        request_id = running.request.id
+        self._scheduler.remove(request_id)
+        self._running.pop(request_id, None)
+        self._queued.pop(request_id, None)
+        if running.pipeline is not None:
+            running.pipeline.close()
+        with self._lock:
+            self._admitted.discard(request_id)
+
+    def _expire(self) -> None:
+        """Fail what is past its deadline, before more is spent on it."""
+        now = time.monotonic()
+        for running in [r for r in (*self._running.values(), *self._queued.values()) if r.request.deadline <= now]:
+            stage = "queued" if running.started is None else running.state.stage
+            self._fail(running, DeadlineExceeded(stage))
+
+    def _tell(self, running: Running, event: Event) -> None:
+        try:
+            running.listener(event)
+        except Exception:  # a listener's bug must not stop the other requests
+            log.exception("the listener of request %s failed", running.request.id)
+
+
+def open_engine(
+    bundles: Sequence[Path],
+    *,
+    cache: Path,
+    backend: str | None = None,
+    precision: Precision | None = None,
+    max_running: int = 32,
+    max_queued: int = 256,
+    on_batch: Callable[[BatchRecord], None] | None = None,
+    progress: LoadProgress = silent,
+) -> Engine:
+    """Load bundles and run each once, so that the first request meets warm engines.
+
+    Raises BundleError, CompileError, NotFound (backend), or ConfigError when two bundles hold one model.
+    """
+    models: dict[str, ServedModel] = {}
+    runners: dict[str, Runner] = {}
+    for path in bundles:
+        bundle = Bundle.open(path)
+        name = bundle.plan.model
+        if name in models:
+            raise ConfigError(f"{path} and another bundle both hold model {name!r}; serve one of them")
+        executables = load(bundle, cache, backend=backend, precision=precision, progress=progress)
+        limits = {key: signature.max_batch for key, signature in bundle.signatures.items()}
+        models[name] = ServedModel.of(bundle)
+        runners[name] = Runner(executables, limits)
+    engine = Engine(models, Inline(runners), max_running=max_running, max_queued=max_queued, on_batch=on_batch)
+    for model in models.values():
+        for task in model.settings.tasks:
+            warm_up(engine, model, task)
+    return engine
+
+
+def warm_up(engine: Engine, model: ServedModel, task: str) -> None:
+    """One request of one step, at scale 2 so that both branches of guidance run."""
+    defaults, limits = model.settings.defaults[task], model.settings.limits
+    width, height = limits.sizes[0]
+    image = np.full((height, width, 3), 255, np.uint8) if task == "animate_sticker" else None
+    request = Request(
+        id=f"warm-up {model.name} {task}", model=model.name, task=task, prompt="warm up", negative_prompt="", seed=0, count=1,
+        width=width, height=height, frames=defaults.frames, frames_per_second=defaults.frames_per_second, steps=1, scale=2.0,
+        solver=defaults.solver, schedule=defaults.schedule, image=image, preview_every=0, priority=0, deadline=math.inf,
+    )  # fmt: skip
+    done = threading.Event()
+    failures: list[ReelstepError] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Failed):
+            failures.append(event.error)
+        if isinstance(event, Finished | Failed):
+            done.set()
+
+    engine.submit(request, listen)
+    done.wait()
+    if failures:
+        engine.close(0)
+        raise failures[0]

@@ -1,0 +1,287 @@
+"""The Movie Gen Video transformer (Polyak et al. 2024, arXiv:2410.13720, section 3.1) and the system around it.
+
+B batch, C latent channels, F H W latent frames and sides, L video tokens, S text tokens, D width, N heads, K head dim,
+P values of a patch. Tags say where a size comes from: the paper (notes), a re-implementation, or inference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from reelstep.compiler.program import Profile, Program, TensorSpec
+from reelstep.engine.models.spec import ModelSettings, ModelSpec
+from reelstep.engine.models.tae import TAE
+from reelstep.engine.request import Limits
+from reelstep.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MovieGenConfig:
+    """Sizes of one Movie Gen transformer. A config states everything; there are no defaults."""
+
+    layers: int
+    width: int
+    ffn: int
+    heads: int
+    latent_channels: int
+    condition_channels: int  # latents concatenated on channels (sticker conditioning, editing); 0 for none
+    patch: tuple[int, int, int]  # latent frames, rows, columns in one token
+    positions: tuple[int, int, int]  # sizes of the learned tables for T, H, W, in tokens
+    text_widths: tuple[int, ...]  # one per text encoder
+    time_frequencies: int
+    time_scale: float  # t is multiplied by this before the sinusoid; the paper does not say
+    qk_norm: bool  # not in the paper; for look-alikes and small models
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ConfigError(f"width {self.width} is not divisible by {self.heads} heads")
+
+    def tokens(self, frames: int, height: int, width: int) -> int:
+        """Tokens of a latent of these sizes."""
+        return (frames // self.patch[0]) * (height // self.patch[1]) * (width // self.patch[2])
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm's affine part. x: [B, L, D]; shift, scale: [B, D]."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases. Queries from x [B, L, D]; keys and values from context [B, S, D]."""
+
+    def __init__(self, config: MovieGenConfig) -> None:
+        super().__init__()
+        d, k = config.width, config.width // config.heads
+        self.heads = config.heads
+        self.q = nn.Linear(d, d, bias=False)
+        self.k = nn.Linear(d, d, bias=False)
+        self.v = nn.Linear(d, d, bias=False)
+        self.out = nn.Linear(d, d, bias=False)
+        self.q_norm = nn.RMSNorm(k, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(k, eps=1e-6) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q_BNLK = self.q_norm(rearrange(self.q(x), "B L (N K) -> B N L K", N=self.heads))
+        k_BNSK = self.k_norm(rearrange(self.k(context), "B S (N K) -> B N S K", N=self.heads))
+        v_BNSK = rearrange(self.v(context), "B S (N K) -> B N S K", N=self.heads)
+        y = F.scaled_dot_product_attention(q_BNLK, k_BNSK, v_BNSK)
+        return self.out(rearrange(y, "B N L K -> B L (N K)"))
+
+
+class SwiGLU(nn.Module):
+    """W2(silu(W1 x) * W3 x), no biases."""
+
+    def __init__(self, config: MovieGenConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.width, config.ffn, bias=False)
+        self.w3 = nn.Linear(config.width, config.ffn, bias=False)
+        self.w2 = nn.Linear(config.ffn, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """Self-attention, text cross-attention, SwiGLU; the first and last modulated and gated by time.
+
+    The six vectors are shared over layers, plus this layer's own `table` (PixArt's form: the count of 29.3B parameters needs
+    it). Positions are added to the input of every layer, the text is neither normed nor gated.
+    """
+
+    def __init__(self, config: MovieGenConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.width, eps=1e-6)
+        self.self_attention = Attention(config)
+        self.cross_attention = Attention(config)
+        self.norm2 = nn.RMSNorm(config.width, eps=1e-6)
+        self.ffn = SwiGLU(config)
+        self.table = nn.Parameter(torch.randn(6, config.width) / math.sqrt(config.width))
+
+    def forward(self, x: Tensor, positions: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
+        # x: [B, L, D]; positions: [L, D]; modulation: [B, 6, D]; context: [B, S, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.table).unbind(1)
+        x = x + positions
+        y = modulate(self.norm1(x), shift1, scale1)
+        x = x + gate1[:, None] * self.self_attention(y, y)
+        x = x + self.cross_attention(x, context)
+        y = modulate(self.norm2(x), shift2, scale2)
+        return x + gate2[:, None] * self.ffn(y)
+
+
+class TimeEmbedding(nn.Module):
+    """t [B] -> modulation [B, 7, D]: the six shared adaLN vectors, then the embedding itself for the head.
+
+    Apart from the blocks, so that it can stay in float32 and be computed once for all the steps of a schedule.
+    """
+
+    def __init__(self, config: MovieGenConfig) -> None:
+        super().__init__()
+        half = config.time_frequencies // 2
+        self.scale = config.time_scale
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half), persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.time_frequencies, config.width, bias=False), nn.SiLU(), nn.Linear(config.width, config.width, bias=False)
+        )
+        self.shared = nn.Linear(config.width, 6 * config.width, bias=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = self.scale * t[:, None] * self.frequencies
+        embedding = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+        six = rearrange(self.shared(F.silu(embedding)), "B (n D) -> B n D", n=6)
+        return torch.cat([six, embedding[:, None]], dim=1)
+
+
+class TextProjection(nn.Module):
+    """Each encoder's tokens through its own Linear and LayerNorm, then joined along the tokens."""
+
+    def __init__(self, config: MovieGenConfig) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(width, config.width, bias=False) for width in config.text_widths)
+        self.norms = nn.ModuleList(nn.LayerNorm(config.width, eps=1e-6) for _ in config.text_widths)
+
+    def forward(self, *texts: Tensor) -> Tensor:
+        parts = [norm(linear(text)) for linear, norm, text in zip(self.linears, self.norms, texts, strict=True)]
+        return torch.cat(parts, dim=1)
+
+
+class MovieGenTransformer(nn.Module):
+    """Velocity of flow matching: x_t, time, text (and condition latents) -> dx/dt, all [B, C, F, H, W]."""
+
+    def __init__(self, config: MovieGenConfig) -> None:
+        super().__init__()
+        self.config = config
+        volume = math.prod(config.patch)
+        d = config.width
+        self.time = TimeEmbedding(config)
+        self.text = TextProjection(config)
+        self.patch_in = nn.Linear((config.latent_channels + config.condition_channels) * volume, d, bias=False)
+        self.positions = nn.ParameterList(nn.Parameter(torch.randn(n, d) * 0.02) for n in config.positions)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.table = nn.Parameter(torch.randn(2, d) / math.sqrt(d))
+        self.patch_out = nn.Linear(d, config.latent_channels * volume, bias=False)
+
+    def position_grid(self, f: int, h: int, w: int) -> Tensor:
+        """Sum of the three tables on the token grid, in (t, h, w) order: [L, D]."""
+        t_table, h_table, w_table = self.positions
+        grid = t_table[:f, None, None] + h_table[None, :h, None] + w_table[None, None, :w]
+        return grid.flatten(0, 2)
+
+    def forward(self, x: Tensor, modulation: Tensor, condition: Tensor | None, context: Tensor) -> Tensor:
+        """x, condition: [B, C, F, H, W]; modulation: [B, 7, D] of `time`; context: [B, S, D] of `text`."""
+        pt, ph, pw = self.config.patch
+        f, h, w = x.shape[2] // pt, x.shape[3] // ph, x.shape[4] // pw
+        if condition is not None:
+            x = torch.cat([x, condition], dim=1)
+        x = self.patch_in(rearrange(x, "B C (F p) (H q) (W r) -> B (F H W) (C p q r)", p=pt, q=ph, r=pw))
+        positions = self.position_grid(f, h, w)
+        six, embedding = modulation[:, :6], modulation[:, 6]
+        for block in self.blocks:
+            x = block(x, positions, six, context)
+        shift, scale = (embedding[:, None] + self.table).unbind(1)
+        x = self.patch_out(modulate(self.norm(x), shift, scale))
+        return rearrange(x, "B (F H W) (C p q r) -> B C (F p) (H q) (W r)", F=f, H=h, W=w, p=pt, q=ph, r=pw)
+
+
+class Unconditioned(nn.Module):
+    """`denoise` of a transformer without condition latents."""
+
+    def __init__(self, transformer: MovieGenTransformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, x: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
+        return self.transformer(x, modulation, None, context)
+
+
+class Encode(nn.Module):
+    """`encode_image` of a system."""
+
+    def __init__(self, tae: TAE) -> None:
+        super().__init__()
+        self.tae = tae
+
+    def forward(self, picture: Tensor) -> Tensor:
+        return self.tae.encode(picture)
+
+
+class Decode(nn.Module):
+    """`decode` of a system."""
+
+    def __init__(self, tae: TAE) -> None:
+        super().__init__()
+        self.tae = tae
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.tae.decode(z)
+
+
+def time_program(transformer: MovieGenTransformer, max_batch: int) -> Program:
+    """t [B] -> modulation [B, 7, D], in float32 always."""
+    d = transformer.config.width
+    return Program(
+        "embed_time", transformer.time, (TensorSpec("t", "float32", ("B",)),), (TensorSpec("modulation", "float32", ("B", 7, d)),),
+        (Profile("any", {}, max_batch),), keep_f32=True,
+    )  # fmt: skip
+
+
+def denoise_program(transformer: MovieGenTransformer, text_tokens: int, profiles: Sequence[Profile]) -> Program:
+    """The network call that a sampler asks for. Profiles give F, H, W of the latent."""
+    config = transformer.config
+    latent = ("B", config.latent_channels, "F", "H", "W")
+    condition = (TensorSpec("condition", "float32", ("B", config.condition_channels, "F", "H", "W")),) if config.condition_channels else ()
+    return Program(
+        "denoise", transformer if condition else Unconditioned(transformer),
+        (
+            TensorSpec("x", "float32", latent),
+            TensorSpec("modulation", "float32", ("B", 7, config.width)),
+            *condition,
+            TensorSpec("context", "float32", ("B", text_tokens, config.width)),
+        ),
+        (TensorSpec("velocity", "float32", latent),), tuple(profiles),
+    )  # fmt: skip
+
+
+CONFIG_30B = MovieGenConfig(
+    layers=48, width=6144, ffn=16384, heads=48, latent_channels=16, condition_channels=0, patch=(1, 2, 2), positions=(32, 96, 96),
+    text_widths=(4096, 1280, 1472), time_frequencies=256, time_scale=1.0, qk_norm=False,
+)  # fmt: skip
+"""Movie Gen Video. Text widths are UL2, MetaCLIP and ByT5 as a re-implementation has them; H, W tables are inferred."""
+
+TEXT_TOKENS_30B = 1024
+
+
+def programs_30b(transformer: nn.Module) -> tuple[Program, ...]:
+    """256 x 768 x 768 (73,728 tokens) and a 768 px image. The text encoders and the TAE come with weights of their own."""
+    assert isinstance(transformer, MovieGenTransformer)
+    video = Profile("video", {"F": 32, "H": 96, "W": 96}, 2)
+    image = Profile("image", {"F": 1, "H": 96, "W": 96}, 2)
+    return time_program(transformer, 64), denoise_program(transformer, TEXT_TOKENS_30B, (video, image))
+
+
+def build_30b() -> MovieGenTransformer:
+    """On the meta device: 58.6 GB of bfloat16 weights were never released, so there is nothing to load."""
+    with torch.device("meta"):
+        return MovieGenTransformer(CONFIG_30B).to(torch.bfloat16)
+
+
+SPEC_30B = ModelSpec(
+    name="movie-gen-30b",
+    version="1",
+    settings=ModelSettings(
+        tasks=(), limits=Limits(sizes=((768, 768),), frames=(1, 256), max_steps=1000, max_scale=30.0, max_count=1), defaults={},
+        path="condot", prediction="velocity", latent_channels=16, condition_channels=0, spatial_stride=8, temporal_stride=8, text_length=TEXT_TOKENS_30B,
+        tile_frames=4, tile_overlap=2,
+    ),
+    build=build_30b,
+    programs=programs_30b,
+    card=None,
+)  # fmt: skip

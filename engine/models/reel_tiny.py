@@ -1,0 +1,113 @@
+"""`reel-tiny`: the small Movie Gen that this project trains (training/zoo/) and ships with its weights.
+
+The classes of the 30B configuration at a size that a laptop serves: 64x64 stickers, 8 frames, made from words, a picture, or both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from reelstep.compiler.program import Profile, Program, TensorSpec
+from reelstep.engine.models.byte_text import ByteTextConfig, ByteTextEncoder
+from reelstep.engine.models.movie_gen import Decode, Encode, MovieGenConfig, MovieGenTransformer, TextProjection, denoise_program, time_program
+from reelstep.engine.models.spec import ModelSettings, ModelSpec
+from reelstep.engine.models.tae import TAE, TAEConfig
+from reelstep.engine.request import Defaults, Limits
+
+TEXT_CONFIG = ByteTextConfig(length=128, width=160, layers=3, heads=4)
+TAE_CONFIG = TAEConfig(
+    channels=128, multipliers=(1, 1), res_blocks=1, latent_channels=16, patch=4, temporal_downs=1, groups=16,
+    variational=False, linear_skip=True, scale=1.0, shift=0.0,
+)  # fmt: skip
+DENOISER_CONFIG = MovieGenConfig(
+    layers=6, width=256, ffn=576, heads=4, latent_channels=16, condition_channels=16, patch=(1, 1, 1), positions=(4, 8, 8),
+    text_widths=(160,), time_frequencies=256, time_scale=1000.0, qk_norm=True,
+)  # fmt: skip
+WEIGHTS = Path(__file__).parent / "weights"
+SIDE, FRAMES = 64, 8
+
+
+class Text(nn.Module):
+    """`encode_text`: tokens [B, L] -> context [B, L, D]. Constant over the steps, so it runs once per request."""
+
+    def __init__(self, encoder: ByteTextEncoder, projection: TextProjection) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projection = projection
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.projection(self.encoder(tokens))
+
+
+class ReelTiny(nn.Module):
+    """Text encoder, denoiser and TAE."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ByteTextEncoder(TEXT_CONFIG)
+        self.denoiser = MovieGenTransformer(DENOISER_CONFIG)
+        self.tae = TAE(TAE_CONFIG)
+
+
+def build() -> ReelTiny:
+    """With the shipped weights (bfloat16 on disk, float32 here)."""
+    model = ReelTiny()
+    model.load_state_dict({name: w.float() for name, w in load_file(WEIGHTS / "reel-tiny.safetensors").items()})
+    return model.eval()
+
+
+def programs(model: nn.Module) -> tuple[Program, ...]:
+    """encode_text, encode_image, embed_time, denoise, decode; a video and an image profile where frames matter."""
+    assert isinstance(model, ReelTiny)
+    channels, side = TAE_CONFIG.latent_channels, SIDE // TAE_CONFIG.spatial_stride
+    frames, stride = TAE_CONFIG.latent_frames(FRAMES), TAE_CONFIG.temporal_stride
+    video = Profile("video", {"F": frames, "H": side, "W": side}, 64)
+    image = Profile("image", {"F": 1, "H": side, "W": side}, 64)
+    context = TensorSpec("context", "float32", ("B", TEXT_CONFIG.length, DENOISER_CONFIG.width))
+    tiles = tuple(Profile(p.name, {**p.sizes, "frames": p.sizes["F"] * stride, "height": SIDE, "width": SIDE}, 16) for p in (video, image))
+    return (
+        Program(
+            "encode_text", Text(model.text, model.denoiser.text), (TensorSpec("tokens", "int64", ("B", TEXT_CONFIG.length)),), (context,),
+            (Profile("any", {}, 64),),
+        ),
+        Program(
+            "encode_image", Encode(model.tae), (TensorSpec("picture", "float32", ("B", 3, 1, SIDE, SIDE)),),
+            (TensorSpec("latent", "float32", ("B", channels, 1, side, side)),), (Profile("image", {}, 16),),
+        ),
+        time_program(model.denoiser, 256),
+        denoise_program(model.denoiser, TEXT_CONFIG.length, (video, image)),
+        Program(
+            "decode", Decode(model.tae), (TensorSpec("latent", "float32", ("B", channels, "F", "H", "W")),),
+            (TensorSpec("video", "float32", ("B", 3, "frames", "height", "width")),), tiles,
+        ),
+    )  # fmt: skip
+
+
+SPEC = ModelSpec(
+    name="reel-tiny",
+    version="1",
+    settings=ModelSettings(
+        tasks=("text_to_image", "text_to_video", "animate_sticker"),
+        limits=Limits(sizes=((SIDE, SIDE),), frames=(1, FRAMES), max_steps=250, max_scale=20.0, max_count=16, max_prompt_bytes=TEXT_CONFIG.length - 1),
+        defaults={
+            "text_to_image": Defaults("euler", "linear", 16, 3.0, 1, 8.0),
+            "text_to_video": Defaults("euler", "linear", 16, 3.0, FRAMES, 8.0),
+            "animate_sticker": Defaults("euler", "linear", 12, 1.0, FRAMES, 8.0),
+        },
+        path="condot",
+        prediction="velocity",
+        latent_channels=TAE_CONFIG.latent_channels,
+        condition_channels=DENOISER_CONFIG.condition_channels,
+        spatial_stride=TAE_CONFIG.spatial_stride,
+        temporal_stride=TAE_CONFIG.temporal_stride,
+        text_length=TEXT_CONFIG.length,
+        tile_frames=TAE_CONFIG.latent_frames(FRAMES),
+        tile_overlap=2,
+    ),
+    build=build,
+    programs=programs,
+    card=WEIGHTS / "reel-tiny.md",
+)

@@ -1,0 +1,170 @@
+"""What the latent video tasks share: text and time embedded once, a guided sampler, tiled decoding.
+
+count outputs of one request, C channels, F H W latent frames and sides, S text tokens, D width, T pixel frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from reelstep.engine.models.byte_text import tokenize
+from reelstep.engine.models.spec import ModelSettings
+from reelstep.engine.models.tae import blend_ramp, tile_starts
+from reelstep.engine.pipelines.state import PipelineState
+from reelstep.engine.request import Call, Media, Request
+from reelstep.engine.samplers.convert import TO_VELOCITY
+from reelstep.engine.samplers.guidance import GUIDANCE, Query, guided
+from reelstep.engine.samplers.ns import Table, sample, start
+from reelstep.engine.samplers.paths import PATHS
+from reelstep.errors import InternalError
+
+Outputs = Mapping[str, Tensor]
+Answers = tuple[Outputs, ...]
+Pipeline = Generator[tuple[Call, ...], Answers, Media]
+"""Yields calls that may run together, is sent their outputs in order, returns the result."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a pipeline is handed beside its state. `table` is the solver that the request asked for."""
+
+    request: Request
+    settings: ModelSettings
+    table: Table
+
+    @property
+    def latent_frames(self) -> int:
+        return -(-self.request.frames // self.settings.temporal_stride)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Rows, columns."""
+        return self.request.height // self.settings.spatial_stride, self.request.width // self.settings.spatial_stride
+
+    @property
+    def profile(self) -> str:
+        return "image" if self.request.frames == 1 else "video"
+
+    def text_call(self, branches: Mapping[str, str]) -> Call:
+        """`encode_text` of each branch's words, a row each."""
+        tokens = torch.tensor([tokenize(text, self.settings.text_length) for text in branches.values()])
+        return Call("encode_text", "any", {"tokens": tokens})
+
+    def noise(self) -> Tensor:
+        """[count, C, F, H, W], each output from its own seed: the same whatever it is batched with."""
+        shape = (self.settings.latent_channels, self.latent_frames, *self.latent_size)
+        seeds = (self.request.seed + k for k in range(self.request.count))
+        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def generate(job: Job, state: PipelineState, picture: Tensor | None) -> Pipeline:
+    """Run one request from `state`. picture: [1, 3, 1, H, W] in [-1, 1], the sticker to animate, or None."""
+    request = job.request
+    if state.sampler is None:
+        yield from prepare(job, state, picture)
+        state.stage, state.steps = "denoise", job.table.n
+        state.sampler = start(job.table, job.noise())
+    if state.step < state.steps:
+        yield from denoise(job, state)
+    state.stage = "decode"
+    assert state.sampler is not None
+    video = yield from decode(job, state.sampler.x, state.tiles)
+    frames = to_pixels(video[:, :, : request.frames])
+    return Media(frames, tuple(request.seed + k for k in range(request.count)), request.frames_per_second)
+
+
+def prepare(job: Job, state: PipelineState, picture: Tensor | None) -> Generator[tuple[Call, ...], Answers, None]:
+    """All that is constant over the steps: text of each branch, time embeddings of every node, the condition latent."""
+    request, settings = job.request, job.settings
+    branches = {"text": request.prompt, "null": request.negative_prompt}
+    calls = [job.text_call(branches), Call("embed_time", "any", {"t": torch.tensor(job.table.times[:-1], dtype=torch.float32)})]
+    if picture is not None:
+        calls.append(Call("encode_image", "image", {"picture": picture}))
+    text, time, *encoded = yield tuple(calls)
+    state.contexts = dict(zip(branches, text["context"].split(1), strict=True))
+    state.modulations = time["modulation"]
+    if settings.condition_channels:
+        shape = (request.count, settings.condition_channels, job.latent_frames, *job.latent_size)
+        state.condition = encoded[0]["latent"].expand(shape).contiguous() if encoded else torch.zeros(shape)
+
+
+def denoise(job: Job, state: PipelineState) -> Generator[tuple[Call, ...], Answers, None]:
+    """The guided sampler, its queries turned into calls and its answers into velocities."""
+    assert state.sampler is not None
+    path, rule = PATHS[job.settings.path], GUIDANCE["cfg"](job.request.scale)
+    to_velocity = TO_VELOCITY[job.settings.prediction]
+    loop = guided(sample(job.table, state.sampler), rule, state.guidance)
+    answer: tuple[Tensor, ...] | None = None
+    while True:
+        try:
+            query = next(loop) if answer is None else loop.send(answer)
+        except StopIteration:
+            state.step = state.steps
+            return
+        state.step = state.sampler.step
+        yield from maybe_preview(job, state)
+        outputs = yield denoise_calls(job, state, query)
+        answer = tuple(to_velocity(out["velocity"], query.x, query.t, path) for out in outputs)
+
+
+def denoise_calls(job: Job, state: PipelineState, query: Query) -> tuple[Call, ...]:
+    """One call for each branch of guidance."""
+    assert state.modulations is not None
+    count, node = len(query.x), job.table.times.index(query.t)
+    modulation = state.modulations[node : node + 1].expand(count, -1, -1)
+    shared = {"x": query.x, "modulation": modulation} | ({} if state.condition is None else {"condition": state.condition})
+    return tuple(Call("denoise", job.profile, {**shared, "context": state.contexts[branch].expand(count, -1, -1)}) for branch in query.branches)
+
+
+def maybe_preview(job: Job, state: PipelineState) -> Generator[tuple[Call, ...], Answers, None]:
+    """Every so many steps, decode what the data would be if the last velocity held to the end."""
+    every = job.request.preview_every
+    if not every or not state.step or state.step % every or state.sampler is None:
+        return
+    video = yield from decode(job, state.sampler.x, [])
+    state.preview = to_pixels(video[:, :, : job.request.frames])
+
+
+def decode(job: Job, z: Tensor, tiles: list[Tensor]) -> Generator[tuple[Call, ...], Answers, Tensor]:
+    """Latents [count, C, F, H, W] -> video [count, 3, T, H, W], in temporal tiles whose overlap is blended.
+
+    Temporal tiling of Polyak et al. 2024, section 3.1.1. `tiles` keeps what is decoded, so that an interrupted decode goes on.
+    """
+    settings = job.settings
+    length = z.shape[2]
+    size = min(settings.tile_frames, length)
+    begins = [min(begin, length - size) for begin in tile_starts(length, size, min(settings.tile_overlap, size - 1))]
+    for begin in begins[len(tiles) :]:
+        (out,) = yield (Call("decode", job.profile, {"latent": z[:, :, begin : begin + size].contiguous()}),)
+        tiles.append(out["video"])
+    return blend_tiles(tiles, begins, settings.temporal_stride)
+
+
+def blend_tiles(tiles: list[Tensor], begins: list[int], stride: int) -> Tensor:
+    """Join decoded tiles [count, 3, T, H, W] that begin at latent frames `begins`; weights of the later one rise over the overlap."""
+    video = tiles[0]
+    for tile, begin in zip(tiles[1:], begins[1:], strict=True):
+        overlap = video.shape[2] - begin * stride
+        w = blend_ramp(overlap)[:, None, None]
+        mixed = (1 - w) * video[:, :, begin * stride :] + w * tile[:, :, :overlap]
+        video = torch.cat([video[:, :, : begin * stride], mixed, tile[:, :, overlap:]], dim=2)
+    return video
+
+
+def to_pixels(video: Tensor) -> npt.NDArray[np.uint8]:
+    """[count, 3, T, H, W] in [-1, 1] -> uint8 [count, T, H, W, 3]. Raises InternalError for NaN or infinity."""
+    if not bool(torch.isfinite(video).all()):
+        raise InternalError("the decoder gave values that are not finite; try another seed, a lower scale or float32")
+    scaled = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return np.ascontiguousarray(scaled.permute(0, 2, 3, 4, 1).numpy())
+
+
+def from_pixels(picture: npt.NDArray[np.uint8]) -> Tensor:
+    """uint8 [H, W, 3] -> [1, 3, 1, H, W] in [-1, 1]."""
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1

@@ -1,0 +1,35 @@
+"""All that a pipeline must remember between two calls: one plain dataclass that a driver can save.
+
+A pipeline started from a saved state continues bit for bit; resuming, previews and migration stand on that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from reelstep.engine.samplers.guidance import GuidanceState
+from reelstep.engine.samplers.ns import SamplerState
+
+
+@dataclass
+class PipelineState:
+    """stage: the program that is wanted now. step, steps: solver evaluations done and in all.
+
+    contexts: text of each guidance branch, [1, S, D]; condition: [count, C, F, h, w]; modulations: [nodes, 7, D]; tiles: decoded so
+    far, each [count, 3, frames, H, W]; preview: uint8 [count, F, H, W, 3], replaced as new ones come.
+    """
+
+    stage: str = "encode"
+    step: int = 0
+    steps: int = 0
+    contexts: dict[str, Tensor] = field(default_factory=dict)
+    condition: Tensor | None = None
+    modulations: Tensor | None = None
+    sampler: SamplerState | None = None
+    guidance: GuidanceState = field(default_factory=GuidanceState)
+    tiles: list[Tensor] = field(default_factory=list)
+    preview: npt.NDArray[np.uint8] | None = None

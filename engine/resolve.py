@@ -1,0 +1,176 @@
+"""From what was asked to a complete Request: the one place where defaults are filled in, for the service and for `sample` alike."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+from uuid import uuid4
+
+from reelstep.engine.media import ENCODERS, STILL_TYPES, decode_picture
+from reelstep.engine.request import Defaults, Event, Limits, Request, validate
+from reelstep.errors import FieldViolation, InvalidRequest, UnsupportedRequest, unknown
+
+DEFAULT_MEDIA_TYPE = "video/mp4"
+DRAWN_SEED_BITS = 31  # short enough to be typed again
+
+
+class Settings(Protocol):
+    """The part of a model's settings that the edge reads."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]: ...
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def defaults(self) -> Mapping[str, Defaults]: ...
+
+
+class Served(Protocol):
+    """A loaded model, as the edge sees it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def settings(self) -> Settings: ...
+    @property
+    def solvers(self) -> tuple[str, ...]: ...
+    @property
+    def schedules(self) -> tuple[str, ...]: ...
+
+
+class Engine(Protocol):
+    """What the edge needs of an engine. All methods may be called from any thread."""
+
+    @property
+    def models(self) -> Mapping[str, Served]: ...
+
+    def submit(self, request: Request, listener: Callable[[Event], None]) -> None:
+        """Start; returns at once. The listener is called on the engine's thread, the last time with Finished or Failed."""
+
+    def cancel(self, request_id: str) -> None:
+        """Stop before the next call; the listener then gets Failed(Cancelled). An unknown id is no error."""
+
+    def close(self, grace_s: float) -> None:
+        """Finish what is running within `grace_s`, cancel the rest, release the devices."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request as it came: None, or an empty name, is a choice left to the model."""
+
+    prompt: str
+    model: str = ""
+    negative_prompt: str = ""
+    seed: int | None = None
+    count: int | None = None
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    frames_per_second: float | None = None
+    steps: int | None = None
+    scale: float | None = None
+    solver: str = ""
+    schedule: str = ""
+    image: bytes | None = None
+    media_type: str = ""
+    preview_every: int = 0
+    request_id: str = ""
+    deadline: float = math.inf  # on time.monotonic's clock
+
+
+def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
+    """Fill every open choice, decode the picture and check all of it. No network runs before this has passed.
+
+    Raises NotFound (model, solver, schedule), UnsupportedRequest (task), InvalidRequest (all other fields, all at once).
+    """
+    check_text(ask)
+    served = choose_model(ask.model, models)
+    task = choose_task(ask, served)
+    settings = served.settings
+    defaults = settings.defaults[task]
+    width, height = choose_size(ask.width, ask.height, settings.limits)
+    request = Request(
+        id=ask.request_id or str(uuid4()),
+        model=served.name,
+        task=task,
+        prompt=ask.prompt,
+        negative_prompt=ask.negative_prompt,
+        seed=secrets.randbits(DRAWN_SEED_BITS) if ask.seed is None else ask.seed,
+        count=given(ask.count, 1),
+        width=width,
+        height=height,
+        frames=given(ask.frames, defaults.frames),
+        frames_per_second=given(ask.frames_per_second, defaults.frames_per_second),
+        steps=given(ask.steps, defaults.steps),
+        scale=given(ask.scale, defaults.scale),
+        solver=choose("solver", ask.solver or defaults.solver, served.solvers),
+        schedule=choose("schedule", ask.schedule or defaults.schedule, served.schedules),
+        image=None,
+        preview_every=ask.preview_every,
+        priority=0,
+        deadline=ask.deadline,
+    )
+    validate(request, settings.limits)
+    if ask.image is None:
+        return request
+    return replace(request, image=decode_picture(ask.image, settings.limits))
+
+
+T = TypeVar("T")
+
+
+def given(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def check_text(ask: Ask) -> None:
+    """A lone surrogate is how Python holds bytes that were not UTF-8 (a command line, JSON); no tokenizer can take it."""
+    names = ("prompt", "negative_prompt", "model", "solver", "schedule")
+    bad = [FieldViolation(name, "is not UTF-8 text; send it as UTF-8") for name in names if not is_utf8(getattr(ask, name))]
+    if ask.media_type and ask.media_type not in ENCODERS:
+        bad.append(FieldViolation("output_media_type", f"{ask.media_type[:80]!r} cannot be written; one of: {', '.join(sorted(ENCODERS))}"))
+    if bad:
+        raise InvalidRequest(bad)
+
+
+def is_utf8(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def choose(kind: str, name: str, known: tuple[str, ...]) -> str:
+    if name not in known:
+        raise unknown(kind, name[:80], known)
+    return name
+
+
+def choose_model(name: str, models: Mapping[str, Served]) -> Served:
+    """The model of that name; without a name the only one there is."""
+    if name:
+        return models[choose("model", name, tuple(models))]
+    if len(models) != 1:
+        raise InvalidRequest([FieldViolation("model", f"is empty and {len(models)} models are loaded; name one of: {', '.join(sorted(models))}")])
+    return next(iter(models.values()))
+
+
+def choose_task(ask: Ask, served: Served) -> str:
+    """A picture is animated; one frame, or a still media type without frames, is a picture; all else is a video."""
+    still = ask.frames == 1 or (ask.frames is None and ask.media_type in STILL_TYPES)
+    if ask.image is not None and ask.frames == 1:
+        raise InvalidRequest([FieldViolation("frames", "1 with an image: an animation has more; leave frames or the image out")])
+    task = "animate_sticker" if ask.image is not None else "text_to_image" if still else "text_to_video"
+    if task not in served.settings.tasks:
+        raise UnsupportedRequest(f"model {served.name!r} does not do {task}; it does: {', '.join(served.settings.tasks) or 'nothing'}")
+    return task
+
+
+def choose_size(width: int | None, height: int | None, limits: Limits) -> tuple[int, int]:
+    """The first compiled size that agrees with what was given; what was given where none does, for `validate` to refuse."""
+    for w, h in limits.sizes:
+        if width in (None, w) and height in (None, h):
+            return w, h
+    return given(width, limits.sizes[0][0]), given(height, limits.sizes[0][1])

@@ -1,0 +1,49 @@
+"""What the benchmarks share."""
+
+import json
+
+import numpy as np
+import pytest
+
+from reelstep.benchmarks.animation import psnr
+from reelstep.benchmarks.contact_sheet import sheet, strip
+from reelstep.benchmarks.harness import interleave, report, timing
+
+
+def test_psnr_is_ten_log_of_the_squared_range_over_the_mean_square():
+    a = np.zeros((2, 4, 4, 3), np.uint8)
+    assert psnr(a, a) == 100
+    assert psnr(a, a + 255) == pytest.approx(0)
+    assert psnr(a, a + 51) == pytest.approx(20 * np.log10(5))
+
+
+def test_contenders_take_turns_and_each_runs_once_a_round():
+    order = []
+    result = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=4, warmup=1)
+    assert order == ["a", "b", "a", "b", "b", "a", "a", "b", "b", "a"]
+    assert [t.rounds for t in result.values()] == [4, 4]
+
+
+def test_a_timing_is_the_median_with_its_spread():
+    t = timing([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (t.median_s, t.p10_s, t.p90_s) == (3.0, 1.0, 5.0)
+
+
+def test_a_report_writes_rows_and_conditions(tmp_path, capsys):
+    report("title", [{"name": "x", "seconds": 0.123456}], 7, tmp_path / "deep" / "rows.json", {"more": 1})
+    written = json.loads((tmp_path / "deep" / "rows.json").read_text())
+    assert written["rows"] == [{"name": "x", "seconds": 0.123456}]
+    assert written["more"] == 1
+    assert {"machine", "sku", "versions", "commit", "seed", "command"} <= written["conditions"].keys()
+    assert "0.1235" in capsys.readouterr().out
+
+
+def test_a_contact_sheet_shows_every_frame(tmp_path):
+    clip = np.zeros((3, 8, 8, 3), np.uint8)
+    clip[1] = (255, 0, 0)
+    assert strip(clip).shape == (8, 27, 3)
+    sheet([("words", [clip, clip])], tmp_path / "sheet.png")
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    assert (np.all(pixels == (255, 0, 0), axis=-1)).sum() == 2 * 64

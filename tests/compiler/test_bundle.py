@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reelstep.compiler import storage
+from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.describe import describe, describe_json
+from reelstep.compiler.load import load
+from reelstep.compiler.plan import canonical_json
+from reelstep.compiler.program import Program
+from reelstep.errors import BundleError, CompileError, NotFound, StorageError
+
+HERE = Path(__file__)
+CompileToy = Callable[..., Bundle]
+
+
+@pytest.fixture
+def copy(bundle: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle.path, tmp_path / "copy.reel"))
+
+
+def contents(path: Path) -> dict[str, str]:
+    return {str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest() for f in path.rglob("*") if f.is_file()}
+
+
+def rewrite_manifest(path: Path, change: Any) -> None:
+    """Change the manifest and make its own sha256 right again, as a deliberate forger would."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    change(manifest)
+    del manifest["sha256"]
+    manifest["sha256"] = hashlib.sha256(canonical_json(manifest)).hexdigest()
+    (path / "manifest.json").write_bytes(canonical_json(manifest))
+
+
+def test_a_bundle_gives_back_what_was_put_in(bundle: Bundle) -> None:
+    assert bundle.model_card == "# Toy\n"
+    assert bundle.settings == {"size": [4, 3]}
+    assert bundle.solvers == {"euler": {"times": [0.0, 1.0]}}
+    assert bundle.total_bytes == sum(f.stat().st_size for f in bundle.path.rglob("*") if f.is_file())
+
+
+def test_weights_are_stored_once_bit_exact_and_without_unused_ones(bundle: Bundle, programs: tuple[Program, ...]) -> None:
+    toy = programs[0].module
+    wanted = [tensor for name, tensor in toy.named_parameters() if not name.startswith("unused")] + list(toy.buffers())
+    assert sorted(t.numel() for t in bundle.tensors.values()) == sorted(t.numel() for t in wanted)
+    assert all(any(t.shape == w.shape and torch.equal(t, w) for t in bundle.tensors.values()) for w in wanted)
+
+
+def test_profiles_and_programs_share_the_memory_of_their_weights(bundle: Bundle) -> None:
+    places = [
+        bundle.program("denoise", "l4").state_dict["embed.weight"].data_ptr(),
+        bundle.program("denoise", "l3").state_dict["embed.weight"].data_ptr(),
+        bundle.program("lookup", "l4").state_dict["table.weight"].data_ptr(),
+    ]
+    assert len(set(places)) == 1
+
+
+def test_a_bundle_built_in_two_processes_has_identical_files(tmp_path: Path) -> None:
+    code = f"import sys, pathlib; sys.path.insert(0, {str(HERE.parent)!r}); import conftest; conftest.compile_toy(pathlib.Path(sys.argv[1]))"
+    for seed in ("1", "2"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / f"{seed}.reel")], check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+    assert contents(tmp_path / "1.reel") == contents(tmp_path / "2.reel")
+
+
+def test_graphs_name_no_source_file_and_no_path(bundle: Bundle) -> None:
+    for file in (bundle.path / "programs").iterdir():
+        text = file.read_text()
+        assert "stack_trace" not in text
+        assert ".py" not in text
+        assert str(Path.cwd()) not in text
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json", "programs/denoise.l4.json", "weights.safetensors", "solvers/euler.json", "MODEL_CARD.md"])
+def test_a_flipped_byte_is_found_and_the_file_named(copy: Path, name: str) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(BundleError, match=name):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json", "programs/lookup.l4.json", "weights.safetensors", "MODEL_CARD.md"])
+def test_a_missing_file_is_found_and_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=name):
+        Bundle.open(copy)
+
+
+def test_another_format_says_who_wrote_it_and_what_to_do(copy: Path) -> None:
+    rewrite_manifest(copy, lambda m: m.update(format=7, reelstep="9.9.9"))
+    with pytest.raises(BundleError, match=r"format 7, written by reelstep 9\.9\.9; reelstep .* reads format 1; run `reelstep compile` again"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "solvers/../../outside.json"])
+def test_a_manifest_that_points_outside_is_refused(copy: Path, name: str) -> None:
+    (copy.parent / "outside.json").write_text("{}")
+    rewrite_manifest(copy, lambda m: m["files"].update({name: {"sha256": hashlib.sha256(b"{}").hexdigest(), "bytes": 2}}))
+    with pytest.raises(BundleError, match="outside"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("find", "put"),
+    [("torch.ops.aten.linear.default", "torch.hub.load"), ("Symbol('", "__import__('os').system('"), ('"guards_code":[]', '"guards_code":["1"]')],
+)
+def test_a_forged_graph_cannot_run_code(copy: Path, find: str, put: str) -> None:
+    file = copy / "programs/denoise.l4.json"
+    forged = file.read_text().replace(find, put)
+    assert forged != file.read_text()
+    file.write_text(forged)
+    entry = {"sha256": hashlib.sha256(forged.encode()).hexdigest(), "bytes": len(forged.encode())}
+    rewrite_manifest(copy, lambda m: m["files"].update({"programs/denoise.l4.json": entry}))
+    with pytest.raises(BundleError, match=r"denoise\.l4\.json"):
+        Bundle.open(copy).program("denoise", "l4")
+
+
+def test_a_full_disk_keeps_the_old_bundle_and_leaves_nothing_behind(
+    copy: Path, programs: tuple[Program, ...], monkeypatch: pytest.MonkeyPatch, compile_toy: CompileToy
+) -> None:
+    before, neighbours = contents(copy), set(copy.parent.iterdir())
+    written = []
+
+    def full(descriptor: int) -> None:
+        written.append(descriptor)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left"):
+        compile_toy(copy, programs[1:])
+    assert contents(copy) == before
+    assert set(copy.parent.iterdir()) == neighbours
+    Bundle.open(copy)
+
+
+def test_something_else_than_a_bundle_is_not_replaced(tmp_path: Path, programs: tuple[Program, ...], compile_toy: CompileToy) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(StorageError, match="not what would be written"):
+        compile_toy(tmp_path, programs[1:])
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_unknown_program_or_profile_is_named_with_the_known_ones(bundle: Bundle) -> None:
+    with pytest.raises(NotFound, match="denoise, lookup"):
+        bundle.program("encode", "l4")
+    with pytest.raises(NotFound, match="l3, l4"):
+        bundle.program("denoise", "l9")
+
+
+def test_a_description_names_programs_edges_and_hashes(bundle: Bundle) -> None:
+    text = describe(bundle)
+    assert "in  ids: int64 [B, 4]" in text
+    assert bundle.plan.hash in text
+    assert json.loads(json.dumps(describe_json(bundle)))["total_bytes"] == bundle.total_bytes
+
+
+def test_a_meta_model_needs_no_weights_file_and_loads_only_on_null(tmp_path: Path, programs: tuple[Program, ...], compile_toy: CompileToy) -> None:
+    meta = replace(programs[1], module=deepcopy(programs[1].module).to("meta"))
+    bundle = compile_toy(tmp_path / "meta.reel", (meta,), "null")
+    assert not (bundle.path / "weights.safetensors").exists()
+    found = load(bundle, None)["lookup", "l4"]({"ids": torch.zeros(3, 4, dtype=torch.int64)})
+    assert found["sum"].shape == (3, 8)
+    assert bundle.program("lookup", "l4").state_dict["table.weight"].is_meta
+    with pytest.raises(CompileError, match="only backend 'null'"):
+        load(bundle, None, "eager")

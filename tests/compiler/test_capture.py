@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reelstep.compiler.capture import capture
+from reelstep.compiler.program import Profile, Program, TensorSpec
+from reelstep.errors import CompileError, ConfigError
+
+X = TensorSpec("x", "float32", ("B", "N"))
+PROFILE = Profile("n4", {"N": 4}, 6)
+
+
+class Apply(nn.Module):
+    def __init__(self, function: object) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)  # type: ignore[operator, no-any-return]
+
+
+def program(function: object, name: str = "p") -> Program:
+    return Program(name, Apply(function), (X,), (TensorSpec("y", "float32", ("B", "N")),), (PROFILE,))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6])
+def test_the_batch_is_dynamic(rows: int) -> None:
+    x = torch.randn(rows, 4)
+    assert torch.equal(capture(program(torch.tanh), PROFILE).module()(x), torch.tanh(x))
+
+
+def test_a_profile_of_one_row_is_captured_static() -> None:
+    one = Profile("one", {"N": 4}, 1)
+    x = torch.randn(1, 4)
+    assert torch.equal(capture(program(torch.tanh), one).module()(x), torch.tanh(x))
+
+
+def test_a_module_stays_in_training_mode() -> None:
+    p = program(nn.Dropout())
+    capture(p, PROFILE)
+    assert p.module.training
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda x: x * (1 if x.sum() > 0 else 2), "'p' at profile 'n4' cannot be exported"),
+        (lambda x: x + torch.zeros(3, 4), "cannot be exported"),
+        (lambda x: x.double(), "returns float64"),
+        (lambda x: x[:, :2], "declared is y"),
+        (lambda x: (x, x), "returns 2 tensors"),
+    ],
+)
+def test_what_cannot_be_captured_names_program_profile_and_cause(function: object, words: str) -> None:
+    with pytest.raises(CompileError, match=words):
+        capture(program(function), PROFILE)
+
+
+def test_a_size_without_a_number_and_a_name_that_is_no_file_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no number to N"):
+        capture(program(torch.tanh), Profile("empty", {}, 2))
+    with pytest.raises(ConfigError, match="names are"):
+        capture(program(torch.tanh, "../p"), PROFILE)

@@ -1,0 +1,158 @@
+"""A model whose programs are closed forms, so that the engine is tested without a network.
+
+Its exact velocity leads every latent to TARGET (at scale 1), whatever the steps; decoding repeats latents into pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from reelstep.engine.build import ServedModel
+from reelstep.engine.executors.inline import Inline
+from reelstep.engine.loop import BatchRecord, Engine
+from reelstep.engine.models.spec import ModelSettings
+from reelstep.engine.request import Defaults, Event, Failed, Finished, Limits, Request
+from reelstep.engine.runner import Runner
+
+TARGET, NULL_TARGET = 0.5, -0.25
+SETTINGS = ModelSettings(
+    tasks=("text_to_image", "text_to_video", "animate_sticker"),
+    limits=Limits(sizes=((16, 16),), frames=(1, 8), max_steps=100, max_scale=20.0, max_count=4, max_prompt_bytes=31),
+    defaults={"text_to_video": Defaults("euler", "linear", 4, 1.0, 8, 8.0)},
+    path="condot", prediction="velocity", latent_channels=3, condition_channels=3, spatial_stride=8, temporal_stride=2, text_length=32,
+    tile_frames=2, tile_overlap=1,
+)  # fmt: skip
+
+
+def encode_text(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The context says only whether there was any text."""
+    said = (inputs["tokens"][:, 0] != 1).float()
+    return {"context": said[:, None, None].expand(-1, 32, 4)}
+
+
+def embed_time(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"modulation": inputs["t"][:, None, None].expand(-1, 7, 4)}
+
+
+def denoise(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Velocity of the straight line from x to the target: exact for every solver that never evaluates t = 1."""
+    said, t = inputs["context"][:, 0, 0], inputs["modulation"][:, 0, 0]
+    target = torch.where(said > 0, TARGET, NULL_TARGET)[:, None, None, None, None] + inputs["condition"]
+    return {"velocity": (target - inputs["x"]) / (1 - t[:, None, None, None, None])}
+
+
+def decode(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    z = inputs["latent"]
+    return {"video": z.repeat_interleave(2, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)}
+
+
+def encode_image(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"latent": inputs["picture"][:, :, :, ::8, ::8] * 0.1}
+
+
+PROGRAMS = {
+    ("encode_text", "any"): encode_text, ("embed_time", "any"): embed_time, ("encode_image", "image"): encode_image,
+    ("denoise", "video"): denoise, ("denoise", "image"): denoise, ("decode", "video"): decode, ("decode", "image"): decode,
+}  # fmt: skip
+
+
+def make_model(name: str = "toy") -> ServedModel:
+    return ServedModel(name, "1", SETTINGS, ("euler", "midpoint", "heun"), ("linear", "linear_quadratic"), {})
+
+
+def make_runner(**replaced: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> Runner:
+    """The closed-form programs, some replaced by name."""
+    programs = {key: replaced.get(key[0], run) for key, run in PROGRAMS.items()}
+    return Runner(programs, dict.fromkeys(programs, 8))
+
+
+NUMBERS = itertools.count()
+
+
+def make_request(**changed: object) -> Request:
+    base = Request(
+        id=f"request {next(NUMBERS)}", model="toy", task="text_to_video", prompt="a cat", negative_prompt="", seed=1, count=1, width=16,
+        height=16, frames=8, frames_per_second=8.0, steps=4, scale=1.0, solver="euler", schedule="linear", image=None, preview_every=0,
+        priority=0, deadline=math.inf,
+    )  # fmt: skip
+    return replace(base, **changed)  # type: ignore[arg-type]
+
+
+class Heard:
+    """A listener that remembers, and waits for the end."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.ended = threading.Event()
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Finished | Failed):
+            self.ended.set()
+
+    def last(self) -> Event:
+        assert self.ended.wait(20), f"no end after 20 s; heard {self.events}"
+        return self.events[-1]
+
+    def result(self) -> Finished:
+        last = self.last()
+        assert isinstance(last, Finished), last
+        return last
+
+    def error(self) -> Exception:
+        last = self.last()
+        assert isinstance(last, Failed), last
+        return last.error
+
+
+class Toy:
+    """An engine over the closed-form model, and the batches it ran."""
+
+    def __init__(self, runner: Runner, **options: int) -> None:
+        self.batches: list[BatchRecord] = []
+        self.engine = Engine({"toy": make_model()}, Inline({"toy": runner}), on_batch=self.batches.append, **options)
+
+    def submit(self, **changed: object) -> Heard:
+        heard = Heard()
+        self.engine.submit(make_request(**changed), heard)
+        return heard
+
+
+@pytest.fixture
+def toy():
+    made = Toy(make_runner())
+    yield made
+    made.engine.close(0)
+
+
+@pytest.fixture
+def make_toy():
+    """Toys with other programs or limits; all are closed at the end."""
+    made: list[Toy] = []
+
+    def make(replaced: Mapping[str, Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]] | None = None, **options: int) -> Toy:
+        made.append(Toy(make_runner(**(replaced or {})), **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.engine.close(0)
+
+
+@pytest.fixture
+def request_for():
+    return make_request
+
+
+@pytest.fixture
+def closed_form():
+    """Settings, programs and targets of the toy model."""
+    return SETTINGS, PROGRAMS, (TARGET, NULL_TARGET)

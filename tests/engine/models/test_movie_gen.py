@@ -1,0 +1,157 @@
+"""The 30B configuration against the published counts, on the meta device; the block against its formula, in float64."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from reelstep.engine.models import MODELS
+from reelstep.engine.models.movie_gen import CONFIG_30B, MovieGenConfig, MovieGenTransformer, build_30b
+from reelstep.engine.models.reel_tiny import DENOISER_CONFIG
+from reelstep.errors import ConfigError
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_the_30b_configuration_has_the_parameters_of_the_specification():
+    model = build_30b()
+    assert all(p.is_meta for p in model.parameters())
+    assert count(model) == 29_303_494_656
+    assert count(model.blocks) == 48 * 604_028_928
+
+
+@pytest.mark.parametrize(
+    ("changes", "total"),
+    [
+        ({"layers": 32, "width": 3072, "ffn": 8192, "heads": 24}, 4_921_617_408),
+        ({"layers": 2, "width": 128, "ffn": 352, "heads": 2, "text_widths": (64, 48, 32), "positions": (8, 16, 16)}, 723_072),
+        ({"condition_channels": 16}, 29_303_494_656 + 393_216),
+    ],
+)
+def test_other_published_sizes_have_their_parameters(changes, total):
+    with torch.device("meta"):
+        assert count(MovieGenTransformer(replace(CONFIG_30B, **changes))) == total
+
+
+@pytest.mark.parametrize(
+    ("frames", "side", "tokens", "flops"),
+    [(32, 96, 73_728, 1.0249e16), (24, 96, 55_296, 6.487e15), (16, 96, 36_864, 3.525e15), (32, 32, 8_192, 5.121e14), (1, 96, 2_304, 1.334e14)],
+)
+def test_tokens_and_flops_of_one_forward_are_those_of_the_specification(frames, side, tokens, flops):
+    assert CONFIG_30B.tokens(frames, side, side) == tokens
+    counter = FlopCounterMode(display=False)
+    with counter, torch.device("meta"):
+        x = torch.empty(1, 16, frames, side, side, dtype=torch.bfloat16)
+        modulation, context = torch.empty(1, 7, 6144, dtype=torch.bfloat16), torch.empty(1, 1024, 6144, dtype=torch.bfloat16)
+        out = build_30b()(x, modulation, None, context)
+    assert out.shape == x.shape
+    # patch embedding and head, which the specification's formula leaves out, are below 0.05 %
+    assert counter.get_total_flops() == pytest.approx(flops, rel=1e-3)
+
+
+def tiny(**changes):
+    config = MovieGenConfig(
+        layers=2, width=32, ffn=48, heads=4, latent_channels=3, condition_channels=2, patch=(1, 2, 2), positions=(4, 4, 4), text_widths=(5, 7),
+        time_frequencies=16, time_scale=1000.0, qk_norm=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return MovieGenTransformer(replace(config, **changes)).double()
+
+
+def by_hand(model, x, t, condition, texts):
+    """The paper's figure once more, plainly: loops over heads, no SDPA, no einops."""
+    config = model.config
+
+    def rms(v, weight):
+        return v / torch.sqrt(v.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+    def attend(layer, q_in, kv_in):
+        k = config.width // config.heads
+        out = []
+        for h in range(config.heads):
+            cut = slice(h * k, (h + 1) * k)
+            q, key, v = (w.weight[cut] @ z.transpose(-1, -2) for w, z in ((layer.q, q_in), (layer.k, kv_in), (layer.v, kv_in)))
+            weights = torch.softmax(q.transpose(-1, -2) @ key / math.sqrt(k), -1)
+            out.append(weights @ v.transpose(-1, -2))
+        return torch.cat(out, -1) @ layer.out.weight.T
+
+    half = config.time_frequencies // 2
+    angle = config.time_scale * t[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / half).double()
+    embedding = torch.cat([angle.cos(), angle.sin()], 1)
+    embedding = torch.nn.functional.silu(embedding @ model.time.mlp[0].weight.T) @ model.time.mlp[2].weight.T
+    six = (torch.nn.functional.silu(embedding) @ model.time.shared.weight.T).reshape(len(t), 6, config.width)
+    parts = []
+    for text, linear, norm in zip(texts, model.text.linears, model.text.norms, strict=True):
+        y = text @ linear.weight.T
+        y = (y - y.mean(-1, keepdim=True)) / torch.sqrt(y.var(-1, unbiased=False, keepdim=True) + 1e-6)
+        parts.append(y * norm.weight + norm.bias)
+    context = torch.cat(parts, 1)
+    joined = torch.cat([x, condition], 1)
+    b, _, f, h, w = joined.shape
+    rows, positions = [], []
+    for i in range(f):
+        for j in range(h // 2):
+            for k in range(w // 2):
+                rows.append(joined[:, :, i, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2].reshape(b, -1))
+                positions.append(model.positions[0][i] + model.positions[1][j] + model.positions[2][k])
+    tokens, positions = torch.stack(rows, 1) @ model.patch_in.weight.T, torch.stack(positions)
+    for block in model.blocks:
+        s1, m1, g1, s2, m2, g2 = ((six + block.table)[:, i, None] for i in range(6))
+        tokens = tokens + positions
+        y = rms(tokens, block.norm1.weight) * (1 + m1) + s1
+        tokens = tokens + g1 * attend(block.self_attention, y, y)
+        tokens = tokens + attend(block.cross_attention, tokens, context)
+        y = rms(tokens, block.norm2.weight) * (1 + m2) + s2
+        gate = y @ block.ffn.w1.weight.T
+        tokens = tokens + g2 * ((gate * torch.sigmoid(gate) * (y @ block.ffn.w3.weight.T)) @ block.ffn.w2.weight.T)
+    shift, scale = (embedding + model.table[0])[:, None], (embedding + model.table[1])[:, None]
+    tokens = (rms(tokens, model.norm.weight) * (1 + scale) + shift) @ model.patch_out.weight.T
+    out = torch.zeros(b, config.latent_channels, f, h, w, dtype=x.dtype)
+    for n in range(tokens.shape[1]):
+        i, rest = divmod(n, (h // 2) * (w // 2))
+        j, k = divmod(rest, w // 2)
+        out[:, :, i, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2] = tokens[:, n].reshape(b, config.latent_channels, 2, 2)
+    return out
+
+
+@torch.no_grad()
+def test_the_transformer_is_the_papers_figure():
+    model = tiny()
+    x, condition = torch.randn(2, 3, 3, 4, 6).double(), torch.randn(2, 2, 3, 4, 6).double()
+    t, texts = torch.tensor([0.1, 0.7]).double(), (torch.randn(2, 4, 5).double(), torch.randn(2, 3, 7).double())
+    got = model(x, model.time(t), condition, model.text(*texts))
+    assert torch.allclose(got, by_hand(model, x, t, condition, texts), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_do_not_see_each_other():
+    model = tiny(qk_norm=True)
+    x, condition = torch.randn(3, 3, 2, 4, 4).double(), torch.randn(3, 2, 2, 4, 4).double()
+    modulation, context = model.time(torch.rand(3).double()), torch.randn(3, 5, 32).double()
+    together = model(x, modulation, condition, context)
+    for i in range(3):
+        row = slice(i, i + 1)
+        assert torch.allclose(model(x[row], modulation[row], condition[row], context[row]), together[row], atol=1e-12)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ConfigError, match="width 32 is not divisible by 5 heads"):
+        tiny(heads=5)
+
+
+def test_reel_tiny_is_the_same_class_with_256_tokens():
+    assert DENOISER_CONFIG.tokens(4, 8, 8) == 256
+    assert isinstance(MODELS["reel-tiny"].build().denoiser, MovieGenTransformer)
+
+
+def test_dit_mid_has_4096_tokens_and_the_same_weights_every_time():
+    spec = MODELS["dit-mid"]
+    one, two = spec.build(), spec.build()
+    denoise = next(p for p in spec.programs(one) if p.name == "denoise")
+    sizes = denoise.profile("video").sizes
+    assert one.config.tokens(sizes["F"], sizes["H"], sizes["W"]) == 4096
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))

@@ -1,0 +1,92 @@
+"""Pipelines as generators: resuming, tiling, profiles."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from reelstep.engine.pipelines import PIPELINES
+from reelstep.engine.pipelines.latent import Job, blend_tiles, decode
+from reelstep.engine.pipelines.state import PipelineState
+from reelstep.engine.samplers.paths import PATHS
+from reelstep.engine.samplers.schedules import SCHEDULES
+from reelstep.engine.samplers.tables import SOLVERS
+
+
+def run(pipeline, programs, saves=None, state=None):
+    """Drive a pipeline on closed-form programs; after every answer, keep a deep copy of its state."""
+    answers = None
+    seen = []
+    while True:
+        try:
+            calls = next(pipeline) if answers is None else pipeline.send(answers)
+        except StopIteration as done:
+            return done.value, seen
+        seen += [call.key for call in calls]
+        if saves is not None:
+            saves.append(copy.deepcopy(state))
+        answers = tuple(programs[call.key](call.inputs) for call in calls)
+
+
+def job_for(request, settings):
+    table = SOLVERS[request.solver].build(SCHEDULES[request.schedule](request.steps), PATHS[settings.path])
+    return Job(request, settings, table)
+
+
+@pytest.mark.parametrize("task", list(PIPELINES))
+def test_a_pipeline_resumed_from_any_saved_state_continues_bit_for_bit(task, closed_form, request_for):
+    settings, programs, _ = closed_form
+    picture = np.random.default_rng(0).integers(0, 255, (20, 10, 4)).astype(np.uint8) if task == "animate_sticker" else None
+    request = request_for(task=task, frames=1 if task == "text_to_image" else 8, scale=1.5, steps=3, count=2, image=picture, solver="midpoint")
+    job, state, saves = job_for(request, settings), PipelineState(), []
+    whole, _ = run(PIPELINES[task](job, state), programs, saves, state)
+    assert len(saves) > 6
+    for saved in saves:
+        again, _ = run(PIPELINES[task](job, saved), programs)
+        assert np.array_equal(again.frames, whole.frames)
+        assert (saved.guidance.nfe, saved.guidance.forwards) == (state.guidance.nfe, state.guidance.forwards)
+
+
+def test_an_image_uses_the_image_profile_and_a_video_the_video_profile(closed_form, request_for):
+    settings, programs, _ = closed_form
+    for task, frames, profile in (("text_to_image", 1, "image"), ("text_to_video", 8, "video")):
+        media, seen = run(PIPELINES[task](job_for(request_for(task=task, frames=frames), settings), PipelineState()), programs)
+        assert media.frames.shape[1] == frames
+        assert {key for key in seen if key[0] in ("denoise", "decode")} == {("denoise", profile), ("decode", profile)}
+
+
+def test_text_picture_and_time_are_embedded_once(closed_form, request_for):
+    settings, programs, _ = closed_form
+    picture = np.zeros((16, 16, 3), np.uint8)
+    _, seen = run(PIPELINES["animate_sticker"](job_for(request_for(task="animate_sticker", image=picture, steps=7), settings), PipelineState()), programs)
+    assert [seen.count((name, profile)) for name, profile in (("encode_text", "any"), ("embed_time", "any"), ("encode_image", "image"))] == [1, 1, 1]
+    assert seen.count(("denoise", "video")) == 7
+
+
+def test_the_picture_conditions_the_result(closed_form, request_for):
+    settings, programs, (target, _) = closed_form
+    picture = np.full((16, 16, 3), 255, np.uint8)
+    media, _ = run(PIPELINES["animate_sticker"](job_for(request_for(task="animate_sticker", image=picture), settings), PipelineState()), programs)
+    assert abs(int(media.frames[0, 0, 0, 0, 0]) - round((target + 0.1 + 1) * 127.5)) <= 1
+
+
+def test_a_decoder_that_gives_a_constant_blends_to_the_constant():
+    tiles = [torch.full((1, 3, 8, 2, 2), 0.3) for _ in range(3)]
+    video = blend_tiles(tiles, [0, 2, 4], stride=2)
+    assert video.shape[2] == 16
+    assert torch.allclose(video, torch.full_like(video, 0.3), atol=1e-7)
+
+
+def test_the_later_tile_gains_weight_over_the_overlap():
+    video = blend_tiles([torch.zeros(1, 3, 8, 1, 1), torch.ones(1, 3, 8, 1, 1)], [0, 2], stride=2)[0, 0, :, 0, 0]
+    assert torch.allclose(video, torch.tensor([0, 0, 0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1, 1, 1]))
+
+
+def test_a_tiled_decode_of_a_local_decoder_equals_the_whole(closed_form, request_for):
+    settings, programs, _ = closed_form
+    z = torch.randn(2, 3, 7, 2, 2)
+    job = job_for(request_for(), settings)
+    (tiled, seen) = run(decode(job, z, []), programs)
+    assert len(seen) == 6  # tiles of 2, overlap 1, over 7
+    assert torch.allclose(tiled, programs["decode", "video"]({"latent": z})["video"], atol=1e-6)

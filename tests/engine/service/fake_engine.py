@@ -1,0 +1,99 @@
+"""An engine without networks, for tests of the edge: frames are made of the seed, and its behaviour follows from the prompt."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from reelstep.engine.request import Defaults, Event, Failed, Finished, Limits, Media, Preview, Progress, Queued, Request, Usage
+from reelstep.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded
+
+VIDEO = Defaults(solver="euler", schedule="linear", steps=4, scale=3.0, frames=8, frames_per_second=8.0)
+IMAGE = Defaults(solver="euler", schedule="linear", steps=4, scale=3.0, frames=1, frames_per_second=8.0)
+LIMITS = Limits(
+    sizes=((64, 64), (512, 384)), frames=(1, 8), max_steps=100, max_scale=20.0, max_count=4, max_image_bytes=100_000, max_image_pixels=1_000_000
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FakeSettings:
+    tasks: tuple[str, ...] = ("text_to_image", "text_to_video", "animate_sticker")
+    limits: Limits = LIMITS
+    defaults: dict[str, Defaults] = field(default_factory=lambda: {"text_to_image": IMAGE, "text_to_video": VIDEO, "animate_sticker": VIDEO})
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    name: str = "fake"
+    version: str = "1"
+    settings: FakeSettings = FakeSettings()
+    solvers: tuple[str, ...] = ("euler", "heun")
+    schedules: tuple[str, ...] = ("linear", "quadratic")
+
+
+def frames_of(request: Request, index: int) -> npt.NDArray[np.uint8]:
+    """Noise of the seed, [F, H, W, 3]: incompressible, so that artifacts are large."""
+    shape = (request.frames, request.height, request.width, 3)
+    return np.random.default_rng(request.seed + index).integers(0, 256, shape, dtype=np.uint8)
+
+
+class FakeEngine:
+    """One thread for each request. In the prompt: `slow` waits 50 ms a step, `endless` never ends, `nan` fails, `crash` raises a bug, `full` is refused."""
+
+    def __init__(self, *models: FakeModel) -> None:
+        self.models = {m.name: m for m in models or (FakeModel(),)}
+        self.requests: list[Request] = []
+        self.cancelled: list[str] = []
+        self.ended: dict[str, str] = {}
+        self._stop: dict[str, threading.Event] = {}
+
+    def submit(self, request: Request, listener: Callable[[Event], None]) -> None:
+        if "full" in request.prompt:
+            raise Overloaded("the queue is full; try again in 2.5 s", retry_after_s=2.5)
+        if "crash" in request.prompt:
+            raise RuntimeError("secret path /etc/inside")
+        self.requests.append(request)
+        self._stop[request.id] = threading.Event()
+        threading.Thread(target=self._run, args=(request, listener), daemon=True).start()
+
+    def cancel(self, request_id: str) -> None:
+        if request_id in self._stop and request_id not in self.ended:
+            self.cancelled.append(request_id)
+            self._stop[request_id].set()
+
+    def close(self, grace_s: float) -> None:
+        end = time.monotonic() + grace_s
+        while len(self.ended) < len(self._stop) and time.monotonic() < end:
+            time.sleep(0.01)
+        for request_id in tuple(self._stop):
+            self.cancel(request_id)
+
+    def _run(self, request: Request, listener: Callable[[Event], None]) -> None:
+        last = self._steps(request, listener)
+        self.ended[request.id] = type(last).__name__
+        listener(last)
+
+    def _steps(self, request: Request, listener: Callable[[Event], None]) -> Finished | Failed:
+        listener(Queued(position=0, estimated_wait_s=0.0))
+        endless = "endless" in request.prompt
+        step = 0
+        while endless or step < request.steps:
+            step += 1
+            if self._stop[request.id].wait(0.05 if endless or "slow" in request.prompt else 0.0):
+                return Failed(Cancelled(f"request {request.id} was cancelled"))
+            if request.deadline <= time.monotonic():
+                return Failed(DeadlineExceeded("denoise"))
+            if "nan" in request.prompt:
+                return Failed(InternalError("denoise gave NaN at step 1"))
+            listener(Progress("denoise", min(step, request.steps), request.steps, 0.1))
+            if request.preview_every and step % request.preview_every == 0:
+                listener(Preview(step, frames_of(request, 0)[None]))
+        frames = np.stack([frames_of(request, k) for k in range(request.count)])
+        seeds = tuple(request.seed + k for k in range(request.count))
+        usage = Usage(nfe=request.steps, forwards=2 * request.steps, queue_s=0.25, compute_s={"denoise": 1.5, "decode": 0.5})
+        return Finished(Media(frames, seeds, request.frames_per_second), usage)

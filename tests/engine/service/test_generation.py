@@ -1,0 +1,271 @@
+"""MediaService over a real connection, driven by a plain gRPC client with default limits."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from uuid import uuid4
+
+import google_crc32c
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from reelstep.engine.service.generation import SERVICE
+from reelstep.protos.reelstep.v1 import media_pb2 as pb
+from reelstep.tests.engine.service.fake_engine import FakeEngine, FakeModel
+from reelstep.tests.engine.service.in_process import Served, served, wait_until
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def channel(fake: Served) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(fake.address) as channel:
+        yield channel
+
+
+def request(prompt: str = "a fox", **spec: object) -> pb.GenerateRequest:
+    return pb.GenerateRequest(spec=pb.GenerationSpec(prompt=prompt, **spec), inline_artifacts=True)  # type: ignore[arg-type]
+
+
+def call(channel: grpc.Channel, message: pb.GenerateRequest | bytes, timeout: float | None = 10) -> list[pb.GenerateResponse]:
+    method = channel.unary_stream(f"/{SERVICE}/Generate", response_deserializer=pb.GenerateResponse.FromString)
+    data = message if isinstance(message, bytes) else message.SerializeToString()
+    return list(method(data, timeout=timeout))
+
+
+def refused(channel: grpc.Channel, message: pb.GenerateRequest | bytes, timeout: float | None = 10) -> tuple[grpc.StatusCode, str, dict[str, str]]:
+    """Code, message and violations by field of a call that must fail."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call(channel, message, timeout)
+    violations: dict[str, str] = {}
+    for key, value in caught.value.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            for detail in status_pb2.Status.FromString(value).details:
+                bad = error_details_pb2.BadRequest()
+                if detail.Unpack(bad):
+                    violations = {v.field: v.description for v in bad.field_violations}
+    return caught.value.code(), caught.value.details(), violations
+
+
+def test_a_large_artifact_reaches_a_client_with_default_limits_in_checked_pieces(channel: grpc.Channel) -> None:
+    responses = call(channel, request(width=512, height=384, frames=8, seed=5, output_media_type="image/png"))
+    events = [r.event for r in responses if r.HasField("event")]
+    chunks = [r.chunk for r in responses if r.HasField("chunk")]
+    artifact = next(e.artifact for e in events if e.HasField("artifact"))
+    data = b"".join(c.data for c in chunks)
+    assert artifact.size_bytes == len(data) > 4 * MIB
+    assert hashlib.sha256(data).digest() == artifact.sha256
+    assert all(google_crc32c.value(c.data) == c.crc32c for c in chunks)
+    assert [c.offset for c in chunks] == [256 * 1024 * i for i in range(len(chunks))]
+    assert [c.last for c in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert max(r.ByteSize() for r in responses) < MIB
+
+
+def test_events_are_numbered_without_gaps_and_end_with_the_finished_job(channel: grpc.Channel) -> None:
+    responses = call(channel, request("a slow fox", seed=7, count=2, steps=6, guidance=2.5, solver="heun"))
+    events = [r.event for r in responses if r.HasField("event")]
+    assert [e.sequence for e in events] == list(range(1, len(events) + 1))
+    assert next(e.WhichOneof("kind") for e in events) == "queued"
+    assert "progress" in [e.WhichOneof("kind") for e in events]
+    job = responses[-1].event.finished
+    assert job.state == pb.JOB_STATE_SUCCEEDED
+    assert [a.seed for a in job.artifacts] == [7, 8]
+    assert (job.spec.seed, job.spec.solver, job.spec.schedule, job.spec.frames, job.spec.width) == (7, "heun", "linear", 8, 64)
+    assert (job.usage.nfe, job.usage.forwards, job.usage.guidance, job.usage.task) == (6, 12, 2.5, "text_to_video")
+    assert job.usage.queue.ToMilliseconds() == 250
+    assert {k: v.ToMilliseconds() for k, v in job.usage.compute.items()} == {"denoise": 1500, "decode": 500}
+    assert job.create_time.ToDatetime() < job.end_time.ToDatetime()
+
+
+def test_sending_the_finished_spec_again_gives_the_same_bytes(channel: grpc.Channel) -> None:
+    first = call(channel, request(frames=1, output_media_type="image/png"))
+    again = call(channel, pb.GenerateRequest(spec=first[-1].event.finished.spec, inline_artifacts=True))
+    assert first[-1].event.finished.artifacts[0].sha256 == again[-1].event.finished.artifacts[0].sha256
+
+
+def test_previews_fit_their_limit_however_large_the_video(channel: grpc.Channel) -> None:
+    message = request("slow", width=512, height=384, frames=8)
+    message.preview.CopyFrom(pb.PreviewPolicy(every_steps=1, max_bytes=9000))
+    previews = [r.event.preview for r in call(channel, message) if r.event.HasField("preview")]
+    assert previews
+    assert all(0 < len(p.data) <= 9000 and p.media_type == "image/webp" and p.data[8:12] == b"WEBP" for p in previews)
+
+
+@pytest.mark.parametrize(
+    ("field", "spec"),
+    [
+        ("prompt", {"prompt": ""}),
+        ("prompt", {"prompt": " \n\t"}),
+        ("prompt", {"prompt": "x" * 5000}),
+        ("negative_prompt", {"negative_prompt": "é" * 3000}),
+        ("steps", {"steps": 0}),
+        ("steps", {"steps": 2**32 - 1}),
+        ("frames", {"frames": 0}),
+        ("frames", {"frames": 10**6}),
+        ("width", {"width": 0}),
+        ("width", {"width": 2**31, "height": 2**31}),
+        ("width", {"width": 63}),
+        ("count", {"count": 0}),
+        ("count", {"count": 10**9}),
+        ("guidance", {"guidance": math.nan}),
+        ("guidance", {"guidance": math.inf}),
+        ("guidance", {"guidance": -1.0}),
+        ("guidance", {"guidance": 1e30}),
+        ("frames_per_second", {"frames_per_second": 0.0}),
+        ("frames_per_second", {"frames_per_second": math.nan}),
+        ("seed", {"seed": -1}),
+        ("seed", {"seed": 2**63 - 1}),
+        ("image", {"image": b"hello, I am a text file"}),
+        ("image", {"image": b"\x89PNG\r\n\x1a\n"}),
+        ("image", {"image": b"x" * 100_001}),
+        ("output_media_type", {"output_media_type": "video/x-matroska"}),
+        ("spec.assets", {"assets": ["assets/1"]}),
+    ],
+)
+def test_a_bad_field_is_named_before_any_work_is_done(fake: Served, channel: grpc.Channel, field: str, spec: dict[str, object]) -> None:
+    before = len(fake.engine.requests)
+    code, _, violations = refused(channel, request(**{"prompt": "a fox", **spec}))  # type: ignore[arg-type]
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert list(violations) == [field]
+    assert len(fake.engine.requests) == before
+
+
+def test_all_bad_fields_are_named_at_once(channel: grpc.Channel) -> None:
+    _, message, violations = refused(channel, request("", steps=0, frames=3, guidance=math.nan))
+    assert set(violations) == {"prompt", "steps", "frames", "guidance"}
+    assert "one of: 1, 8" in message
+
+
+@pytest.mark.parametrize("prompt", [b"\xff\xfe", b"caf\xe9", b"\xed\xa0\x80"])
+def test_a_prompt_that_is_not_utf8_is_an_invalid_argument(channel: grpc.Channel, prompt: bytes) -> None:
+    spec = b"\x12" + bytes([len(prompt)]) + prompt
+    code, message, violations = refused(channel, b"\x0a" + bytes([len(spec)]) + spec + b"\x18\x01")
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "UTF-8" in message
+    assert list(violations) == ["request"]
+
+
+def test_bytes_that_are_no_message_are_an_invalid_argument(channel: grpc.Channel) -> None:
+    code, _, _ = refused(channel, b"\x0a\xff\xff\xff")
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(("kind", "known"), [("model", "fake"), ("solver", "euler, heun"), ("schedule", "linear, quadratic")])
+def test_an_unknown_name_is_not_found_and_the_known_ones_stand_beside_it(channel: grpc.Channel, kind: str, known: str) -> None:
+    code, message, _ = refused(channel, request(**{kind: "nonesuch"}))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert message == f"unknown {kind} 'nonesuch'; known: {known}"
+
+
+def test_an_option_that_no_model_declares_and_a_call_for_kept_artifacts_are_refused(channel: grpc.Channel) -> None:
+    message = request()
+    message.inline_artifacts = False
+    message.request_id = "not-a-uuid"
+    message.preview.max_bytes = MIB
+    message.preview.media_type = "text/plain"
+    message.spec.extra["sparkle"] = 1
+    _, _, violations = refused(channel, message)
+    assert set(violations) == {"inline_artifacts", "request_id", "preview.max_bytes", "preview.media_type", "spec.extra"}
+
+
+def test_two_running_requests_cannot_share_an_id(fake: Served, channel: grpc.Channel) -> None:
+    message = request("endless")
+    message.request_id = str(uuid4())
+    method = channel.unary_stream(f"/{SERVICE}/Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString)
+    running = method(message)
+    next(running)
+    _, _, violations = refused(channel, message)
+    assert list(violations) == ["request_id"]
+    running.cancel()
+    wait_until(lambda: message.request_id in fake.engine.ended)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code"),
+    [("full", grpc.StatusCode.RESOURCE_EXHAUSTED), ("nan", grpc.StatusCode.INTERNAL), ("crash", grpc.StatusCode.INTERNAL)],
+)
+def test_failures_behind_the_edge_keep_their_code_and_show_no_inside(channel: grpc.Channel, prompt: str, code: grpc.StatusCode) -> None:
+    got, message, _ = refused(channel, request(prompt))
+    assert got is code
+    assert "Traceback" not in message
+    assert "secret" not in message
+
+
+def test_a_model_that_does_not_do_the_task_says_what_it_does() -> None:
+    settings = type(FakeModel().settings)(tasks=("text_to_video",))
+    with served(FakeEngine(FakeModel(settings=settings))) as other, grpc.insecure_channel(other.address) as channel:
+        code, message, _ = refused(channel, request(frames=1))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "it does: text_to_video" in message
+
+
+def test_with_several_models_one_must_be_named_and_pages_list_them_all() -> None:
+    with served(FakeEngine(*(FakeModel(name) for name in ("c", "a", "b")))) as other, grpc.insecure_channel(other.address) as channel:
+        _, _, violations = refused(channel, request())
+        assert violations == {"model": "is empty and 3 models are loaded; name one of: a, b, c"}
+        method = channel.unary_unary(f"/{SERVICE}/ListModels", pb.ListModelsRequest.SerializeToString, pb.ListModelsResponse.FromString)
+        first = method(pb.ListModelsRequest(page_size=2))
+        second = method(pb.ListModelsRequest(page_size=2, page_token=first.next_page_token))
+    assert [m.name for m in (*first.models, *second.models)] == ["a", "b", "c"]
+    assert second.next_page_token == ""
+
+
+def test_a_deadline_stops_the_work(fake: Served, channel: grpc.Channel) -> None:
+    began = time.monotonic()
+    code, _, _ = refused(channel, request("endless"), timeout=0.3)
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert time.monotonic() - began < 2
+    wait_until(lambda: fake.engine.requests[-1].id in fake.engine.ended)
+
+
+def test_the_deadline_reaches_the_engine_on_its_own_clock(fake: Served, channel: grpc.Channel) -> None:
+    now = time.monotonic()
+    call(channel, request(), timeout=50)
+    assert now + 45 < fake.engine.requests[-1].deadline < now + 55
+    call(channel, request(), timeout=None)
+    assert now + 590 < fake.engine.requests[-1].deadline < now + 620
+
+
+@pytest.mark.parametrize("leave", ["cancel", "disconnect"])
+def test_the_work_stops_when_the_client_leaves(fake: Served, leave: str) -> None:
+    channel = grpc.insecure_channel(fake.address)
+    method = channel.unary_stream(f"/{SERVICE}/Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString)
+    running = method(request("endless"))
+    next(running)
+    one = fake.engine.requests[-1].id
+    assert one not in fake.engine.ended
+    running.cancel() if leave == "cancel" else channel.close()
+    wait_until(lambda: fake.engine.ended.get(one) == "Failed")
+    assert one in fake.engine.cancelled
+    channel.close()
+
+
+def test_a_picture_reaches_the_engine_decoded_and_chooses_the_task(fake: Served, channel: grpc.Channel) -> None:
+    from io import BytesIO
+
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 4), np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    job = call(channel, request(image=file.getvalue()))[-1].event.finished
+    assert job.usage.task == "animate_sticker"
+    assert job.spec.image == b""
+    image = fake.engine.requests[-1].image
+    assert image is not None
+    assert np.array_equal(image, pixels)
+
+
+def test_the_service_answers_every_method_that_the_proto_has_and_nothing_else(channel: grpc.Channel) -> None:
+    for method in pb.DESCRIPTOR.services_by_name["MediaService"].methods:
+        with pytest.raises(grpc.RpcError) as caught:
+            list(channel.unary_stream(f"/{SERVICE}/{method.name}")(b"\xff", timeout=5))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary(f"/{SERVICE}/CreateJob")(b"", timeout=5)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED

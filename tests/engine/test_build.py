@@ -1,0 +1,59 @@
+"""Every registered model becomes a bundle, and the shipped one runs as its modules do."""
+
+import pytest
+import torch
+
+from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.load import load
+from reelstep.engine.build import ServedModel, build_bundle, default_tables, table_name
+from reelstep.engine.models import MODELS
+from reelstep.engine.models.spec import ModelSettings
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """Compiled without a network that runs, each once."""
+    made: dict[str, Bundle] = {}
+
+    def bundle(name):
+        if name not in made:
+            made[name] = build_bundle(name, backend="null", precision=None, out=tmp_path_factory.mktemp("bundles") / f"{name}.reel", cache=None)
+        return made[name]
+
+    return bundle
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_registered_model_compiles_and_plans(name, bundles):
+    bundle = bundles(name)
+    spec = MODELS[name]
+    assert ModelSettings.from_json(bundle.settings) == spec.settings
+    assert bundle.plan.model == name
+    engines = load(bundle, None)
+    for key, signature in bundle.signatures.items():
+        out = engines[key]({edge.name: edge.zeros(1, "meta" if not bundle.has_weights else "cpu") for edge in signature.inputs})
+        assert {edge.name: tuple(out[edge.name].shape[1:]) for edge in signature.outputs} == {edge.name: edge.sizes for edge in signature.outputs}
+
+
+def test_the_30b_plan_states_its_tokens_work_and_weights(bundles):
+    plan = bundles("movie-gen-30b").plan.program("denoise", "video")
+    assert plan.flops == pytest.approx(1.0249e16, rel=1e-3)
+    time = bundles("movie-gen-30b").plan.program("embed_time", "any")
+    text = (4096 + 1280 + 1472) * 6144 + 3 * 2 * 6144  # the projections run in no program here
+    assert plan.parameters + time.parameters + text == 29_303_494_656
+
+
+def test_default_tables_travel_with_the_bundle_and_are_used(bundles):
+    served = ServedModel.of(bundles("reel-tiny"))
+    assert set(served.tables) == set(default_tables(served.settings))
+    d = served.settings.defaults["text_to_video"]
+    assert served.table(d.solver, d.schedule, d.steps) is served.tables[table_name(d.solver, d.schedule, d.steps)]
+    assert served.table("midpoint", "linear", 3).n == 6
+
+
+@torch.no_grad()
+def test_the_shipped_weights_are_within_their_size_and_finite():
+    card = MODELS["reel-tiny"].card
+    weights = card.parent / "reel-tiny.safetensors"
+    assert weights.stat().st_size <= 25_000_000
+    assert all(bool(torch.isfinite(p).all()) for p in MODELS["reel-tiny"].build().parameters())

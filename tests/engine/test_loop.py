@@ -1,0 +1,195 @@
+"""The loop, on a model whose answer is known."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from reelstep.engine.request import Preview, Progress, Queued
+from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Overloaded, Unavailable
+
+
+def pixel(value: float) -> int:
+    return round((value + 1) * 127.5)
+
+
+def test_a_request_ends_at_the_models_target_whatever_the_steps(toy, closed_form):
+    _, _, (target, _) = closed_form
+    for steps in (1, 3, 10):
+        frames = toy.submit(steps=steps).result().media.frames
+        assert frames.shape == (1, 8, 16, 16, 3)
+        assert frames.dtype == np.uint8
+        assert (frames == pixel(target)).all()
+
+
+def test_guidance_extrapolates_and_costs_two_forwards(toy, closed_form):
+    _, _, (target, null) = closed_form
+    result = toy.submit(steps=5, scale=1.5).result()
+    assert (result.media.frames == pixel(null + 1.5 * (target - null))).all()
+    assert (result.usage.nfe, result.usage.forwards) == (5, 10)
+    plain = toy.submit(steps=5, scale=1.0).result()
+    assert (plain.usage.nfe, plain.usage.forwards) == (5, 5)
+
+
+def test_events_come_in_order_and_end_once(toy):
+    heard = toy.submit(steps=3)
+    heard.result()
+    assert isinstance(heard.events[0], Queued)
+    steps = [e.step for e in heard.events if isinstance(e, Progress) and e.stage == "denoise"]
+    assert steps == [0, 1, 2]
+    assert [e.stage for e in heard.events if isinstance(e, Progress)][-1] == "decode"
+
+
+def test_requests_at_different_steps_share_batches(make_toy, closed_form):
+    _, programs, _ = closed_form
+    gate, entered = threading.Event(), threading.Event()
+
+    def slow(inputs):
+        entered.set()
+        gate.wait(20)
+        return programs["denoise", "video"](inputs)
+
+    toy = make_toy({"denoise": slow})
+    first = toy.submit(steps=6)
+    assert entered.wait(20)
+    others = [toy.submit(steps=4) for _ in range(3)]  # they come while the first is inside its first step
+    time.sleep(0.05)
+    gate.set()
+    for heard in (first, *others):
+        heard.result()
+    assert [b.rows for b in toy.batches if b.key[1] == "denoise"] == [1, 4, 4, 4, 4, 1]
+
+
+def test_an_output_does_not_depend_on_what_it_was_batched_with(toy):
+    alone = toy.submit(seed=5, steps=3, preview_every=1)
+    alone.result()
+    batched = [toy.submit(seed=s, steps=3, preview_every=1) for s in (4, 5, 6)][1]
+    batched.result()
+    previews = [[e.frames for e in h.events if isinstance(e, Preview)] for h in (alone, batched)]
+    assert len(previews[0]) == 2
+    for one, other in zip(*previews, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_each_output_of_a_count_has_its_own_seed(toy):
+    several = toy.submit(seed=7, count=3, steps=2, preview_every=1)
+    media = several.result().media
+    assert media.seeds == (7, 8, 9)
+    assert media.frames.shape[0] == 3
+    second = toy.submit(seed=8, steps=2, preview_every=1)
+    second.result()
+    halfway = [next(e.frames for e in h.events if isinstance(e, Preview)) for h in (several, second)]
+    assert np.array_equal(halfway[0][1], halfway[1][0])
+
+
+def test_cancelling_stops_between_calls(make_toy, closed_form):
+    _, programs, _ = closed_form
+    calls = []
+
+    def counted(inputs):
+        calls.append(1)
+        time.sleep(0.01)
+        return programs["denoise", "video"](inputs)
+
+    toy = make_toy({"denoise": counted})
+    heard = toy.submit(id="stop me", steps=100)
+    while len(calls) < 3:
+        time.sleep(0.005)
+    toy.engine.cancel("stop me")
+    assert isinstance(heard.error(), Cancelled)
+    ran = len(calls)
+    time.sleep(0.1)
+    assert len(calls) == ran < 100
+
+
+def test_a_deadline_ends_a_running_request_and_says_where(make_toy, closed_form):
+    _, programs, _ = closed_form
+
+    def slow(inputs):
+        time.sleep(0.05)
+        return programs["denoise", "video"](inputs)
+
+    toy = make_toy({"denoise": slow})
+    began = time.monotonic()
+    heard = toy.submit(steps=100, deadline=began + 0.3)
+    error = heard.error()
+    assert isinstance(error, DeadlineExceeded)
+    assert error.stage == "denoise"
+    assert time.monotonic() - began < 0.3 + 0.05 + 0.2, "it ends within one call of the deadline"
+
+
+def test_what_is_already_too_late_is_refused_before_any_compute(toy):
+    with pytest.raises(DeadlineExceeded, match="queued"):
+        toy.submit(deadline=time.monotonic() - 1)
+    assert toy.batches == []
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(make_toy, closed_form):
+    _, programs, _ = closed_form
+    gate = threading.Event()
+
+    def blocked(inputs):
+        gate.wait(20)
+        return programs["denoise", "video"](inputs)
+
+    toy = make_toy({"denoise": blocked}, max_running=1, max_queued=1)
+    heard = [toy.submit(), toy.submit()]
+    with pytest.raises(Overloaded) as caught:
+        toy.submit()
+    assert caught.value.retry_after_s > 0
+    gate.set()
+    for each in heard:
+        each.result()
+    toy.submit().result()
+
+
+def test_a_program_that_fails_fails_its_requests_only(make_toy, closed_form, caplog):
+    _, programs, _ = closed_form
+    broken = [True]
+
+    def sometimes(inputs):
+        if broken.pop() if broken else False:
+            raise RuntimeError("device lost")
+        return programs["denoise", "video"](inputs)
+
+    toy = make_toy({"denoise": sometimes})
+    error = toy.submit().error()
+    assert isinstance(error, InternalError)
+    assert "device lost" in str(error)
+    toy.submit().result()
+
+
+def test_nan_from_the_decoder_is_an_error_not_a_picture(make_toy):
+    toy = make_toy({"decode": lambda inputs: {"video": torch.full((1, 3, 4, 16, 16), float("nan"))}})
+    assert isinstance(toy.submit().error(), InternalError)
+
+
+def test_bad_requests_never_reach_a_program(toy):
+    for changed in ({"model": "nope"}, {"solver": "nope"}, {"schedule": "nope"}):
+        with pytest.raises(NotFound, match=r"nope.*known"):
+            toy.submit(**changed)
+    for field, value in (("steps", 0), ("steps", 101), ("frames", 9), ("count", 5), ("scale", float("nan")), ("scale", -1.0), ("prompt", "  "), ("seed", -1)):
+        with pytest.raises(InvalidRequest) as caught:
+            toy.submit(**{field: value})
+        assert len(caught.value.violations) == 1
+    toy.submit(id="twice", steps=50)
+    with pytest.raises(ConfigError, match="in use"):
+        toy.submit(id="twice")
+    assert {b.key[1] for b in toy.batches} <= {"encode_text", "embed_time", "denoise", "decode"}
+
+
+def test_all_violations_are_reported_at_once(toy):
+    with pytest.raises(InvalidRequest) as caught:
+        toy.submit(steps=0, count=0, scale=float("inf"), width=17)
+    assert [v.field for v in caught.value.violations] == ["width", "steps", "count", "guidance"]
+
+
+def test_a_closed_engine_finishes_what_runs_and_takes_nothing_new(make_toy):
+    toy = make_toy()
+    heard = toy.submit(steps=20)
+    toy.engine.close(10)
+    heard.result()
+    with pytest.raises(Unavailable):
+        toy.submit()

@@ -1,0 +1,136 @@
+"""The command line: exit statuses, one clear line for an error, files that appear whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from reelstep import __main__ as cli
+from reelstep.tests.engine.service.fake_engine import FakeEngine
+from reelstep.tests.engine.service.in_process import Served, served, wait_until
+
+
+@pytest.fixture(scope="module")
+def fake() -> Iterator[Served]:
+    with served() as running:
+        yield running
+
+
+def generate(fake: Served, *arguments: str) -> int:
+    return cli.main(["generate", "--server", fake.address, *arguments])
+
+
+def test_help_teaches_and_needs_neither_torch_nor_grpc() -> None:
+    code = "import sys, reelstep.__main__ as m; p = m.build_parser(); print(p.format_help()); sys.exit(bool({'torch', 'grpc', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout
+    assert "reelstep serve" in done.stdout
+
+
+def test_generate_writes_the_file_and_prints_seed_and_cost(fake: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "fox.webp"
+    assert generate(fake, "a fox", "-o", str(out), "--seed", "5", "--steps", "6") == 0
+    printed = capsys.readouterr().out
+    assert out.read_bytes()[8:12] == b"WEBP"
+    assert "seed 5" in printed
+    assert "NFE 6, forwards 12; queue 0.25 s; compute 2.00 s" in printed
+
+
+def test_count_writes_numbered_files(fake: Served, tmp_path: Path) -> None:
+    assert generate(fake, "a fox", "-o", str(tmp_path / "fox.png"), "--count", "3", "--seed", "1") == 0
+    assert sorted(os.listdir(tmp_path)) == ["fox-0.png", "fox-1.png", "fox-2.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["a fox", "-o", "out.avi"], "suffix '.avi' is none of"),
+        (["a fox", "-o", "nowhere/out.mp4"], "there is no folder"),
+        (["", "-o", "out.mp4"], "prompt: is empty"),
+        (["caf\udce9", "-o", "out.mp4"], "prompt: is not UTF-8"),
+        (["a fox", "-o", "out.mp4", "--steps", "0"], "steps: 0 is not in 1..100"),
+        (["a fox", "-o", "out.mp4", "--steps", "-3"], "steps: -3"),
+        (["a fox", "-o", "out.mp4", "--scale", "nan"], "guidance: nan"),
+        (["a fox", "-o", "out.mp4", "--size", "63x64"], "63x64 was not compiled"),
+        (["a fox", "-o", "out.mp4", "--solver", "magic"], "known: euler, heun"),
+        (["a fox", "-o", "out.mp4", "--model", "magic"], "known: fake"),
+        (["a fox", "-o", "out.mp4", "--image", "none.png"], "cannot read none.png"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    fake: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert generate(fake, *arguments) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert printed[-1].startswith("reelstep: ")
+    assert says in printed[-1]
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_server_is_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "a fox", "-o", str(tmp_path / "a.mp4"), "--server", "localhost:1"]) == 1
+    assert "does not answer" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_old_video(fake: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "fox.mp4"
+    out.write_bytes(b"old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert generate(fake, "a fox", "-o", str(out)) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert out.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["fox.mp4"]
+
+
+def test_ctrl_c_cancels_the_work_and_exits_with_130(fake: Served, tmp_path: Path) -> None:
+    before = len(fake.engine.requests)
+    command = [sys.executable, "-m", "reelstep", "generate", "endless", "-o", str(tmp_path / "a.mp4"), "--server", fake.address]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd="/") as process:
+        wait_until(lambda: len(fake.engine.requests) > before, 60)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "cancelled" in stderr
+    assert "Traceback" not in stderr
+    wait_until(lambda: fake.engine.requests[-1].id in fake.engine.ended)
+    assert os.listdir(tmp_path) == []
+
+
+def test_sample_makes_what_the_server_makes(fake: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "load_engine", lambda *_, **__: FakeEngine())
+    assert cli.main(["sample", "fake.bundle", "a fox", "-o", str(tmp_path / "local.png"), "--seed", "9"]) == 0
+    assert generate(fake, "a fox", "-o", str(tmp_path / "served.png"), "--seed", "9") == 0
+    assert (tmp_path / "local.png").read_bytes() == (tmp_path / "served.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        (["--cache", "/a"], {"REELSTEP_CACHE": "/b"}, "/a"),
+        ([], {"REELSTEP_CACHE": "/b", "XDG_CACHE_HOME": "/c"}, "/b"),
+        ([], {"XDG_CACHE_HOME": "/c"}, "/c/reelstep"),
+        ([], {"HOME": "/d"}, "/d/.cache/reelstep"),
+    ],
+)
+def test_the_cache_is_the_flag_else_the_environment_else_the_users(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], environment: dict[str, str], expected: str
+) -> None:
+    for name in ("REELSTEP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = cli.build_parser().parse_args(["serve", "x.bundle", *arguments])
+    assert cli.cache_dir(args) == Path(expected)

@@ -1,0 +1,46 @@
+"""Recipe, stage 4 of `reel-tiny`: the checkpoints of the stages become the shipped weights.
+
+`python -m reelstep.training.zoo.reel_tiny_export`. bfloat16; the latents' scale and shift are stored with the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from reelstep.engine.models.reel_tiny import WEIGHTS, ReelTiny
+from reelstep.training import checkpoint
+
+
+def export(source: Path, target: Path) -> None:
+    """Join the TAE (its later decoder where stage 3 was run), text encoder and denoiser."""
+    tae, denoiser = checkpoint.load(source / "tae.pt"), checkpoint.load(source / "denoiser.pt")
+    assert tae is not None, f"{source}/tae.pt is missing; run stage 1"
+    assert denoiser is not None, f"{source}/denoiser.pt is missing; run stage 2"
+    decoder = checkpoint.load(source / "tae_decoder.pt")
+    model = ReelTiny()
+    model.tae.load_state_dict((decoder or tae)["model"])
+    model.text.load_state_dict(denoiser["text"])
+    model.denoiser.load_state_dict(denoiser["denoiser"])
+    with torch.no_grad():
+        model.tae.scale.fill_(denoiser["scale"])
+        model.tae.shift.fill_(denoiser["shift"])
+    weights = {name: (value.to(torch.bfloat16) if value.ndim else value).contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, target)
+    steps = ", ".join(f"{name} {saved['step']}" for name, saved in (("tae", tae), ("decoder", decoder), ("denoiser", denoiser)) if saved)
+    print(f"{target}: {sum(v.numel() for v in weights.values()):,} values, {target.stat().st_size:,} bytes; steps: {steps}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", type=Path, default=Path("checkpoints/reel-tiny"))
+    parser.add_argument("--target", type=Path, default=WEIGHTS / "reel-tiny.safetensors")
+    args = parser.parse_args()
+    export(args.source, args.target)
+
+
+if __name__ == "__main__":
+    main()
