@@ -268,9 +268,9 @@ def programs_30b(transformer: nn.Module) -> tuple[Program, ...]:
 
 
 def build_30b() -> MovieGenTransformer:
-    """On the meta device: 58.6 GB of bfloat16 weights were never released, so there is nothing to load."""
+    """On the meta device: the weights (58.6 GB in bfloat16) were never released, so there is nothing to load."""
     with torch.device("meta"):
-        return MovieGenTransformer(CONFIG_30B).to(torch.bfloat16)
+        return MovieGenTransformer(CONFIG_30B)
 
 
 SPEC_30B = ModelSpec(

@@ -23,7 +23,10 @@ def bundles(tmp_path_factory):
     return bundle
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+SLOW = {"movie-gen-30b"}  # 48 layers: a minute and more to trace
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS])
 def test_every_registered_model_compiles_and_plans(name, bundles):
     bundle = bundles(name)
     spec = MODELS[name]
@@ -35,6 +38,7 @@ def test_every_registered_model_compiles_and_plans(name, bundles):
         assert {edge.name: tuple(out[edge.name].shape[1:]) for edge in signature.outputs} == {edge.name: edge.sizes for edge in signature.outputs}
 
 
+@pytest.mark.slow
 def test_the_30b_plan_states_its_tokens_work_and_weights(bundles):
     plan = bundles("movie-gen-30b").plan.program("denoise", "video")
     assert plan.flops == pytest.approx(1.0249e16, rel=1e-3)

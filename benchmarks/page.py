@@ -1,0 +1,86 @@
+"""Writes docs/results.md from the rows under benchmarks/results/: `python -m reelstep.benchmarks.page`.
+
+The page holds no number that is not in those files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reelstep.benchmarks.harness import shown
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+SECTIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
+    "engine": (
+        "One denoise call against PyTorch and raw OpenVINO",
+        "All contenders in one process, in turn. `rel_l2` is the error against eager float32. Raw OpenVINO has static shapes and, in bfloat16, "
+        "the runtime's own precision hint; ours keeps sums and the first and last product in float32. The targets were 2.2x (float32) and 3.5x "
+        "(bfloat16) of eager float32 on "
+        "`dit-mid` with `rel_l2` under 5e-3, ahead of every PyTorch contender, and at most 3 % over raw OpenVINO.",
+        ("model", "dtype", "contender", "median_s", "p10_s", "p90_s", "ratio_to_eager_f32", "over_raw_openvino", "rel_l2"),
+    ),
+    "animation": (
+        "Held-out sticker animations",
+        "A conditioned animation has one right answer. PSNR against it, mean over clips; `repeat` shows the input picture eight times, `ceiling` is "
+        "the true animation through the autoencoder and back. The aims were 6 dB above repeat and at most 4 dB below the ceiling.",
+        ("motion", "clips", "repeat_db", "model_db", "model_sd_db", "ceiling_db", "above_repeat_db", "below_ceiling_db"),
+    ),
+    "sticker": (
+        "A sticker animation end to end over gRPC",
+        "From a PNG to an MP4 in the client's hands: 8 frames of 64x64, default solver and guidance. `everything else` is decoding the PNG, "
+        "encoding the MP4, gRPC and the scheduler. Its quality is the table above: the same requests.",
+        ("stage", "median_s", "p10_s", "p90_s", "share"),
+    ),
+    "concurrency": (
+        "Sixteen requests at once",
+        "The same requests one after the other and all together. `batches` lists rows x times of the denoiser's calls. The pixel difference is "
+        "between the two ways: batched and single rows run in different bfloat16 kernels.",
+        ("clients", "requests", "median_s", "requests_per_s", "ratio_to_one_at_a_time", "mean_rows", "batches", "largest_pixel_difference"),
+    ),
+    "overhead": (
+        "Overhead without the network",
+        "On the `null` backend, which computes nothing.",
+        ("where", "steps", "calls", "per_request_ms"),
+    ),
+}
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """A table."""
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    lines += ["| " + " | ".join(shown(row.get(column, "")) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def section(name: str) -> str:
+    """Heading, words, table, command and conditions of one benchmark."""
+    title, words, columns = SECTIONS[name]
+    data = json.loads((RESULTS / f"{name}.json").read_text())
+    c = data["conditions"]
+    extra = {k: shown(v) for k, v in data.items() if k not in ("benchmark", "conditions", "rows")}
+    notes = "".join(f" {key}: {value}." for key, value in extra.items())
+    versions = ", ".join(f"{k} {v}" for k, v in c["versions"].items())
+    return (
+        f"## {title}\n{words}\n\n{markdown(data['rows'], columns)}\n\n"
+        f"`{c['command']}`.{notes}\n{c['machine']}, {c['cores']} cores, Python {c['python']}, {versions}, commit {c['commit']}, "
+        f"seed {c['seed']}, {c['time']}.\n"
+    )
+
+
+def main() -> None:
+    intro = (
+        "# Results\nEvery number here was measured by the command under its table and is written from `benchmarks/results/` by "
+        "`python -m reelstep.benchmarks.page`. The machines are shared: read the ratios, not the seconds.\n"
+    )
+    page = "\n".join([intro, *(section(name) for name in SECTIONS if (RESULTS / f"{name}.json").exists())])
+    (ROOT / "docs" / "results.md").write_text(page)
+    print(f"wrote {ROOT / 'docs' / 'results.md'}")
+
+
+if __name__ == "__main__":
+    main()
