@@ -27,4 +27,5 @@ def server(bundles: Sequence[Path], cache: Path, *options: str) -> Iterator[str]
             raise Unavailable(f"the server ended with code {process.wait()} before it was ready; run `{' '.join(command)}` to see why", retry_after_s=0)
     finally:
         process.terminate()
+        process.stdout.close()
         process.wait(timeout=30)

@@ -88,8 +88,11 @@ def draw_captions(data: Latents, index: Tensor, rng: np.random.Generator, moving
     return [caption(rng, data.names[i], data.motions[i] if moving else "still", data.amounts[i], data.backgrounds[i]) for i in index.tolist()]
 
 
-def warm_up_text(text: ByteTextEncoder, data: Latents, seed: int) -> None:
-    """Teach the encoder to read captions; a minute of this saves the denoiser most of an hour."""
+def warm_up_text(text: ByteTextEncoder, data: Latents, seed: int, path: Path) -> None:
+    """Teach the encoder to read captions before it meets the denoiser, once: the result is kept at `path`."""
+    if (saved := checkpoint.load(path)) is not None:
+        text.load_state_dict(saved["text"])
+        return
     heads = TextHeads(data.picture[0].numel())
     optimizer = torch.optim.AdamW([*text.parameters(), *heads.parameters()], weight_decay=0.01, betas=(0.9, 0.98))
     motions, places = list(MOTIONS), list(BACKGROUNDS)
@@ -111,6 +114,7 @@ def warm_up_text(text: ByteTextEncoder, data: Latents, seed: int) -> None:
         if (step + 1) % 100 == 0:
             right = [f"{float((k.argmax(1) == t).float().mean()):.2f}" for k, t in zip(kinds, truth, strict=True)]
             print(f"text {step + 1} loss {loss.item():.3f} motion, amount, background right: {' '.join(right)}", flush=True)
+    checkpoint.save(path, {"text": text.state_dict()})
 
 
 @dataclass(frozen=True)
@@ -147,18 +151,23 @@ def flow_loss(text: ByteTextEncoder, denoiser: MovieGenTransformer, batch: Batch
 
 
 def optimizers(text: ByteTextEncoder, denoiser: MovieGenTransformer) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks (about twice as fast per step as AdamW here), AdamW for all else."""
-    named = [*text.named_parameters(), *denoiser.named_parameters()]
-    matrices = [p for n, p in named if p.ndim == 2 and ("blocks." in n or "layers." in n) and "table" not in n]
+    """Muon for the matrices of the denoiser's blocks, AdamW for all else, the text encoder at a small share of its rate.
+
+    Muon makes every update the same size. While the denoiser does not listen yet, the text encoder's gradient is noise, and full-size steps
+    along noise wipe out what the warm-up taught it.
+    """
+    matrices = [p for n, p in denoiser.named_parameters() if p.ndim == 2 and n.startswith("blocks.") and "table" not in n]
     ids = {id(p) for p in matrices}
-    rest = [p for p in [*text.parameters(), *denoiser.parameters()] if id(p) not in ids]
+    rest = [p for p in denoiser.parameters() if id(p) not in ids]
+    groups = [{"params": rest, "share": 1.0}, {"params": [*text.parameters()], "share": TEXT_SHARE}]
     return [
         torch.optim.Muon(matrices, lr=1.0, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=1.0, weight_decay=0.0, betas=(0.9, 0.98)),
+        torch.optim.AdamW(groups, lr=1.0, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
 
 
 PEAKS = (3e-3, 1.5e-3)  # of Muon and AdamW
+TEXT_SHARE = 0.05  # of AdamW's rate
 
 
 def load_tae(out: Path) -> TAE:
@@ -194,7 +203,7 @@ def train(steps: int, clips: int, seed: int, out: Path) -> None:
     print(f"denoiser {sizes[0]:,}, text {sizes[1]:,} parameters; step {start} of {steps}", flush=True)
     began = time.monotonic() - elapsed
     if start == 0:
-        warm_up_text(text, data, seed)
+        warm_up_text(text, data, seed, out / "text.pt")
     parameters = [*text.parameters(), *denoiser.parameters()]
     sums: dict[str, float] = {}
     for step in range(start, steps):
@@ -205,7 +214,7 @@ def train(steps: int, clips: int, seed: int, out: Path) -> None:
         loss = 0.6 * losses["animated"] + 0.2 * losses["video"] + 0.2 * losses["picture"]
         for optimizer, peak in zip(both, PEAKS, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak, warmup=60)
+                group["lr"] = learning_rate(step, steps, peak, warmup=60) * group.get("share", 1.0)
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
