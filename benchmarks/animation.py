@@ -21,11 +21,13 @@ from reelstep.benchmarks.contact_sheet import sheet
 from reelstep.benchmarks.harness import Row, parser, report
 from reelstep.engine.build import build_bundle
 from reelstep.engine.loop import Engine, open_engine
-from reelstep.engine.models.reel_tiny import build
+from reelstep.engine.models.reel_tiny import TEXT_CONFIG, build
 from reelstep.engine.pipelines.latent import to_pixels
 from reelstep.engine.resolve import Ask, resolve
 from reelstep.training.zoo.stickers import FRAMES, MOTIONS, Clips, Sticker, load_stickers, make_clips
 
+LONGEST_PROMPT = TEXT_CONFIG.length - 1
+"""Captions are ASCII; the recipe cuts them at the same place."""
 MOVING = tuple(m for m in MOTIONS if m != "still")
 
 
@@ -45,7 +47,7 @@ def png(picture: np.ndarray) -> bytes:
 def animate(engine: Engine, truth: np.ndarray, clips: Clips, options: Ask) -> list[np.ndarray]:
     """The engine's clips [F, H, W, 3] for the middle frames of `truth` [N, F, H, W, 3] and their captions."""
     asks = [
-        replace(options, prompt=text, image=png(truth[i, FRAMES // 2]), seed=i, request_id=f"{clips.motions[i]} {i}")
+        replace(options, prompt=text[:LONGEST_PROMPT], image=png(truth[i, FRAMES // 2]), seed=i, request_id=f"{clips.motions[i]} {i}")
         for i, text in enumerate(clips.captions)
     ]
     _, results = run_all(engine, [resolve(ask, engine.models) for ask in asks], together=True)
