@@ -2,10 +2,12 @@
 
 All contenders run the same weights on the same inputs, in turn, in one process. Quality beside speed: relative L2 error against eager
 float32. "raw openvino" is the same model converted and called by hand, with its tensors bound once: the floor of our own overhead.
+The bound: `share_of_peak` is the call's FLOP rate over the best that a large matrix product reaches in the same run.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,6 +81,17 @@ def torch_contenders(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[tu
     }  # fmt: skip
 
 
+def peak_flop_per_s(precision: Precision) -> float:
+    """What this machine's cores really reach: the best of twenty products of two 2048 x 2048 matrices."""
+    a, b = torch.randn(2, 2048, 2048, generator=torch.Generator().manual_seed(0)).to(getattr(torch, precision))
+    best = float("inf")
+    for _ in range(20):
+        began = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - began)
+    return 2 * 2048**3 / best
+
+
 def measure(model: str, profile_name: str, rows: int, rounds: int, cache: Path, seed: int) -> list[Row]:
     """All contenders on one denoise call."""
     spec = MODELS[model]
@@ -95,6 +108,8 @@ def measure(model: str, profile_name: str, rows: int, rounds: int, cache: Path, 
         contenders["raw openvino", precision] = raw_openvino(program, profile, inputs, precision)
     truth = contenders["eager", "float32"]().clone()
     errors = {key: float((run() - truth).norm() / truth.norm()) for key, run in contenders.items()}
+    peaks = {precision: peak_flop_per_s(precision) for precision in precisions}
+    flops = rows * bundle.plan.program("denoise", profile_name).flops
     times = interleave({"/".join(key): run for key, run in contenders.items()}, rounds)
     base = times["eager/float32"].median_s
     raw = {precision: times[f"raw openvino/{precision}"].median_s for precision in precisions}
@@ -113,6 +128,7 @@ def measure(model: str, profile_name: str, rows: int, rounds: int, cache: Path, 
             "rounds": t.rounds,
             "ratio_to_eager_f32": base / t.median_s,
             "over_raw_openvino": t.median_s / raw[dtype],
+            "share_of_peak": flops / t.median_s / peaks[dtype],
             "rel_l2": error,
         }
         rows_out.append(row)

@@ -13,6 +13,7 @@ from reelstep.compiler.passes.drop_asserts import drop_asserts
 from reelstep.compiler.passes.drop_dead import drop_dead
 from reelstep.compiler.passes.drop_unused_weights import drop_unused_weights
 from reelstep.compiler.passes.functionalise import functionalise
+from reelstep.compiler.passes.norm_before_transpose import norm_before_transpose
 from reelstep.errors import CompileError
 
 Pass = Callable[[ExportedProgram], ExportedProgram]
@@ -23,6 +24,7 @@ PASSES: dict[str, Pass] = {
     "define_empty": define_empty,
     "drop_dead": drop_dead,
     "drop_unused_weights": drop_unused_weights,
+    "norm_before_transpose": norm_before_transpose,
 }
 """In the order they run."""
 

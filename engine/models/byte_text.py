@@ -68,7 +68,7 @@ class ByteTextEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         real = (tokens != PAD).to(self.position.dtype)  # [B, L]
         bias = (real[:, None, None, :] - 1) * 1e4
-        x = self.embedding(tokens) + self.position
+        x = self.embedding(tokens) + self.position[: tokens.shape[1]]
         for layer in self.layers:
             x = layer(x, bias)
         return self.norm(x) * real[:, :, None]

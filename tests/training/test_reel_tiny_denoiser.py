@@ -3,37 +3,87 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from reelstep.engine.models.byte_text import ByteTextEncoder
 from reelstep.engine.models.movie_gen import MovieGenTransformer
 from reelstep.engine.models.reel_tiny import DENOISER_CONFIG, TEXT_CONFIG
-from reelstep.training.zoo.reel_tiny_denoiser import Latents, draw, flow_loss, optimizers, warm_up_text
+from reelstep.training.zoo.reel_tiny_denoiser import (
+    KINDS,
+    Latents,
+    PlainAttention,
+    draw,
+    encode_text,
+    everyday_clips,
+    flow_loss,
+    join,
+    losses_of,
+    optimizers,
+    tokens_of,
+    warm_up_text,
+)  # fmt: skip
 
 
 @pytest.fixture
 def data():
     torch.manual_seed(0)
     n = 6
-    return Latents(torch.randn(n, 16, 4, 8, 8).half(), torch.randn(n, 16, 1, 8, 8).half(), ["cat"] * n, ["grow"] * n, [0] * n, ["red"] * n, 1.0, 0.0)
+    names = ["cat"] + ["abacus"] * (n - 1)
+    return Latents(torch.randn(n, 16, 4, 8, 8).half(), torch.randn(n, 16, 1, 8, 8).half(), names, ["grow"] * n, [0] * n, ["red"] * n, 1.0, 0.0)
 
 
 def test_only_animated_samples_see_the_picture_and_pictures_have_one_frame(data):
     shapes = {}
     for kind in ("animated", "video", "picture"):
-        batch = draw(data, np.random.default_rng(0), kind, 5)
+        batch = draw(data, everyday_clips(data), np.random.default_rng(0), kind, 5)
         shapes[kind] = tuple(batch.x1.shape)
         assert bool(batch.condition.any()) == (kind == "animated")
         assert bool(((batch.t > 0) & (batch.t < 1)).all())
     assert shapes == {"animated": (5, 16, 4, 8, 8), "video": (5, 16, 4, 8, 8), "picture": (5, 16, 1, 8, 8)}
 
 
+def test_everyday_stickers_are_drawn_more_often_for_words_alone(data):
+    assert everyday_clips(data).tolist() == [0]
+    for kind in ("animated", "video"):
+        drawn = draw(data, everyday_clips(data), np.random.default_rng(0), kind, 300).x1
+        found = float((drawn == data.video[0].float()).flatten(1).all(1).float().mean())
+        expected = KINDS[kind].everyday + (1 - KINDS[kind].everyday) / 6
+        assert abs(found - expected) < 0.1, "four deviations of 300 draws"
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # autocast meets a float32 norm
 def test_a_denoiser_that_gives_zero_has_the_loss_of_the_target(data):
     denoiser = MovieGenTransformer(DENOISER_CONFIG)
     torch.nn.init.zeros_(denoiser.patch_out.weight)
-    batch = draw(data, np.random.default_rng(0), "animated", 4)
-    loss = flow_loss(ByteTextEncoder(TEXT_CONFIG), denoiser, batch)
-    assert torch.allclose(loss, (batch.x1 - batch.noise).square().flatten(1).mean(1), rtol=1e-5)
+    both = join([draw(data, everyday_clips(data), np.random.default_rng(0), kind, 2) for kind in ("animated", "video")])
+    loss = flow_loss(ByteTextEncoder(TEXT_CONFIG)(both.tokens), denoiser, both)
+    assert torch.allclose(loss, (both.x1 - both.noise).square().flatten(1).mean(1), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_a_step_reaches_text_encoder_and_denoiser_from_every_kind(data):
+    text, denoiser = ByteTextEncoder(TEXT_CONFIG), MovieGenTransformer(DENOISER_CONFIG)
+    losses = losses_of(text, denoiser, data, everyday_clips(data), np.random.default_rng(0))
+    assert set(losses) == set(KINDS)
+    for loss in losses.values():
+        (gradient,) = torch.autograd.grad(loss, text.embedding.weight, retain_graph=True)
+        assert bool(gradient.any())
+
+
+def test_text_is_encoded_without_its_common_padding_to_the_same_numbers():
+    torch.manual_seed(0)
+    text, tokens = ByteTextEncoder(TEXT_CONFIG), tokens_of(["a cat", "", "a rather long caption of a cat"])
+    assert torch.allclose(encode_text(text, tokens), text(tokens), atol=1e-5)
+
+
+def test_plain_attention_is_the_fused_one_with_and_without_a_mask():
+    q, k, v = torch.randn(3, 2, 4, 6, 8, dtype=torch.float64).unbind(0)
+    mask = torch.randn(2, 1, 1, 6, dtype=torch.float64)
+    for extra in ({}, {"attn_mask": mask}):
+        expected = F.scaled_dot_product_attention(q, k, v, **extra)
+        with PlainAttention():
+            found = F.scaled_dot_product_attention(q, k, v, **extra)
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_muon_moves_the_blocks_matrices_only_and_every_parameter_is_moved_once():

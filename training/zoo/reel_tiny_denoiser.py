@@ -1,35 +1,61 @@
 """Recipe, stage 2 of `reel-tiny`: text encoder and denoiser, by flow matching on the latents of stage 1.
 
-`python -m reelstep.training.zoo.reel_tiny_denoiser --steps 2000`. Seeded; resumes from checkpoints/reel-tiny/denoiser.pt.
+`python -m reelstep.training.zoo.reel_tiny_denoiser --steps 4500`. Seeded; resumes from checkpoints/reel-tiny/denoiser.pt.
 Pictures from words, videos from words, and videos from a picture and words are trained together in every step.
 
-B batch, C channels, F H W latent sizes, L text bytes, D width.
+B batch, C channels, F H W latent sizes, L text bytes, D width, N heads, K head dim.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
-from reelstep.engine.models.byte_text import ByteTextEncoder, tokenize
+from reelstep.engine.models.byte_text import PAD, ByteTextEncoder, tokenize
 from reelstep.engine.models.movie_gen import MovieGenTransformer
 from reelstep.engine.models.reel_tiny import DENOISER_CONFIG, TAE_CONFIG, TEXT_CONFIG
 from reelstep.engine.models.tae import TAE
 from reelstep.training import checkpoint
-from reelstep.training.zoo.reel_tiny_tae import channels_last, learning_rate
-from reelstep.training.zoo.stickers import BACKGROUNDS, MOTIONS, Sticker, caption, load_stickers, make_clips
+from reelstep.training.muon import muon
+from reelstep.training.zoo.reel_tiny_tae import channels_last, learning_rate, load_shipped, psnr
+from reelstep.training.zoo.stickers import BACKGROUNDS, FRAMES, MOTIONS, NAMES, Sticker, caption, load_stickers, make_clips
 
-ANIMATED, VIDEOS, PICTURES = 30, 10, 40  # samples of each kind in a step; a picture has a quarter of a video's tokens
-DROP_TEXT = 0.1
-WARM_UP_STEPS, WARM_UP_BATCH = 700, 128
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of sample of a step."""
+
+    count: int  # in a step; a picture has a quarter of a video's tokens
+    weight: float  # of its mean loss
+    drop_text: float  # share of empty captions, for classifier-free guidance
+    everyday: float  # share drawn from the stickers of NAMES
+    t_location: float  # t = sigmoid(location + normal): logit-normal
+
+
+KINDS = {
+    # with a picture and words the answer is known, and the work is to find it from pure noise: so small t more often
+    "animated": Kind(14, 0.6, 0.05, 0.0, -0.8),
+    # hundreds of names are too many to learn in an hour from words alone: those that people use come first
+    "video": Kind(4, 0.2, 0.1, 0.6, 0.0),
+    "picture": Kind(8, 0.2, 0.1, 0.6, 0.0),
+}
+EVERYDAY_COPIES = 8  # how many times a sticker of NAMES stands among the stickers that clips are drawn from
+WARM_UP_STEPS, WARM_UP_BATCH = 800, 128
+FROZEN_STEPS = 800  # in which the text encoder stays as the warm-up left it
+PEAKS = (2e-3, 1e-3)  # of Muon and AdamW
+TEXT_SHARE = 0.1  # of AdamW's rate
 
 
 @dataclass(frozen=True)
@@ -47,7 +73,7 @@ class Latents:
 
 
 @torch.no_grad()
-def encode_clips(tae: TAE, stickers: list[Sticker], seed: int, count: int) -> Latents:
+def encode_clips(tae: TAE, stickers: Sequence[Sticker], seed: int, count: int) -> Latents:
     """`count` random clips through the encoder. The global mean and deviation of video latents become shift and scale."""
     videos, pictures, tags = [], [], []
     for i in range(0, count, 100):
@@ -67,6 +93,12 @@ def encode_clips(tae: TAE, stickers: list[Sticker], seed: int, count: int) -> La
 def tokens_of(texts: list[str]) -> Tensor:
     """[B, L] int64. Captions beyond the encoder's length are cut."""
     return torch.tensor([tokenize(t.encode()[: TEXT_CONFIG.length - 1].decode(errors="ignore"), TEXT_CONFIG.length) for t in texts])
+
+
+def encode_text(text: ByteTextEncoder, tokens: Tensor) -> Tensor:
+    """`text(tokens)` without the work on columns that are padding in every row: those give zeros anyway."""
+    used = int((tokens != PAD).any(0).sum())
+    return F.pad(text(tokens[:, :used]), (0, 0, 0, tokens.shape[1] - used))
 
 
 class TextHeads(nn.Module):
@@ -96,13 +128,14 @@ def warm_up_text(text: ByteTextEncoder, data: Latents, seed: int, path: Path) ->
     heads = TextHeads(data.picture[0].numel())
     optimizer = torch.optim.AdamW([*text.parameters(), *heads.parameters()], weight_decay=0.01, betas=(0.9, 0.98))
     motions, places = list(MOTIONS), list(BACKGROUNDS)
+    began = time.monotonic()
     for step in range(WARM_UP_STEPS):
         rng = np.random.default_rng((seed, 77, step))
         index = torch.from_numpy(rng.integers(len(data.names), size=WARM_UP_BATCH))
         labels = [(motions.index(data.motions[i]), data.amounts[i], places.index(data.backgrounds[i])) for i in index.tolist()]
         truth = list(torch.tensor(labels).unbind(1))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            kinds, picture = heads(text(tokens_of(draw_captions(data, index, rng, moving=True))))
+        with torch.autocast("cpu", dtype=torch.bfloat16), PlainAttention():
+            kinds, picture = heads(encode_text(text, tokens_of(draw_captions(data, index, rng, moving=True))))
         loss = F.mse_loss(picture.float(), data.picture[index].float().flatten(1))
         loss = loss + sum((F.cross_entropy(k.float(), t) for k, t in zip(kinds, truth, strict=True)), torch.zeros(()))
         for group in optimizer.param_groups:
@@ -113,13 +146,27 @@ def warm_up_text(text: ByteTextEncoder, data: Latents, seed: int, path: Path) ->
         optimizer.step()
         if (step + 1) % 100 == 0:
             right = [f"{float((k.argmax(1) == t).float().mean()):.2f}" for k, t in zip(kinds, truth, strict=True)]
-            print(f"text {step + 1} loss {loss.item():.3f} motion, amount, background right: {' '.join(right)}", flush=True)
+            seconds = time.monotonic() - began
+            print(f"text {step + 1} loss {loss.item():.3f} motion, amount, background right: {' '.join(right)}, {seconds:.0f} s", flush=True)
     checkpoint.save(path, {"text": text.state_dict()})
+
+
+class PlainAttention(TorchFunctionMode):
+    """Inside, attention is two products and a softmax: on CPUs more than twice as fast, forth and back, as the fused kernels are."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q_BNLK, k_BNSK, v_BNSK = args
+        scores = (q_BNLK / math.sqrt(q_BNLK.shape[-1])) @ k_BNSK.transpose(-1, -2)
+        if kwargs:
+            scores = scores + kwargs["attn_mask"]
+        return torch.softmax(scores, -1, dtype=scores.dtype) @ v_BNSK
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One kind of sample of a step. x1, condition: [B, C, F, h, w]; tokens: [B, L]; noise as x1; t: [B]."""
+    """Samples of one step. x1, condition: [B, C, F, h, w]; tokens: [B, L]; noise as x1; t: [B]."""
 
     x1: Tensor
     condition: Tensor
@@ -128,65 +175,111 @@ class Batch:
     t: Tensor
 
 
-def draw(data: Latents, rng: np.random.Generator, kind: str, count: int) -> Batch:
+def everyday_clips(data: Latents) -> np.ndarray:
+    """Indices of the clips whose sticker stands in NAMES; all clips where none does."""
+    chosen = [i for i, name in enumerate(data.names) if name in set(NAMES.values())]
+    return np.array(chosen or range(len(data.names)))
+
+
+def draw(data: Latents, everyday: np.ndarray, rng: np.random.Generator, name: str, count: int) -> Batch:
     """Random clips as animated pictures ("animated"), videos from words alone ("video"), or pictures from words ("picture")."""
-    index = torch.from_numpy(rng.integers(len(data.names), size=count))
-    x1 = (data.picture if kind == "picture" else data.video)[index].float()
-    condition = data.picture[index].float().expand_as(x1) if kind == "animated" else torch.zeros_like(x1)
-    texts = draw_captions(data, index, rng, moving=kind != "picture")
-    texts = ["" if rng.random() < DROP_TEXT else text for text in texts]
-    t = torch.sigmoid(torch.from_numpy(rng.standard_normal(count)).float())  # logit-normal(0, 1)
+    kind = KINDS[name]
+    chosen = np.where(rng.random(count) < kind.everyday, rng.choice(everyday, count), rng.integers(len(data.names), size=count))
+    index = torch.from_numpy(chosen)
+    x1 = (data.picture if name == "picture" else data.video)[index].float()
+    condition = data.picture[index].float().expand_as(x1) if name == "animated" else torch.zeros_like(x1)
+    texts = draw_captions(data, index, rng, moving=name != "picture")
+    texts = ["" if rng.random() < kind.drop_text else text for text in texts]
+    t = torch.sigmoid(kind.t_location + torch.from_numpy(rng.standard_normal(count)).float())
     return Batch(x1, condition, tokens_of(texts), torch.from_numpy(rng.standard_normal(x1.shape)).float(), t)
 
 
-def flow_loss(text: ByteTextEncoder, denoiser: MovieGenTransformer, batch: Batch) -> Tensor:
+def join(batches: Sequence[Batch]) -> Batch:
+    """One batch of all, in order; their latents have the same number of frames."""
+    return Batch(*(torch.cat([getattr(batch, name) for batch in batches]) for name in vars(batches[0])))
+
+
+def flow_loss(context: Tensor, denoiser: MovieGenTransformer, batch: Batch) -> Tensor:
     """Flow matching, x_t = t x1 + (1 - t) x0, target x1 - x0. Loss of each sample [B]. Polyak et al. 2024, section 3.1.2, with sigma_min = 0."""
     t = batch.t[:, None, None, None, None]
     x = t * batch.x1 + (1 - t) * batch.noise
     modulation = denoiser.time(batch.t)
-    # on CPUs the plain products are half again as fast through the backward pass as the fused attention
-    with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        u = denoiser(x, modulation, batch.condition, denoiser.text(text(batch.tokens)))
+    with torch.autocast("cpu", dtype=torch.bfloat16), PlainAttention():
+        u = denoiser(x, modulation, batch.condition, denoiser.text(context))
     return (u.float() - (batch.x1 - batch.noise)).square().flatten(1).mean(1)
+
+
+def losses_of(text: ByteTextEncoder, denoiser: MovieGenTransformer, data: Latents, everyday: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Mean loss of each kind, on one draw of a step's samples. The two kinds of video go through the denoiser together."""
+    batches = {name: draw(data, everyday, rng, name, kind.count) for name, kind in KINDS.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16), PlainAttention():
+        contexts = encode_text(text, torch.cat([batch.tokens for batch in batches.values()])).split([kind.count for kind in KINDS.values()])
+    videos = flow_loss(torch.cat(contexts[:2]), denoiser, join([batches["animated"], batches["video"]]))
+    animated, video = videos.split([KINDS["animated"].count, KINDS["video"].count])
+    return {"animated": animated.mean(), "video": video.mean(), "picture": flow_loss(contexts[2], denoiser, batches["picture"]).mean()}
 
 
 def optimizers(text: ByteTextEncoder, denoiser: MovieGenTransformer) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the denoiser's blocks, AdamW for all else, the text encoder at a small share of its rate.
 
-    Muon makes every update the same size. While the denoiser does not listen yet, the text encoder's gradient is noise, and full-size steps
-    along noise wipe out what the warm-up taught it.
+    Both make every update about the same size. While the denoiser does not listen yet, the text encoder's gradient is noise, and full-size
+    steps along noise wipe out what the warm-up taught it.
     """
     matrices = [p for n, p in denoiser.named_parameters() if p.ndim == 2 and n.startswith("blocks.") and "table" not in n]
     ids = {id(p) for p in matrices}
     rest = [p for p in denoiser.parameters() if id(p) not in ids]
     groups = [{"params": rest, "share": 1.0}, {"params": [*text.parameters()], "share": TEXT_SHARE}]
-    return [
-        torch.optim.Muon(matrices, lr=1.0, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, lr=1.0, weight_decay=0.0, betas=(0.9, 0.98)),
-    ]
+    return [muon(matrices, weight_decay=0.02), torch.optim.AdamW(groups, lr=1.0, weight_decay=0.0, betas=(0.9, 0.98))]
 
 
-PEAKS = (3e-3, 1.5e-3)  # of Muon and AdamW
-TEXT_SHARE = 0.05  # of AdamW's rate
-
-
-def load_tae(out: Path) -> TAE:
-    """The autoencoder of stage 1."""
-    saved = checkpoint.load(out / "tae.pt")
-    assert saved is not None, f"{out}/tae.pt is missing; run the first stage: python -m reelstep.training.zoo.reel_tiny_tae"
+def load_tae(out: Path, weights: Path | None) -> TAE:
+    """The autoencoder of stage 1, or of a weights file where stage 1 was not run here."""
     tae = channels_last(TAE(TAE_CONFIG))
-    tae.load_state_dict(saved["model"])
+    if (saved := checkpoint.load(out / "tae.pt")) is not None:
+        tae.load_state_dict(saved["model"])
+    else:
+        assert weights is not None, f"{out}/tae.pt is missing; run the first stage: python -m reelstep.training.zoo.reel_tiny_tae"
+        load_shipped(tae, weights)
     return tae.eval()
 
 
-def train(steps: int, clips: int, seed: int, out: Path) -> None:
+def start_from(weights: Path, text: ByteTextEncoder, denoiser: MovieGenTransformer) -> None:
+    """Text encoder and denoiser of a weights file."""
+    tensors = {name: w.float() for name, w in load_file(weights).items()}
+    for prefix, module in (("text.", text), ("denoiser.", denoiser)):
+        module.load_state_dict({name.removeprefix(prefix): w for name, w in tensors.items() if name.startswith(prefix)})
+
+
+@torch.no_grad()
+def held_out_psnr(text: ByteTextEncoder, denoiser: MovieGenTransformer, tae: TAE, data: Latents, stickers: Sequence[Sticker], seed: int) -> dict[str, float]:
+    """Mean PSNR in dB of 48 held-out animations: by 8 Euler steps from noise, of the picture repeated, and through the autoencoder alone."""
+    clips = make_clips(stickers, np.random.default_rng(seed), 48, [m for m in MOTIONS if m != "still"])
+    modulations = denoiser.time(torch.arange(8) / 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16), PlainAttention():
+        truth, picture = tae.encode(clips.video).float(), tae.encode(clips.picture).float()
+        condition = ((picture - data.shift) * data.scale).expand_as(truth)
+        context = denoiser.text(text(tokens_of(clips.captions)))
+        x = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))
+        for modulation in modulations:
+            x = x + denoiser(x, modulation.expand(48, -1, -1), condition, context).float() / 8
+        shown = torch.cat([tae.decode(z) for z in (x / data.scale + data.shift).split(12)]).float().clamp(-1, 1)
+        ceiling = torch.cat([tae.decode(z) for z in truth.split(12)]).float().clamp(-1, 1)
+    repeated = clips.picture.expand(-1, -1, FRAMES, -1, -1)
+    return {name: float(psnr(v, clips.video).mean()) for name, v in (("model", shown), ("repeat", repeated), ("ceiling", ceiling))}
+
+
+def train(steps: int, clips: int, seed: int, out: Path, weights: Path | None) -> None:
     torch.manual_seed(seed)
-    known = [s for s in load_stickers() if not s.held_out]
+    stickers = load_stickers()
+    known, held_out = [s for s in stickers if not s.held_out], [s for s in stickers if s.held_out]
+    tae = load_tae(out, weights)
     cached = checkpoint.load(out / "latents.pt")
     if cached is None:
-        cached = dict(vars(encode_clips(load_tae(out), known, seed + 10, clips)))
+        common = [s for s in known if s.codepoint in NAMES] * (EVERYDAY_COPIES - 1)
+        cached = dict(vars(encode_clips(tae, known + common, seed + 10, clips)))
         checkpoint.save(out / "latents.pt", cached)
     data = Latents(**cached)
+    everyday = everyday_clips(data)
     text, denoiser = ByteTextEncoder(TEXT_CONFIG), MovieGenTransformer(DENOISER_CONFIG)
     for name, parameter in denoiser.named_parameters():  # adaLN-zero: every block starts as the identity
         if name.endswith(("patch_out.weight", "time.shared.weight", "cross_attention.out.weight")) or (name.startswith("blocks.") and name.endswith("table")):
@@ -199,19 +292,20 @@ def train(steps: int, clips: int, seed: int, out: Path) -> None:
         for optimizer, state in zip(both, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         start, elapsed = saved["step"], saved["elapsed_s"]
-    sizes = [sum(p.numel() for p in module.parameters()) for module in (denoiser, text)]
-    print(f"denoiser {sizes[0]:,}, text {sizes[1]:,} parameters; step {start} of {steps}", flush=True)
-    began = time.monotonic() - elapsed
-    if start == 0:
+    elif weights is not None:
+        start_from(weights, text, denoiser)
+    else:
         warm_up_text(text, data, seed, out / "text.pt")
+    frozen = FROZEN_STEPS if weights is None else 0
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (denoiser, text)]
+    print(f"denoiser {sizes[0]:,}, text {sizes[1]:,} parameters; {len(everyday)} clips of everyday stickers; step {start} of {steps}", flush=True)
+    began = time.monotonic() - elapsed
     parameters = [*text.parameters(), *denoiser.parameters()]
     sums: dict[str, float] = {}
     for step in range(start, steps):
-        rng = np.random.default_rng((seed, 11, step))
-        losses = {}
-        for kind, count in (("animated", ANIMATED), ("video", VIDEOS), ("picture", PICTURES)):
-            losses[kind] = flow_loss(text, denoiser, draw(data, rng, kind, count)).mean()
-        loss = 0.6 * losses["animated"] + 0.2 * losses["video"] + 0.2 * losses["picture"]
+        text.requires_grad_(step >= frozen)
+        losses = losses_of(text, denoiser, data, everyday, np.random.default_rng((seed, 11, step)))
+        loss = sum((KINDS[name].weight * value for name, value in losses.items()), torch.zeros(()))
         for optimizer, peak in zip(both, PEAKS, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak, warmup=60) * group.get("share", 1.0)
@@ -221,22 +315,26 @@ def train(steps: int, clips: int, seed: int, out: Path) -> None:
         for optimizer in both:
             optimizer.step()
         sums = {k: sums.get(k, 0.0) + v.item() for k, v in losses.items()}
-        if (step + 1) % 50 == 0 or step + 1 == steps:
+        if (step + 1) % 50 == 0:
             print(f"step {step + 1} " + " ".join(f"{k} {v / 50:.4f}" for k, v in sums.items()) + f", {time.monotonic() - began:.0f} s", flush=True)
             sums = {}
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             state = {"text": text.state_dict(), "denoiser": denoiser.state_dict(), "optimizers": [o.state_dict() for o in both]}
             checkpoint.save(path, {**state, "step": step + 1, "elapsed_s": time.monotonic() - began, "scale": data.scale, "shift": data.shift})
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            scores = held_out_psnr(text, denoiser, tae, data, held_out, seed + 1)
+            print(f"held-out PSNR in dB: {', '.join(f'{k} {v:.2f}' for k, v in scores.items())}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--clips", type=int, default=24000, help="clips encoded beforehand; captions, noise and t are drawn anew every step")
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--clips", type=int, default=16000, help="clips encoded beforehand; captions, noise and t are drawn anew every step")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", type=Path, help="go on from this file, e.g. engine/models/weights/reel-tiny.safetensors, instead of from nothing")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/reel-tiny"))
     args = parser.parse_args()
-    train(args.steps, args.clips, args.seed, args.out)
+    train(args.steps, args.clips, args.seed, args.out, args.weights)
 
 
 if __name__ == "__main__":

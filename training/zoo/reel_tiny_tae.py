@@ -1,6 +1,6 @@
-"""Recipe, stage 1 of `reel-tiny`: the temporal autoencoder, from its linear solution.
+"""Recipe, stage 1 of `reel-tiny`: the temporal autoencoder, from its linear solution or from weights that were shipped.
 
-`python -m reelstep.training.zoo.reel_tiny_tae --steps 9000`. Seeded; resumes from checkpoints/reel-tiny/tae.pt.
+`python -m reelstep.training.zoo.reel_tiny_tae --steps 3400`. Seeded; resumes from checkpoints/reel-tiny/tae.pt.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from reelstep.engine.models.reel_tiny import TAE_CONFIG
 from reelstep.engine.models.tae import TAE, LinearSkip, outlier_penalty
 from reelstep.training import checkpoint
+from reelstep.training.muon import Matrices, muon
 from reelstep.training.zoo.stickers import Clips, Sticker, load_stickers, make_clips
 
+ADAMW_SHARE = 0.5  # of Muon's rate, for what is no inner matrix
 LATENT_NOISE = 0.03  # of the latents' own standard deviation: the decoder must stand a denoiser's small errors
 
 
@@ -62,7 +65,14 @@ def channels_last(model: TAE) -> TAE:
     return move(memory_format=torch.channels_last)
 
 
-def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak: float) -> None:
+def load_shipped(model: TAE, weights: Path) -> None:
+    """The autoencoder of a weights file; its latents as the networks give them, before they are normalised."""
+    model.load_state_dict({name.removeprefix("tae."): w.float() for name, w in load_file(weights).items() if name.startswith("tae.")})
+    model.scale.fill_(TAE_CONFIG.scale)
+    model.shift.fill_(TAE_CONFIG.shift)
+
+
+def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak: float, weights: Path | None) -> None:
     torch.manual_seed(seed)
     stickers = load_stickers()
     known, held_out = [s for s in stickers if not s.held_out], [s for s in stickers if s.held_out]
@@ -71,8 +81,13 @@ def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak
     model = channels_last(TAE(TAE_CONFIG))
     assert model.skip is not None
     model.skip.from_components(*components(model.skip, sample, TAE_CONFIG.latent_channels))
-    parameters = [p for n, p in model.named_parameters() if not decoder_only or n.startswith(("decoder", "skip.decode"))]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=1e-4, betas=(0.9, 0.98), fused=True)
+    if weights is not None:
+        load_shipped(model, weights)
+    trained = {n: p for n, p in model.named_parameters() if not decoder_only or n.startswith(("decoder", "skip.decode"))}
+    inner = {n for n, p in trained.items() if p.ndim in (2, 4) and not n.startswith("skip") and "conv_in" not in n and "conv_out" not in n}
+    matrices = Matrices(trained[n] for n in sorted(inner))
+    rest = [p for n, p in trained.items() if n not in inner]
+    both = [muon(matrices.parameters, weight_decay=0.0), torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
     start, elapsed = 0, 0.0
     path = out / ("tae_decoder.pt" if decoder_only else "tae.pt")
     if decoder_only and not path.exists():
@@ -81,7 +96,8 @@ def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak
         model.load_state_dict(base["model"])
     if (saved := checkpoint.load(path)) is not None:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(both, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         start, elapsed = saved["step"], saved["elapsed_s"]
     size = sum(p.numel() for p in model.parameters())
     print(f"{size:,} parameters; PCA at this rate {pca_psnr(model, sample, test):.2f} dB; step {start} of {steps}", flush=True)
@@ -90,8 +106,9 @@ def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak
         video = clips_at(known, seed + 2, step, batch).video
         if step % 4 == 3:  # images and videos together, as in the paper (1 : 3)
             video = video[:, :, torch.arange(0, 8, 4)].transpose(1, 2).flatten(0, 1)[:, :, None]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak, warmup=100)
+        for optimizer, share in zip(both, (1.0, ADAMW_SHARE), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = share * learning_rate(step, steps, peak, warmup=50)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             z = model.encode(video)
             noisy = z + LATENT_NOISE * z.detach().std() * torch.randn_like(z)
@@ -99,14 +116,17 @@ def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak
         # the root puts every clip's dB on about the same footing; the mean square alone is ruled by the few worst
         error = (output.float() - video).square().flatten(1).mean(1)
         loss = (error + 1e-5).sqrt().mean() + 0.1 * outlier_penalty(z.float())
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        matrices.take_gradients()
+        for optimizer in both:
+            optimizer.step()
         if (step + 1) % 250 == 0 or step + 1 == steps:
             score = evaluate(model, test)
             print(f"step {step + 1} loss {loss.item():.4f} held-out {score:.2f} dB, {time.monotonic() - began:.0f} s", flush=True)
-            checkpoint.save(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "elapsed_s": time.monotonic() - began})
+            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in both], "step": step + 1}
+            checkpoint.save(path, {**state, "elapsed_s": time.monotonic() - began})
 
 
 @torch.no_grad()
@@ -118,14 +138,15 @@ def evaluate(model: TAE, video: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peak", type=float, default=1.5e-3, help="highest learning rate")
+    parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--decoder-only", action="store_true", help="stage 3: the latents stay, only the decoder learns on")
+    parser.add_argument("--weights", type=Path, help="start from the autoencoder of this file, e.g. engine/models/weights/reel-tiny.safetensors")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/reel-tiny"))
     args = parser.parse_args()
-    train(args.steps, args.batch, args.seed, args.out, args.decoder_only, args.peak)
+    train(args.steps, args.batch, args.seed, args.out, args.decoder_only, args.peak, args.weights)
 
 
 if __name__ == "__main__":

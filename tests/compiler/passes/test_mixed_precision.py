@@ -18,7 +18,9 @@ class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(8, 64), nn.Linear(64, 8)
-        self.layers = nn.ModuleList(nn.Sequential(nn.RMSNorm(64, eps=1e-6), nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64)) for _ in range(12))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.RMSNorm(64, eps=1e-6), nn.Linear(64, 128), nn.LayerNorm(128), nn.SiLU(), nn.Linear(128, 64)) for _ in range(12)
+        )
 
     def forward(self, x):
         x = self.first(x)
@@ -44,6 +46,7 @@ def test_products_run_in_bfloat16_but_the_first_and_the_last_and_sums_in_float32
     assert others["aten.rms_norm.default"] is torch.float32
     assert others["aten.add.Tensor"] is torch.float32
     assert others["aten.silu.default"] is torch.bfloat16, "what only products feed stays in bfloat16"
+    assert others["aten.layer_norm.default"] is torch.bfloat16, "a norm between products too: its sums are float32 inside"
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -65,3 +67,30 @@ def test_a_graph_that_still_has_undefined_memory_is_refused(monkeypatch: pytest.
     monkeypatch.setattr(passes, "PASSES", {"functionalise": PASSES["functionalise"]})
     with pytest.raises(CompileError, match="still holds"):
         apply_passes(captured())
+
+
+class Heads(nn.Module):
+    """Attention whose queries are normed after the heads were moved; its keys' moved heads serve a second reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm, self.v_norm = (nn.RMSNorm(8, eps=1e-6) for _ in range(3))
+        torch.nn.init.normal_(self.q_norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q_BNLK, k_BNLK, v_BNLK = (rearrange(x + i, "B L (N K) -> B N L K", K=8) for i in range(3))
+        moved = self.v_norm(v_BNLK)
+        y = F.scaled_dot_product_attention(self.q_norm(q_BNLK), self.k_norm(k_BNLK), moved) + k_BNLK + moved
+        return rearrange(y, "B N L K -> B L (N K)")
+
+
+def test_norms_of_queries_go_before_the_move_of_heads_and_others_stay() -> None:
+    torch.manual_seed(0)
+    program = Program("p", Heads(), (TensorSpec("x", "float32", ("B", 5, 16)),), (TensorSpec("y", "float32", ("B", 5, 16)),), (PROFILE,))
+    exported, applied = apply_passes(capture(program, PROFILE))
+    assert "norm_before_transpose" in applied
+    norms = [node for node in exported.graph.nodes if node.target is torch.ops.aten.rms_norm.default]
+    first = {str(node.args[2]).split("_norm")[0][-1]: tuple(node.meta["val"].shape)[1:] for node in norms}
+    assert first == {"q": (5, 2, 8), "k": (2, 5, 8), "v": (2, 5, 8)}, "keys and values have other readers"
+    x = torch.randn(3, 5, 16)
+    assert torch.allclose(exported.module()(x), program.module(x), rtol=1e-6, atol=1e-6)
