@@ -95,13 +95,15 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--steps", type=int)
     options.add_argument("--scale", type=float)
     options.add_argument("--solver", default="")
+    options.add_argument("--known", action="store_true", help="stickers that were trained on: to choose settings without a look at the held-out ones")
     options.add_argument("--sheet", type=Path, metavar="FILE", help="write a contact sheet (truth at the left, result at the right)")
     args = options.parse_args(argv)
-    held_out = [s for s in load_stickers() if s.held_out]
+    stickers = [s for s in load_stickers() if s.held_out != args.known]
     bundle = build_bundle("reel-tiny", backend="openvino", precision=None, out=args.cache / "bench-animation.reel", cache=args.cache)
     engine = open_engine([bundle.path], cache=args.cache, max_running=64, max_queued=1024)
-    rows, shown = measure(engine, held_out, args.per_motion, args.seed, Ask("", steps=args.steps, scale=args.scale, solver=args.solver))
+    rows, shown = measure(engine, stickers, args.per_motion, args.seed, Ask("", steps=args.steps, scale=args.scale, solver=args.solver))
     engine.close(1.0)
     if args.sheet:
         sheet(shown, args.sheet)
-    report("held-out sticker animations, PSNR", rows, args.seed, args.json, {"held_out_stickers": len(held_out)})
+    which = "known" if args.known else "held_out"
+    report(f"{which.replace('_', '-')} sticker animations, PSNR", rows, args.seed, args.json, {f"{which}_stickers": len(stickers)})

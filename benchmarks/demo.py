@@ -26,7 +26,7 @@ PROMPTS = (
     "a red apple slides left on a yellow background",
     "a yellow star grows on a purple background",
     "a soccer ball bounces on a green background",
-    "a pizza slides right strongly on a light blue background",
+    "a donut slides right strongly on a light blue background",
     "a ghost fades in and out on a black background",
 )
 PICTURES = (

@@ -125,9 +125,11 @@ def denoise_calls(job: Job, state: PipelineState, query: Query) -> tuple[Call, .
 def maybe_preview(job: Job, state: PipelineState) -> Generator[tuple[Call, ...], Answers, None]:
     """Every so many steps, decode what the data would be if the last velocity held to the end."""
     every = job.request.preview_every
-    if not every or not state.step or state.step % every or state.sampler is None:
+    sampler = state.sampler
+    if not every or not state.step or state.step % every or sampler is None or sampler.newest is None:
         return
-    video = yield from decode(job, state.sampler.x, [])
+    data = sampler.x + (1 - job.table.times[sampler.step]) * sampler.newest
+    video = yield from decode(job, data, [])
     state.preview = to_pixels(video[:, :, : job.request.frames])
 
 

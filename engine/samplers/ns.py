@@ -118,6 +118,7 @@ class SamplerState:
     x: Tensor  # x[step], where the next velocity is wanted
     base: Tensor  # x[0], or the sum of the terms that every row from here on begins with (`Table.settled`)
     velocities: dict[int, Tensor]  # by step; those that a later row still needs
+    newest: Tensor | None = None  # the last velocity, for previews
 
 
 def start(table: Table, noise: Tensor) -> SamplerState:
@@ -145,7 +146,7 @@ def sample(table: Table, state: SamplerState) -> Sampler:
 def _advance(table: Table, state: SamplerState, u: Tensor) -> None:
     """Take row `state.step` of the table. Makes new tensors only, since drivers and savers may still hold the old ones."""
     i = state.step
-    state.velocities = {**state.velocities, i: u}
+    state.velocities, state.newest = {**state.velocities, i: u}, u
     done = table.settled[i - 1] if i else 0
     settled, x = table.settled[i], state.base
     for k in range(done, i + 2):
