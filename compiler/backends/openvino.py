@@ -49,7 +49,7 @@ class BoundRequest:
 
 
 class OpenVinoExecutable:
-    """Two variants of a program: static shapes for one row (12 to 25 % faster on `reel-tiny`), a dynamic batch for more."""
+    """Two variants of a program: static shapes for one row, which run faster, a dynamic batch for more."""
 
     def __init__(self, variants: Sequence[ov.CompiledModel], signature: Signature) -> None:
         self.signature = signature

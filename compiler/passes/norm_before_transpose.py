@@ -2,7 +2,7 @@
 
 Models split heads and then norm them, as papers draw it: linear, transpose, norm, attention. A norm over the last dim does not care
 where the other dims lie, and a fused attention reads its operands through any permutation, but not through a norm. OpenVINO then runs
-half as many transposes: 6 % of a `reel-tiny` call.
+half as many transposes.
 """
 
 from __future__ import annotations
