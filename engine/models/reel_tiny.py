@@ -55,8 +55,13 @@ class ReelTiny(nn.Module):
 def build() -> ReelTiny:
     """With the shipped weights (bfloat16 on disk, float32 here)."""
     model = ReelTiny()
-    model.load_state_dict({name: w.float() for name, w in load_file(WEIGHTS / "reel-tiny.safetensors").items()})
+    load_weights(model, WEIGHTS / "reel-tiny.safetensors")
     return model.eval()
+
+
+def load_weights(module: nn.Module, file: Path, prefix: str = "") -> None:
+    """The part of a weights file whose names begin with `prefix`, into `module`, in float32."""
+    module.load_state_dict({name.removeprefix(prefix): w.float() for name, w in load_file(file).items() if name.startswith(prefix)})
 
 
 def programs(model: nn.Module) -> tuple[Program, ...]:

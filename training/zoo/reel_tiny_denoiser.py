@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from reelstep.engine.models.byte_text import PAD, ByteTextEncoder, tokenize
 from reelstep.engine.models.movie_gen import MovieGenTransformer
-from reelstep.engine.models.reel_tiny import DENOISER_CONFIG, TAE_CONFIG, TEXT_CONFIG
+from reelstep.engine.models.reel_tiny import DENOISER_CONFIG, TAE_CONFIG, TEXT_CONFIG, load_weights
 from reelstep.engine.models.tae import TAE
 from reelstep.training import checkpoint
 from reelstep.training.muon import muon
@@ -243,13 +242,6 @@ def load_tae(out: Path, weights: Path | None) -> TAE:
     return tae.eval()
 
 
-def start_from(weights: Path, text: ByteTextEncoder, denoiser: MovieGenTransformer) -> None:
-    """Text encoder and denoiser of a weights file."""
-    tensors = {name: w.float() for name, w in load_file(weights).items()}
-    for prefix, module in (("text.", text), ("denoiser.", denoiser)):
-        module.load_state_dict({name.removeprefix(prefix): w for name, w in tensors.items() if name.startswith(prefix)})
-
-
 @torch.no_grad()
 def held_out_psnr(text: ByteTextEncoder, denoiser: MovieGenTransformer, tae: TAE, data: Latents, stickers: Sequence[Sticker], seed: int) -> dict[str, float]:
     """Mean PSNR in dB of 48 held-out animations: by 8 Euler steps from noise, of the picture repeated, and through the autoencoder alone."""
@@ -293,7 +285,8 @@ def train(steps: int, clips: int, seed: int, out: Path, weights: Path | None) ->
             optimizer.load_state_dict(state)
         start, elapsed = saved["step"], saved["elapsed_s"]
     elif weights is not None:
-        start_from(weights, text, denoiser)
+        load_weights(text, weights, "text.")
+        load_weights(denoiser, weights, "denoiser.")
     else:
         warm_up_text(text, data, seed, out / "text.pt")
     frozen = FROZEN_STEPS if weights is None else 0

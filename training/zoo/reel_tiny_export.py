@@ -11,21 +11,24 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from reelstep.engine.models.reel_tiny import WEIGHTS, ReelTiny
+from reelstep.engine.models.reel_tiny import WEIGHTS, ReelTiny, load_weights
 from reelstep.training import checkpoint
 
 
 def export(source: Path, target: Path) -> None:
-    """Join the TAE (its later decoder where stage 3 was run), text encoder and denoiser."""
-    tae, denoiser = checkpoint.load(source / "tae.pt"), checkpoint.load(source / "denoiser.pt")
-    assert tae is not None, f"{source}/tae.pt is missing; run stage 1"
-    assert denoiser is not None, f"{source}/denoiser.pt is missing; run stage 2"
-    decoder = checkpoint.load(source / "tae_decoder.pt")
+    """Join the TAE (its later decoder where stage 3 was run), text encoder and denoiser; what no stage made here stays as `target` has it."""
+    tae, decoder, denoiser = (checkpoint.load(source / f"{name}.pt") for name in ("tae", "tae_decoder", "denoiser"))
+    assert tae or decoder or denoiser, f"{source} holds no checkpoint; run a stage first"
+    assert denoiser or not tae, f"{source}/denoiser.pt is missing; a denoiser reads the latents of its own autoencoder only, so run stage 2"
     model = ReelTiny()
-    model.tae.load_state_dict((decoder or tae)["model"])
-    model.text.load_state_dict(denoiser["text"])
-    model.denoiser.load_state_dict(denoiser["denoiser"])
-    with torch.no_grad():
+    if target.exists():
+        load_weights(model, target)
+    if latest := decoder or tae:
+        scale, shift = model.tae.scale.clone(), model.tae.shift.clone()
+        model.tae.load_state_dict({**latest["model"], "scale": scale, "shift": shift})
+    if denoiser:
+        model.text.load_state_dict(denoiser["text"])
+        model.denoiser.load_state_dict(denoiser["denoiser"])
         model.tae.scale.fill_(denoiser["scale"])
         model.tae.shift.fill_(denoiser["shift"])
     weights = {name: (value.to(torch.bfloat16) if value.ndim else value).contiguous() for name, value in model.state_dict().items()}

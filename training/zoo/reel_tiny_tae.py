@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from reelstep.engine.models.reel_tiny import TAE_CONFIG
+from reelstep.engine.models.reel_tiny import TAE_CONFIG, load_weights
 from reelstep.engine.models.tae import TAE, LinearSkip, outlier_penalty
 from reelstep.training import checkpoint
 from reelstep.training.muon import Matrices, muon
@@ -67,7 +66,7 @@ def channels_last(model: TAE) -> TAE:
 
 def load_shipped(model: TAE, weights: Path) -> None:
     """The autoencoder of a weights file; its latents as the networks give them, before they are normalised."""
-    model.load_state_dict({name.removeprefix("tae."): w.float() for name, w in load_file(weights).items() if name.startswith("tae.")})
+    load_weights(model, weights, "tae.")
     model.scale.fill_(TAE_CONFIG.scale)
     model.shift.fill_(TAE_CONFIG.shift)
 
@@ -90,10 +89,9 @@ def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak
     both = [muon(matrices.parameters, weight_decay=0.0), torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
     start, elapsed = 0, 0.0
     path = out / ("tae_decoder.pt" if decoder_only else "tae.pt")
-    if decoder_only and not path.exists():
-        base = checkpoint.load(out / "tae.pt")
-        assert base is not None, f"{out}/tae.pt is missing; run the first stage before the decoder's"
+    if decoder_only and (base := checkpoint.load(out / "tae.pt")) is not None:
         model.load_state_dict(base["model"])
+    assert not decoder_only or base or weights, f"{out}/tae.pt is missing; run the first stage before the decoder's, or give --weights"
     if (saved := checkpoint.load(path)) is not None:
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(both, saved["optimizers"], strict=True):
