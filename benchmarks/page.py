@@ -1,4 +1,4 @@
-"""Writes docs/results.md from the rows under benchmarks/results/: `python -m reelstep.benchmarks.page`.
+"""Writes docs/results.md, and the table of reel-tiny's card, from the rows under benchmarks/results/: `python -P -m reelstep.benchmarks.page`.
 
 The page holds no number that is not in those files.
 """
@@ -14,6 +14,8 @@ from reelstep.benchmarks.harness import shown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+CARD = ROOT / "engine" / "models" / "weights" / "reel-tiny.md"
+TABLE = ("<!-- written by benchmarks/page.py -->\n", "<!-- end -->")
 
 SECTIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "engine": (
@@ -73,14 +75,24 @@ def section(name: str) -> str:
     )
 
 
+def refresh_card() -> None:
+    """Put the newest held-out rows between the marks in the card."""
+    begin, end = TABLE
+    head, rest = CARD.read_text().split(begin)
+    tail = rest.split(end)[1]
+    data = json.loads((RESULTS / "animation.json").read_text())
+    CARD.write_text(f"{head}{begin}{markdown(data['rows'], SECTIONS['animation'][2])}\n\n`{data['conditions']['command']}`\n{end}{tail}")
+
+
 def main() -> None:
     intro = (
         "# Results\nEvery number here was measured by the command under its table and is written from `benchmarks/results/` by "
-        "`python -m reelstep.benchmarks.page`. The machines are shared: read the ratios, not the seconds.\n"
+        "`python -P -m reelstep.benchmarks.page`. The machines are shared: read the ratios, not the seconds.\n"
     )
     page = "\n".join([intro, *(section(name) for name in SECTIONS if (RESULTS / f"{name}.json").exists())])
     (ROOT / "docs" / "results.md").write_text(page)
-    print(f"wrote {ROOT / 'docs' / 'results.md'}")
+    refresh_card()
+    print(f"wrote {ROOT / 'docs' / 'results.md'} and the table of {CARD}")
 
 
 if __name__ == "__main__":

@@ -29,14 +29,11 @@ PRODUCTS = frozenset(
         aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default, aten.scaled_dot_product_attention.default,
     }
 )  # fmt: skip
-NORMS = frozenset(
-    {
-        aten.rms_norm.default, aten.layer_norm.default, aten.group_norm.default, aten.native_layer_norm.default, aten.native_group_norm.default,
-        aten._fused_rms_norm.default,
-    }
-)  # fmt: skip
+ROW_NORMS = frozenset({aten.rms_norm.default, aten.layer_norm.default})
+"""Norms over the last dims, which every backend sums in float32 inside. Group norms are not among them: OpenVINO has none in bfloat16."""
 SUMS = frozenset(
     {
+        aten.group_norm.default, aten.native_layer_norm.default, aten.native_group_norm.default, aten._fused_rms_norm.default,
         aten.softmax.int, aten._softmax.default, aten.sum.dim_IntList, aten.mean.dim, aten.var.correction,
         aten.exp.default, aten.pow.Tensor_Scalar, aten.cos.default, aten.sin.default, aten.log.default, aten.rsqrt.default,
     }
@@ -59,7 +56,7 @@ class Recast(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.bfloat16)]
         mixed = len({x.dtype for x in tensors}) > 1
-        if (target in PRODUCTS and not self.keeps) or (target in NORMS and tensors[0].dtype is torch.bfloat16):
+        if (target in PRODUCTS and not self.keeps) or (target in ROW_NORMS and tensors[0].dtype is torch.bfloat16):
             args, kwargs = cast((args, kwargs), torch.bfloat16)
         elif target in SUMS or self.keeps or mixed:
             args, kwargs = cast((args, kwargs), torch.float32)

@@ -100,7 +100,7 @@ SPEC = ModelSpec(
         defaults={
             "text_to_image": Defaults("euler", "linear", 16, 3.0, 1, 8.0),
             "text_to_video": Defaults("euler", "linear", 16, 3.0, FRAMES, 8.0),
-            "animate_sticker": Defaults("euler", "linear", 12, 1.0, FRAMES, 8.0),
+            "animate_sticker": Defaults("euler", "linear", 6, 1.0, FRAMES, 8.0),
         },
         path="condot",
         prediction="velocity",
