@@ -7,13 +7,15 @@ half as many transposes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-aten = torch.ops.aten
+from reelstep.compiler.passes.mixed_precision import ROW_NORMS
 
-NORMS = (aten.rms_norm.default, aten.layer_norm.default)
+aten = torch.ops.aten
 
 
 def norm_before_transpose(exported: ExportedProgram) -> ExportedProgram:
@@ -35,13 +37,13 @@ def norm_before_transpose(exported: ExportedProgram) -> ExportedProgram:
     return exported
 
 
-def _commutes(node: Node) -> bool:
+def _commutes(node: Any) -> bool:
     """A norm over the last dim alone, of a permutation that keeps that dim and serves nothing else, read by attention only."""
-    if node.target not in NORMS or len(node.args[1]) != 1:  # type: ignore[arg-type]
+    if node.target not in ROW_NORMS or len(node.args[1]) != 1:
         return False
     source = node.args[0]
     if not isinstance(source, Node) or source.target is not aten.permute.default or len(source.users) != 1:
         return False
-    dims: list[int] = source.args[1]  # type: ignore[assignment]
+    dims: Any = source.args[1]
     keeps_last = dims[-1] in (len(dims) - 1, -1)
     return keeps_last and all(user.target is aten.scaled_dot_product_attention.default for user in node.users)

@@ -81,11 +81,15 @@ def test_an_output_does_not_depend_on_what_it_was_batched_with(make_toy):
 
 def test_each_output_of_a_count_has_its_own_seed(make_toy):
     toy = make_toy({"denoise": fall})
-    media = toy.submit(seed=7, count=3, steps=2).result().media
+    several = toy.submit(seed=7, count=3, steps=2, preview_every=1)
+    media = several.result().media
     assert media.seeds == (7, 8, 9)
     assert media.frames.shape[0] == 3
-    assert np.array_equal(media.frames[1], toy.submit(seed=8, steps=2).result().media.frames[0])
+    second = toy.submit(seed=8, steps=2, preview_every=1)
+    assert np.array_equal(media.frames[1], second.result().media.frames[0])
     assert not np.array_equal(media.frames[0], media.frames[1])
+    halfway = [next(e.frames for e in h.events if isinstance(e, Preview)) for h in (several, second)]
+    assert np.array_equal(halfway[0][1], halfway[1][0])
 
 
 def test_cancelling_stops_between_calls(make_toy, closed_form):
