@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -92,14 +93,17 @@ class Timing:
 
 
 def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, Timing]:
-    """Time each contender once per round, in turn, so that a machine that slows down slows them all. Order rotates from round to round."""
+    """Time each contender once per round, so that a machine that slows down slows them all.
+
+    Every round has an order of its own (seeded): a contender leaves caches and clocks to the one after it, and no one shall always have the same neighbour.
+    """
     for run in contenders.values():
         for _ in range(warmup):
             run()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+    shuffler = random.Random(0)
+    for _ in range(rounds):
+        for name in shuffler.sample(list(contenders), len(contenders)):
             began = time.perf_counter()
             contenders[name]()
             seconds[name].append(time.perf_counter() - began)

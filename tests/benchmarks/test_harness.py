@@ -1,6 +1,8 @@
 """What the benchmarks share."""
 
 import json
+from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,11 +19,18 @@ def test_psnr_is_ten_log_of_the_squared_range_over_the_mean_square():
     assert psnr(a, a + 51) == pytest.approx(20 * np.log10(5))
 
 
-def test_contenders_take_turns_and_each_runs_once_a_round():
-    order = []
-    result = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=4, warmup=1)
-    assert order == ["a", "b", "a", "b", "b", "a", "a", "b", "b", "a"]
-    assert [t.rounds for t in result.values()] == [4, 4]
+def test_each_contender_runs_once_a_round_and_follows_every_other():
+    def order_of(rounds):
+        order = []
+        result = interleave({name: lambda name=name: order.append(name) for name in "abc"}, rounds=rounds, warmup=1)
+        assert [t.rounds for t in result.values()] == [rounds] * 3
+        return order[3:]  # after one run each to warm up
+
+    order = order_of(30)
+    assert all(sorted(order[i : i + 3]) == ["a", "b", "c"] for i in range(0, 90, 3))
+    assert order == order_of(30), "seeded"
+    neighbours = Counter(pairwise(order))
+    assert all(neighbours[one, other] >= 8 for one in "abc" for other in "abc" if one != other), neighbours
 
 
 def test_a_timing_is_the_median_with_its_spread():
