@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from reelstep.engine.models.byte_text import ByteTextEncoder
 from reelstep.engine.models.movie_gen import MovieGenTransformer
 from reelstep.engine.models.reel_tiny import DENOISER_CONFIG, TEXT_CONFIG
+from reelstep.training.zoo import reel_tiny_denoiser
 from reelstep.training.zoo.reel_tiny_denoiser import (
     KINDS,
     Latents,
     PlainAttention,
     draw,
     encode_text,
-    everyday_clips,
     flow_loss,
     join,
     losses_of,
@@ -35,7 +35,7 @@ def data():
 def test_only_animated_samples_see_the_picture_and_pictures_have_one_frame(data):
     shapes = {}
     for kind in ("animated", "video", "picture"):
-        batch = draw(data, everyday_clips(data), np.random.default_rng(0), kind, 5)
+        batch = draw(data, np.random.default_rng(0), kind, 5)
         shapes[kind] = tuple(batch.x1.shape)
         assert bool(batch.condition.any()) == (kind == "animated")
         assert bool(((batch.t > 0) & (batch.t < 1)).all())
@@ -43,9 +43,9 @@ def test_only_animated_samples_see_the_picture_and_pictures_have_one_frame(data)
 
 
 def test_everyday_stickers_are_drawn_more_often_for_words_alone(data):
-    assert everyday_clips(data).tolist() == [0]
+    assert data.everyday.tolist() == [0]
     for kind in ("animated", "video"):
-        drawn = draw(data, everyday_clips(data), np.random.default_rng(0), kind, 300).x1
+        drawn = draw(data, np.random.default_rng(0), kind, 300).x1
         found = float((drawn == data.video[0].float()).flatten(1).all(1).float().mean())
         expected = KINDS[kind].everyday + (1 - KINDS[kind].everyday) / 6
         assert abs(found - expected) < 0.1, "four deviations of 300 draws"
@@ -55,7 +55,7 @@ def test_everyday_stickers_are_drawn_more_often_for_words_alone(data):
 def test_a_denoiser_that_gives_zero_has_the_loss_of_the_target(data):
     denoiser = MovieGenTransformer(DENOISER_CONFIG)
     torch.nn.init.zeros_(denoiser.patch_out.weight)
-    both = join([draw(data, everyday_clips(data), np.random.default_rng(0), kind, 2) for kind in ("animated", "video")])
+    both = join([draw(data, np.random.default_rng(0), kind, 2) for kind in ("animated", "video")])
     loss = flow_loss(ByteTextEncoder(TEXT_CONFIG)(both.tokens), denoiser, both)
     assert torch.allclose(loss, (both.x1 - both.noise).square().flatten(1).mean(1), rtol=1e-5)
 
@@ -63,7 +63,7 @@ def test_a_denoiser_that_gives_zero_has_the_loss_of_the_target(data):
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_a_step_reaches_text_encoder_and_denoiser_from_every_kind(data):
     text, denoiser = ByteTextEncoder(TEXT_CONFIG), MovieGenTransformer(DENOISER_CONFIG)
-    losses = losses_of(text, denoiser, data, everyday_clips(data), np.random.default_rng(0))
+    losses = losses_of(text, denoiser, dict.fromkeys(KINDS, data), np.random.default_rng(0))
     assert set(losses) == set(KINDS)
     for loss in losses.values():
         (gradient,) = torch.autograd.grad(loss, text.embedding.weight, retain_graph=True)
@@ -95,6 +95,17 @@ def test_muon_moves_the_blocks_matrices_only_and_every_parameter_is_moved_once()
     of_text = {id(p) for p in text.parameters()}
     assert not of_text & {id(p) for group in muon.param_groups for p in group["params"]}
     assert {id(p) for p in adam.param_groups[1]["params"]} == of_text
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_the_warm_up_teaches_the_names_of_things(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reel_tiny_denoiser, "WARM_UP_STEPS", 100)
+    monkeypatch.setattr(reel_tiny_denoiser, "WARM_UP_BATCH", 12)
+    text = ByteTextEncoder(TEXT_CONFIG)
+    warm_up_text(text, data, 0, tmp_path / "text.pt")
+    assert "background right: 1.00 1.00" in capsys.readouterr().out, "two names and one motion are soon told apart"
+    contexts = text(tokens_of(["a cat grows on red", "an abacus grows on red"])).mean(1)
+    assert float((contexts[0] - contexts[1]).norm() / contexts.norm()) > 0.1
 
 
 def test_a_warm_up_that_is_kept_is_not_done_again(data, tmp_path):

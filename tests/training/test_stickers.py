@@ -94,6 +94,18 @@ def test_a_batch_is_a_function_of_its_seed():
     assert torch.equal(one.picture[:, :, 0], one.video[:, :, MIDDLE])
 
 
+def test_varied_clips_are_mirrored_half_the_time_and_larger_or_smaller_half_the_time():
+    clips = make_clips([Sticker(1, "square", False, square())], np.random.default_rng(0), 200, ["still"], varied=True)
+    there = (clips.picture[:, :, 0] - clips.picture[:, :, 0, :1, :1]).abs().sum(1) > 0.05
+    left, right = there[:, :, :32].flatten(1).sum(1), there[:, :, 32:].flatten(1).sum(1)
+    assert 0.35 < float((right > left).float().mean()) < 0.65
+    area = there.flatten(1).sum(1).float()
+    plain = area.median()
+    assert 0.35 < float(((area / plain - 1).abs() > 0.05).float().mean()) < 0.6
+    assert float(area.max() / plain) > 1.4**2 * 0.9
+    assert float(area.min() / plain) < 0.9**2
+
+
 def test_one_in_ten_is_held_out_by_its_code_point_alone():
     share = sum(map(is_held_out, range(0x1F300, 0x1FB00))) / (0x1FB00 - 0x1F300)
     assert 0.08 < share < 0.12

@@ -1,6 +1,6 @@
 """Recipe, stage 2 of `reel-tiny`: text encoder and denoiser, by flow matching on the latents of stage 1.
 
-`python -m reelstep.training.zoo.reel_tiny_denoiser --steps 4500`. Seeded; resumes from checkpoints/reel-tiny/denoiser.pt.
+`python -P -m reelstep.training.zoo.reel_tiny_denoiser --steps 4500`. Seeded; resumes from checkpoints/reel-tiny/denoiser.pt.
 Pictures from words, videos from words, and videos from a picture and words are trained together in every step.
 
 B batch, C channels, F H W latent sizes, L text bytes, D width, N heads, K head dim.
@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,13 @@ class Kind:
 KINDS = {
     # with a picture and words the answer is known, and the work is to find it from pure noise: so small t more often
     "animated": Kind(14, 0.6, 0.05, 0.0, -0.8),
-    # hundreds of names are too many to learn in an hour from words alone: those that people use come first
-    "video": Kind(4, 0.2, 0.1, 0.6, 0.0),
-    "picture": Kind(8, 0.2, 0.1, 0.6, 0.0),
+    # hundreds of things are too many to learn in an hour from words alone: those that people name come first
+    "video": Kind(4, 0.2, 0.1, 0.8, -0.4),
+    "picture": Kind(8, 0.2, 0.1, 0.8, -0.4),
 }
+MOVING = {"still": 0, "spin_clockwise": 2, "spin_counterclockwise": 2, "grow": 2, "shrink": 2}  # shares of the motions that are harder to learn, else 1
 EVERYDAY_COPIES = 8  # how many times a sticker of NAMES stands among the stickers that clips are drawn from
-WARM_UP_STEPS, WARM_UP_BATCH = 800, 128
+WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_EVERYDAY = 1600, 128, 0.4
 FROZEN_STEPS = 800  # in which the text encoder stays as the warm-up left it
 PEAKS = (2e-3, 1e-3)  # of Muon and AdamW
 TEXT_SHARE = 0.1  # of AdamW's rate
@@ -70,13 +72,21 @@ class Latents:
     scale: float
     shift: float
 
+    @cached_property
+    def everyday(self) -> np.ndarray:
+        """Indices of the clips whose sticker stands in NAMES; of all clips where none does."""
+        common = set(NAMES.values())
+        return np.array([i for i, name in enumerate(self.names) if name in common] or range(len(self.names)))
+
 
 @torch.no_grad()
-def encode_clips(tae: TAE, stickers: Sequence[Sticker], seed: int, count: int) -> Latents:
-    """`count` random clips through the encoder. The global mean and deviation of video latents become shift and scale."""
+def encode_clips(
+    tae: TAE, stickers: Sequence[Sticker], seed: int, count: int, motions: Sequence[str] = tuple(MOTIONS), like: Latents | None = None
+) -> Latents:
+    """`count` random clips through the encoder, normalised as `like` is; without it, plain clips, normalised by their own mean and deviation."""
     videos, pictures, tags = [], [], []
     for i in range(0, count, 100):
-        clips = make_clips(stickers, np.random.default_rng((seed, i)), 100)
+        clips = make_clips(stickers, np.random.default_rng((seed, i)), 100, motions, varied=like is not None)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             videos.append(torch.cat([tae.encode(v) for v in clips.video.split(25)]).half())
             pictures.append(tae.encode(clips.picture).half())
@@ -84,9 +94,22 @@ def encode_clips(tae: TAE, stickers: Sequence[Sticker], seed: int, count: int) -
         if i % 4000 == 0:
             print(f"encoded {i} of {count} clips", flush=True)
     video, picture = torch.cat(videos), torch.cat(pictures)
-    shift, scale = float(video.float().mean()), 1 / float(video.float().std())
+    shift, scale = (like.shift, like.scale) if like else (float(video.float().mean()), 1 / float(video.float().std()))
     names, motions, amounts, backgrounds = map(list, zip(*tags, strict=True))
     return Latents(((video.float() - shift) * scale).half(), ((picture.float() - shift) * scale).half(), names, motions, amounts, backgrounds, scale, shift)
+
+
+def load_latents(tae: TAE, known: Sequence[Sticker], seed: int, count: int, out: Path) -> tuple[Latents, Latents]:
+    """Clips for samples from words alone, and clips for animated pictures; each encoded once and kept under `out`."""
+    if (plain := checkpoint.load(out / "latents.pt")) is None:
+        common = [s for s in known if s.codepoint in NAMES] * (EVERYDAY_COPIES - 1)
+        plain = dict(vars(encode_clips(tae, [*known, *common], seed + 10, count)))
+        checkpoint.save(out / "latents.pt", plain)
+    if (moving := checkpoint.load(out / "moving.pt")) is None:
+        motions = [m for m in MOTIONS for _ in range(MOVING.get(m, 1))]
+        moving = dict(vars(encode_clips(tae, known, seed + 20, count, motions, Latents(**plain))))
+        checkpoint.save(out / "moving.pt", moving)
+    return Latents(**plain), Latents(**moving)
 
 
 def tokens_of(texts: list[str]) -> Tensor:
@@ -101,17 +124,18 @@ def encode_text(text: ByteTextEncoder, tokens: Tensor) -> Tensor:
 
 
 class TextHeads(nn.Module):
-    """What the text encoder must be able to say before it meets the denoiser: motion, amount, background, and the rest picture's latent."""
+    """What the text encoder must be able to say before it meets the denoiser: the thing's name, motion, amount and background.
 
-    def __init__(self, latent_values: int) -> None:
+    Unless it is asked for the name, it never learns to spell: it found motions and backgrounds, and every thing became the average one.
+    """
+
+    def __init__(self, names: int) -> None:
         super().__init__()
-        width = TEXT_CONFIG.width
-        self.kinds = nn.ModuleList(nn.Linear(width, n) for n in (len(MOTIONS), 3, len(BACKGROUNDS)))
-        self.picture = nn.Sequential(nn.Linear(width, 512), nn.SiLU(), nn.Linear(512, latent_values))
+        self.heads = nn.ModuleList(nn.Linear(TEXT_CONFIG.width, n) for n in (names, len(MOTIONS), 3, len(BACKGROUNDS)))
 
-    def forward(self, context: Tensor) -> tuple[list[Tensor], Tensor]:
+    def forward(self, context: Tensor) -> list[Tensor]:
         pooled = context.mean(1) * 4
-        return [head(pooled) for head in self.kinds], self.picture(pooled)
+        return [head(pooled) for head in self.heads]
 
 
 def draw_captions(data: Latents, index: Tensor, rng: np.random.Generator, moving: bool) -> list[str]:
@@ -124,29 +148,35 @@ def warm_up_text(text: ByteTextEncoder, data: Latents, seed: int, path: Path) ->
     if (saved := checkpoint.load(path)) is not None:
         text.load_state_dict(saved["text"])
         return
-    heads = TextHeads(data.picture[0].numel())
-    optimizer = torch.optim.AdamW([*text.parameters(), *heads.parameters()], weight_decay=0.01, betas=(0.9, 0.98))
-    motions, places = list(MOTIONS), list(BACKGROUNDS)
+    names, motions, places = sorted(set(data.names)), list(MOTIONS), list(BACKGROUNDS)
+    rank = {name: i for i, name in enumerate(names)}
+    heads = TextHeads(len(names))
+    matrices = [p for p in text.layers.parameters() if p.ndim == 2]
+    ids = {id(p) for p in matrices}
+    parameters = [*text.parameters(), *heads.parameters()]
+    rest = [p for p in parameters if id(p) not in ids]
+    both = [muon(matrices, weight_decay=0.02), torch.optim.AdamW(rest, weight_decay=0.01, betas=(0.9, 0.98))]
     began = time.monotonic()
     for step in range(WARM_UP_STEPS):
         rng = np.random.default_rng((seed, 77, step))
-        index = torch.from_numpy(rng.integers(len(data.names), size=WARM_UP_BATCH))
-        labels = [(motions.index(data.motions[i]), data.amounts[i], places.index(data.backgrounds[i])) for i in index.tolist()]
+        index = draw_clips(data, rng, WARM_UP_BATCH, WARM_UP_EVERYDAY)
+        labels = [(rank[data.names[i]], motions.index(data.motions[i]), data.amounts[i], places.index(data.backgrounds[i])) for i in index.tolist()]
         truth = list(torch.tensor(labels).unbind(1))
         with torch.autocast("cpu", dtype=torch.bfloat16), PlainAttention():
-            kinds, picture = heads(encode_text(text, tokens_of(draw_captions(data, index, rng, moving=True))))
-        loss = F.mse_loss(picture.float(), data.picture[index].float().flatten(1))
-        loss = loss + sum((F.cross_entropy(k.float(), t) for k, t in zip(kinds, truth, strict=True)), torch.zeros(()))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, WARM_UP_STEPS, 2e-3, warmup=50)
-        optimizer.zero_grad(set_to_none=True)
+            guesses = heads(encode_text(text, tokens_of(draw_captions(data, index, rng, moving=True))))
+        loss = sum((F.cross_entropy(g.float(), t) for g, t in zip(guesses, truth, strict=True)), torch.zeros(()))
+        for optimizer in both:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, WARM_UP_STEPS, 2e-3, warmup=50)
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([*text.parameters(), *heads.parameters()], 1.0)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in both:
+            optimizer.step()
         if (step + 1) % 100 == 0:
-            right = [f"{float((k.argmax(1) == t).float().mean()):.2f}" for k, t in zip(kinds, truth, strict=True)]
+            right = [f"{float((g.argmax(1) == t).float().mean()):.2f}" for g, t in zip(guesses, truth, strict=True)]
             seconds = time.monotonic() - began
-            print(f"text {step + 1} loss {loss.item():.3f} motion, amount, background right: {' '.join(right)}, {seconds:.0f} s", flush=True)
+            print(f"text {step + 1} loss {loss.item():.3f} name, motion, amount, background right: {' '.join(right)}, {seconds:.0f} s", flush=True)
     checkpoint.save(path, {"text": text.state_dict()})
 
 
@@ -174,17 +204,15 @@ class Batch:
     t: Tensor
 
 
-def everyday_clips(data: Latents) -> np.ndarray:
-    """Indices of the clips whose sticker stands in NAMES; all clips where none does."""
-    chosen = [i for i, name in enumerate(data.names) if name in set(NAMES.values())]
-    return np.array(chosen or range(len(data.names)))
+def draw_clips(data: Latents, rng: np.random.Generator, count: int, share: float) -> Tensor:
+    """Indices [count] of random clips, about `share` of them of everyday stickers."""
+    return torch.from_numpy(np.where(rng.random(count) < share, rng.choice(data.everyday, count), rng.integers(len(data.names), size=count)))
 
 
-def draw(data: Latents, everyday: np.ndarray, rng: np.random.Generator, name: str, count: int) -> Batch:
+def draw(data: Latents, rng: np.random.Generator, name: str, count: int) -> Batch:
     """Random clips as animated pictures ("animated"), videos from words alone ("video"), or pictures from words ("picture")."""
     kind = KINDS[name]
-    chosen = np.where(rng.random(count) < kind.everyday, rng.choice(everyday, count), rng.integers(len(data.names), size=count))
-    index = torch.from_numpy(chosen)
+    index = draw_clips(data, rng, count, kind.everyday)
     x1 = (data.picture if name == "picture" else data.video)[index].float()
     condition = data.picture[index].float().expand_as(x1) if name == "animated" else torch.zeros_like(x1)
     texts = draw_captions(data, index, rng, moving=name != "picture")
@@ -208,9 +236,9 @@ def flow_loss(context: Tensor, denoiser: MovieGenTransformer, batch: Batch) -> T
     return (u.float() - (batch.x1 - batch.noise)).square().flatten(1).mean(1)
 
 
-def losses_of(text: ByteTextEncoder, denoiser: MovieGenTransformer, data: Latents, everyday: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Mean loss of each kind, on one draw of a step's samples. The two kinds of video go through the denoiser together."""
-    batches = {name: draw(data, everyday, rng, name, kind.count) for name, kind in KINDS.items()}
+def losses_of(text: ByteTextEncoder, denoiser: MovieGenTransformer, data: Mapping[str, Latents], rng: np.random.Generator) -> dict[str, Tensor]:
+    """Mean loss of each kind, on one draw of a step's samples from `data` by kind. The two kinds of video go through the denoiser together."""
+    batches = {name: draw(data[name], rng, name, kind.count) for name, kind in KINDS.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16), PlainAttention():
         contexts = encode_text(text, torch.cat([batch.tokens for batch in batches.values()])).split([kind.count for kind in KINDS.values()])
     videos = flow_loss(torch.cat(contexts[:2]), denoiser, join([batches["animated"], batches["video"]]))
@@ -237,7 +265,7 @@ def load_tae(out: Path, weights: Path | None) -> TAE:
     if (saved := checkpoint.load(out / "tae.pt")) is not None:
         tae.load_state_dict(saved["model"])
     else:
-        assert weights is not None, f"{out}/tae.pt is missing; run the first stage: python -m reelstep.training.zoo.reel_tiny_tae"
+        assert weights is not None, f"{out}/tae.pt is missing; run the first stage: python -P -m reelstep.training.zoo.reel_tiny_tae"
         load_shipped(tae, weights)
     return tae.eval()
 
@@ -265,13 +293,8 @@ def train(steps: int, clips: int, seed: int, out: Path, weights: Path | None) ->
     stickers = load_stickers()
     known, held_out = [s for s in stickers if not s.held_out], [s for s in stickers if s.held_out]
     tae = load_tae(out, weights)
-    cached = checkpoint.load(out / "latents.pt")
-    if cached is None:
-        common = [s for s in known if s.codepoint in NAMES] * (EVERYDAY_COPIES - 1)
-        cached = dict(vars(encode_clips(tae, known + common, seed + 10, clips)))
-        checkpoint.save(out / "latents.pt", cached)
-    data = Latents(**cached)
-    everyday = everyday_clips(data)
+    plain, moving = load_latents(tae, known, seed, clips, out)
+    data = {"animated": moving, "video": plain, "picture": plain}
     text, denoiser = ByteTextEncoder(TEXT_CONFIG), MovieGenTransformer(DENOISER_CONFIG)
     for name, parameter in denoiser.named_parameters():  # adaLN-zero: every block starts as the identity
         if name.endswith(("patch_out.weight", "time.shared.weight", "cross_attention.out.weight")) or (name.startswith("blocks.") and name.endswith("table")):
@@ -287,17 +310,17 @@ def train(steps: int, clips: int, seed: int, out: Path, weights: Path | None) ->
     elif weights is not None:
         load_weights(text, weights, "text.")
         load_weights(denoiser, weights, "denoiser.")
-    else:
-        warm_up_text(text, data, seed, out / "text.pt")
+    if saved is None:
+        warm_up_text(text, plain, seed, out / "text.pt")
     frozen = FROZEN_STEPS if weights is None else 0
     sizes = [sum(p.numel() for p in module.parameters()) for module in (denoiser, text)]
-    print(f"denoiser {sizes[0]:,}, text {sizes[1]:,} parameters; {len(everyday)} clips of everyday stickers; step {start} of {steps}", flush=True)
+    print(f"denoiser {sizes[0]:,}, text {sizes[1]:,} parameters; {len(plain.everyday)} clips of everyday stickers; step {start} of {steps}", flush=True)
     began = time.monotonic() - elapsed
     parameters = [*text.parameters(), *denoiser.parameters()]
     sums: dict[str, float] = {}
     for step in range(start, steps):
         text.requires_grad_(step >= frozen)
-        losses = losses_of(text, denoiser, data, everyday, np.random.default_rng((seed, 11, step)))
+        losses = losses_of(text, denoiser, data, np.random.default_rng((seed, 11, step)))
         loss = sum((KINDS[name].weight * value for name, value in losses.items()), torch.zeros(()))
         for optimizer, peak in zip(both, PEAKS, strict=True):
             for group in optimizer.param_groups:
@@ -313,9 +336,9 @@ def train(steps: int, clips: int, seed: int, out: Path, weights: Path | None) ->
             sums = {}
         if (step + 1) % 250 == 0 or step + 1 == steps:
             state = {"text": text.state_dict(), "denoiser": denoiser.state_dict(), "optimizers": [o.state_dict() for o in both]}
-            checkpoint.save(path, {**state, "step": step + 1, "elapsed_s": time.monotonic() - began, "scale": data.scale, "shift": data.shift})
+            checkpoint.save(path, {**state, "step": step + 1, "elapsed_s": time.monotonic() - began, "scale": plain.scale, "shift": plain.shift})
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            scores = held_out_psnr(text, denoiser, tae, data, held_out, seed + 1)
+            scores = held_out_psnr(text, denoiser, tae, plain, held_out, seed + 1)
             print(f"held-out PSNR in dB: {', '.join(f'{k} {v:.2f}' for k, v in scores.items())}", flush=True)
 
 

@@ -1,6 +1,6 @@
 """Recipe, stage 4 of `reel-tiny`: the checkpoints of the stages become the shipped weights.
 
-`python -m reelstep.training.zoo.reel_tiny_export`. bfloat16; the latents' scale and shift are stored with the weights.
+`python -P -m reelstep.training.zoo.reel_tiny_export`. bfloat16; the latents' scale and shift are stored with the weights.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Recipe, stage 1 of `reel-tiny`: the temporal autoencoder, from its linear solution or from weights that were shipped.
 
-`python -m reelstep.training.zoo.reel_tiny_tae --steps 3400`. Seeded; resumes from checkpoints/reel-tiny/tae.pt.
+`python -P -m reelstep.training.zoo.reel_tiny_tae --steps 3400`. Seeded; resumes from checkpoints/reel-tiny/tae.pt.
 """
 
 from __future__ import annotations
@@ -49,13 +49,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
-def pca_psnr(model: TAE, train: Tensor, test: Tensor) -> float:
-    """What plain PCA reaches at this rate: the linear part alone, fitted to train, scored on test."""
-    assert model.skip is not None
-    skip = LinearSkip(model.config)
-    skip.from_components(*components(skip, train, model.config.latent_channels))
-    with torch.no_grad():
-        return float(psnr(skip.to_pixels(skip.to_latent(test)), test).mean())
+@torch.no_grad()
+def linear_psnr(skip: LinearSkip, video: Tensor) -> float:
+    """What the linear part alone reaches; fitted to components and not yet trained, that is plain PCA at this rate."""
+    return float(psnr(skip.to_pixels(skip.to_latent(video)), video).mean())
 
 
 def channels_last(model: TAE) -> TAE:
@@ -80,6 +77,7 @@ def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak
     model = channels_last(TAE(TAE_CONFIG))
     assert model.skip is not None
     model.skip.from_components(*components(model.skip, sample, TAE_CONFIG.latent_channels))
+    pca = linear_psnr(model.skip, test)
     if weights is not None:
         load_shipped(model, weights)
     trained = {n: p for n, p in model.named_parameters() if not decoder_only or n.startswith(("decoder", "skip.decode"))}
@@ -98,7 +96,7 @@ def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak
             optimizer.load_state_dict(state)
         start, elapsed = saved["step"], saved["elapsed_s"]
     size = sum(p.numel() for p in model.parameters())
-    print(f"{size:,} parameters; PCA at this rate {pca_psnr(model, sample, test):.2f} dB; step {start} of {steps}", flush=True)
+    print(f"{size:,} parameters; PCA at this rate {pca:.2f} dB; step {start} of {steps}", flush=True)
     began = time.monotonic() - elapsed
     for step in range(start, steps):
         video = clips_at(known, seed + 2, step, batch).video

@@ -156,13 +156,15 @@ def pose_of(motion: str, amount: int) -> Pose:
     return Pose(**{**rest, **MOTIONS[motion].pose(u, MOTIONS[motion].amplitudes[amount])})
 
 
-def render(textures: Tensor, poses: Sequence[Pose], backgrounds: Tensor) -> Tensor:
+def render(textures: Tensor, poses: Sequence[Pose], backgrounds: Tensor, sizes: Tensor | None = None) -> Tensor:
     """Composite moving glyphs over plain backgrounds.
 
-    textures: [B, 4, T, T]; backgrounds: [B, 3] in 0..1. Returns [B, 3, F, S, S] in -1..1.
+    textures: [B, 4, T, T]; backgrounds: [B, 3] in 0..1; sizes: [B], of GLYPH_PX at rest, 1 unless given. Returns [B, 3, F, S, S] in -1..1.
     """
     b = len(poses)
     dx, dy, angle, sx, sy, opacity = (torch.stack([getattr(p, k) for p in poses]) for k in ("dx", "dy", "angle", "sx", "sy", "opacity"))
+    if sizes is not None:
+        sx, sy = sx * sizes[:, None], sy * sizes[:, None]
     sx = torch.where(sx.abs() < 0.03, 0.03, sx)  # edge-on coin: a thin line, not a division by zero
     half = GLYPH_PX * (160 / 136) / 2  # half side of the texture square, in pixels
     cos, sin = angle.cos(), angle.sin()
@@ -206,13 +208,23 @@ class Clips:
         return self.video[:, :, FRAMES // 2 : FRAMES // 2 + 1]
 
 
-def make_clips(stickers: Sequence[Sticker], rng: np.random.Generator, count: int, motions: Sequence[str] = tuple(MOTIONS)) -> Clips:
-    """`count` clips drawn uniformly from stickers, motions, amounts and backgrounds (their shade varied by +-4 %)."""
+def make_clips(
+    stickers: Sequence[Sticker], rng: np.random.Generator, count: int, motions: Sequence[str] = tuple(MOTIONS), varied: bool = False
+) -> Clips:
+    """`count` clips drawn uniformly from stickers, motions, amounts and backgrounds (their shade varied by +-4 %).
+
+    `varied`: half of the glyphs are mirrored, and half are 0.8 to 1.5 times their size, as people's own pictures may be.
+    """
     chosen = [stickers[i] for i in rng.integers(len(stickers), size=count)]
     kinds = [motions[i] for i in rng.integers(len(motions), size=count)]
     amounts = [int(a) for a in rng.integers(3, size=count)]
     places = [list(BACKGROUNDS)[i] for i in rng.integers(len(BACKGROUNDS), size=count)]
     shade = np.clip(np.array([BACKGROUNDS[p] for p in places]) / 255 + rng.uniform(-0.04, 0.04, (count, 3)), 0, 1)
-    video = render(torch.stack([s.texture for s in chosen]), [pose_of(m, a) for m, a in zip(kinds, amounts, strict=True)], torch.from_numpy(shade).float())
+    textures, sizes = torch.stack([s.texture for s in chosen]), None
+    if varied:
+        mirrored = torch.from_numpy(rng.random(count) < 0.5)[:, None, None, None]
+        textures = torch.where(mirrored, textures.flip(-1), textures)
+        sizes = torch.from_numpy(np.where(rng.random(count) < 0.5, 1.0, rng.uniform(0.8, 1.5, count))).float()
+    video = render(textures, [pose_of(m, a) for m, a in zip(kinds, amounts, strict=True)], torch.from_numpy(shade).float(), sizes)
     texts = [caption(rng, s.name, m, a, p) for s, m, a, p in zip(chosen, kinds, amounts, places, strict=True)]
     return Clips(video, texts, [s.name for s in chosen], kinds, amounts, places)
