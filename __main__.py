@@ -153,6 +153,9 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--size", type=parse_size, default=(None, None), metavar="WxH", help="in pixels; one that was compiled")
     group.add_argument("--steps", type=int, metavar="N", help="of the solver: more is better and slower")
     group.add_argument("--scale", type=float, metavar="S", help="guidance: 1 is none, higher follows the prompt more closely")
+    group.add_argument("--guidance", default="", metavar="RULE", help="how the prompt steers: cfg, adaptive, ...; a wrong name prints those there are")
+    tells = "of the rule; may be repeated; a wrong name prints those there are"
+    group.add_argument("--guidance-option", type=parse_option, action="append", default=[], metavar="NAME=X", help=tells)
     group.add_argument("--solver", default="", help="a wrong name prints those there are")
     group.add_argument("--schedule", default="", help="how the solver's times are spaced")
 
@@ -177,6 +180,14 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 64x64")
     return int(width), int(height)
+
+
+def parse_option(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, such as threshold=0.99") from None
 
 
 def cache_dir(args: argparse.Namespace) -> Path:
@@ -272,6 +283,8 @@ def build_options(args: argparse.Namespace) -> Options:
         "scale": args.scale,
         "solver": args.solver,
         "schedule": args.schedule,
+        "guidance": args.guidance,
+        "guidance_options": dict(args.guidance_option),
     }
 
 
@@ -310,6 +323,8 @@ def build_ask(args: argparse.Namespace) -> Ask:
         scale=args.scale,
         solver=args.solver,
         schedule=args.schedule,
+        guidance=args.guidance,
+        guidance_options=dict(args.guidance_option),
         image=read_picture(args.image) if args.image else None,
         media_type=options["media_type"] or "",
     )
@@ -343,7 +358,7 @@ def run_local(engine: Engine, ask: Ask) -> Iterator[ClientEvent]:
         artifacts.append(Artifact(f"artifacts/{index}", ask.media_type, data, request.width, request.height, len(frames), seed))
     usage = Cost(event.usage.nfe, event.usage.forwards, event.usage.queue_s, event.usage.compute_s)
     yield Generation(
-        request.id, request.model, request.task, request.solver, request.schedule, request.steps, request.scale, tuple(artifacts), usage
+        request.id, request.model, request.task, request.solver, request.schedule, request.steps, request.guidance, request.scale, tuple(artifacts), usage
     )  # fmt: skip
 
 
@@ -377,7 +392,7 @@ def report(args: argparse.Namespace, result: Generation) -> None:
         print(describe_artifact(path, artifact))
     usage = result.usage
     compute = ", ".join(f"{program} {spent:.2f} s" for program, spent in usage.compute_s.items())
-    print(f"{result.model} {result.task}: {result.solver} on {result.schedule}, {result.steps} steps, scale {result.scale:g}")
+    print(f"{result.model} {result.task}: {result.solver} on {result.schedule}, {result.steps} steps, {result.guidance} at scale {result.scale:g}")
     print(f"NFE {usage.nfe}, forwards {usage.forwards}; queue {usage.queue_s:.2f} s; compute {sum(usage.compute_s.values()):.2f} s ({compute})")
 
 

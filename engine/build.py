@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from reelstep.compiler.bundle import Bundle
@@ -12,6 +13,7 @@ from reelstep.compiler.load import Progress, silent
 from reelstep.compiler.program import Precision
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import ModelSettings
+from reelstep.engine.samplers.guidance import GUIDANCE
 from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import SCHEDULES
@@ -61,6 +63,15 @@ class ServedModel:
     solvers: tuple[str, ...]
     schedules: tuple[str, ...]
     tables: Mapping[str, Table]
+
+    @cached_property
+    def guidance_rules(self) -> Mapping[str, Mapping[str, float]]:
+        """All options of each rule: the model's own where it has them, else the rule's."""
+        return {name: rule.complete(self.settings.guidance_options.get(name, {})) for name, rule in GUIDANCE.items()}
+
+    def check_guidance(self, rule: str, scale: float, options: Mapping[str, float]) -> None:
+        """Raises ConfigError or NotFound for what the rule does not take."""
+        GUIDANCE[rule].build(scale, PATHS[self.settings.path], options)
 
     @classmethod
     def of(cls, bundle: Bundle) -> ServedModel:

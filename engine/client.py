@@ -86,6 +86,7 @@ class Generation:
     solver: str
     schedule: str
     steps: int
+    guidance: str
     scale: float
     artifacts: tuple[Artifact, ...]
     usage: Cost
@@ -115,12 +116,14 @@ class Options(TypedDict, total=False):
     scale: float | None
     solver: str | None
     schedule: str | None
+    guidance: str | None  # a rule
+    guidance_options: Mapping[str, float] | None  # of the rule
     media_type: str | None
     preview_every: int | None  # steps between previews
     request_id: str | None  # a UUID
 
 
-SPEC_NAMES = {"scale": "guidance", "media_type": "output_media_type"}
+SPEC_NAMES = {"scale": "guidance", "guidance": "guidance_rule", "media_type": "output_media_type"}
 
 
 def build_request(prompt: str, options: Options) -> pb.GenerateRequest:
@@ -131,6 +134,8 @@ def build_request(prompt: str, options: Options) -> pb.GenerateRequest:
     set_field(request.preview, "every_steps", given.pop("preview_every", 0))
     if isinstance(image := given.get("image"), Path):
         given["image"] = read_image(image)
+    for option, value in given.pop("guidance_options", {}).items():
+        set_option(request.spec, option, value)
     for name, value in {"prompt": prompt, **given}.items():
         set_field(request.spec, SPEC_NAMES.get(name, name), value)
     return request
@@ -143,6 +148,13 @@ def set_field(message: pb.GenerationSpec | pb.GenerateRequest | pb.PreviewPolicy
         raise InvalidRequest([FieldViolation(field, "is not UTF-8 text; send it as UTF-8")]) from error
     except (ValueError, TypeError) as error:
         raise InvalidRequest([FieldViolation(field, f"{value!r:.80} cannot be sent: {error}")]) from error
+
+
+def set_option(spec: pb.GenerationSpec, option: str, value: object) -> None:
+    try:
+        spec.guidance_options[option] = value  # type: ignore[assignment]
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest([FieldViolation("guidance_options", f"{option!r:.80}: {value!r:.80} cannot be sent: {error}")]) from error
 
 
 def read_image(path: Path) -> bytes:
@@ -210,6 +222,7 @@ class Assembler:
             solver=usage.solver,
             schedule=usage.schedule,
             steps=job.spec.steps,
+            guidance=usage.guidance_rule,
             scale=usage.guidance,
             artifacts=tuple(self._done),
             usage=Cost(usage.nfe, usage.forwards, seconds(usage.queue), {name: seconds(span) for name, span in usage.compute.items()}),

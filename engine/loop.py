@@ -241,8 +241,8 @@ class Engine:
 
     def _finish(self, running: Running, media: Media) -> None:
         assert running.started is not None
-        guidance = running.state.guidance
-        usage = Usage(guidance.nfe, guidance.forwards, running.started - running.arrival, dict(running.compute_s))
+        runs = [run.guidance for run in running.state.runs]
+        usage = Usage(max(g.nfe for g in runs), max(g.forwards for g in runs), running.started - running.arrival, dict(running.compute_s))
         self._request_s = 0.8 * self._request_s + 0.2 * (time.monotonic() - running.started)
         self._forget(running)
         self._tell(running, Finished(media, usage))
@@ -323,7 +323,8 @@ def warm_up(engine: Engine, model: ServedModel, task: str) -> None:
     request = Request(
         id=f"warm-up {model.name} {task}", model=model.name, task=task, prompt="warm up", negative_prompt="", seed=0, count=1,
         width=width, height=height, frames=defaults.frames, frames_per_second=defaults.frames_per_second, steps=1, scale=2.0,
-        solver=defaults.solver, schedule=defaults.schedule, image=image, preview_every=0, priority=0, deadline=math.inf,
+        solver=defaults.solver, schedule=defaults.schedule, guidance="cfg", guidance_options={}, image=image, preview_every=0,
+        priority=0, deadline=math.inf,
     )  # fmt: skip
     done = threading.Event()
     failures: list[ReelstepError] = []

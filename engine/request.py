@@ -43,6 +43,7 @@ class Defaults:
     scale: float
     frames: int
     frames_per_second: float
+    guidance: str = "cfg"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Request:
     scale: float
     solver: str
     schedule: str
+    guidance: str  # a rule
+    guidance_options: Mapping[str, float]  # of the rule; what is absent is the rule's own choice
     image: npt.NDArray[np.uint8] | None  # [H, W, 3 or 4]
     preview_every: int  # steps between previews; 0 for none
     priority: int  # 0 default, 1 highest, then 2, ...
@@ -101,7 +104,7 @@ class Media:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request cost. NFE counts the velocities a solver asked for, forwards the denoiser's rows that ran for one output."""
+    """What a request cost. NFE counts the velocities a solver asked for, forwards the denoiser's rows that ran; both for the output that took most."""
 
     nfe: int
     forwards: int

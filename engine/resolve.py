@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 from uuid import uuid4
 
 from reelstep.engine.media import ENCODERS, STILL_TYPES, decode_picture
 from reelstep.engine.request import Defaults, Event, Limits, Request, validate
-from reelstep.errors import FieldViolation, InvalidRequest, UnsupportedRequest, unknown
+from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, NotFound, UnsupportedRequest, unknown
 
 DEFAULT_MEDIA_TYPE = "video/mp4"
 DRAWN_SEED_BITS = 31  # short enough to be typed again
@@ -41,6 +41,12 @@ class Served(Protocol):
     def solvers(self) -> tuple[str, ...]: ...
     @property
     def schedules(self) -> tuple[str, ...]: ...
+    @property
+    def guidance_rules(self) -> Mapping[str, Mapping[str, float]]:
+        """All options of each rule, as this model has them where a request is silent."""
+
+    def check_guidance(self, rule: str, scale: float, options: Mapping[str, float]) -> None:
+        """Raises ConfigError or NotFound for what the rule does not take."""
 
 
 class Engine(Protocol):
@@ -76,6 +82,8 @@ class Ask:
     scale: float | None = None
     solver: str = ""
     schedule: str = ""
+    guidance: str = ""
+    guidance_options: Mapping[str, float] = field(default_factory=dict)
     image: bytes | None = None
     media_type: str = ""
     preview_every: int = 0
@@ -93,6 +101,7 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
     task = choose_task(ask, served)
     settings = served.settings
     defaults = settings.defaults[task]
+    guidance = choose("guidance", ask.guidance or defaults.guidance, tuple(served.guidance_rules))
     width, height = choose_size(ask.width, ask.height, settings.limits)
     request = Request(
         id=ask.request_id or str(uuid4()),
@@ -107,15 +116,18 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
         frames=given(ask.frames, defaults.frames),
         frames_per_second=given(ask.frames_per_second, defaults.frames_per_second),
         steps=given(ask.steps, defaults.steps),
-        scale=given(ask.scale, defaults.scale),
+        scale=given(ask.scale, 1.0 if guidance == "none" else defaults.scale),
         solver=choose("solver", ask.solver or defaults.solver, served.solvers),
         schedule=choose("schedule", ask.schedule or defaults.schedule, served.schedules),
+        guidance=guidance,
+        guidance_options={**served.guidance_rules[guidance], **ask.guidance_options},
         image=None,
         preview_every=ask.preview_every,
         priority=0,
         deadline=ask.deadline,
     )
     validate(request, settings.limits)
+    check_guidance(request, served)
     if ask.image is None:
         return request
     return replace(request, image=decode_picture(ask.image, settings.limits))
@@ -130,7 +142,7 @@ def given(value: T | None, default: T) -> T:
 
 def check_text(ask: Ask) -> None:
     """A lone surrogate is how Python holds bytes that were not UTF-8 (a command line, JSON); no tokenizer can take it."""
-    names = ("prompt", "negative_prompt", "model", "solver", "schedule")
+    names = ("prompt", "negative_prompt", "model", "solver", "schedule", "guidance")
     bad = [FieldViolation(name, "is not UTF-8 text; send it as UTF-8") for name in names if not is_utf8(getattr(ask, name))]
     if ask.media_type and ask.media_type not in ENCODERS:
         bad.append(FieldViolation("output_media_type", f"{ask.media_type[:80]!r} cannot be written; one of: {', '.join(sorted(ENCODERS))}"))
@@ -166,6 +178,14 @@ def choose_task(ask: Ask, served: Served) -> str:
     if task not in served.settings.tasks:
         raise UnsupportedRequest(f"model {served.name!r} does not do {task}; it does: {', '.join(served.settings.tasks) or 'nothing'}")
     return task
+
+
+def check_guidance(request: Request, served: Served) -> None:
+    """Scale and options that a rule does not take, or that do not go together."""
+    try:
+        served.check_guidance(request.guidance, request.scale, request.guidance_options)
+    except (ConfigError, NotFound) as error:
+        raise InvalidRequest([FieldViolation("guidance_options" if isinstance(error, NotFound) else "guidance", str(error))]) from error
 
 
 def choose_size(width: int | None, height: int | None, limits: Limits) -> tuple[int, int]:

@@ -29,7 +29,7 @@ TABLES = {
     "reelstep.compiler.skus:SKUS": "compiler/skus",
     "reelstep.engine.models:MODELS": None,
     "reelstep.engine.pipelines:PIPELINES": None,
-    "reelstep.engine.samplers.guidance:GUIDANCE": None,
+    "reelstep.engine.samplers.guidance:GUIDANCE": "engine/samplers/guidance",
     "reelstep.engine.samplers.paths:PATHS": None,
     "reelstep.engine.samplers.schedules:SCHEDULES": None,
     "reelstep.engine.samplers.tables:SOLVERS": "engine/samplers/tables",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +18,10 @@ from torch import Tensor
 from reelstep.engine.models.byte_text import tokenize
 from reelstep.engine.models.spec import ModelSettings
 from reelstep.engine.models.tae import blend_ramp, tile_starts
-from reelstep.engine.pipelines.state import PipelineState
+from reelstep.engine.pipelines.state import PipelineState, Run
 from reelstep.engine.request import Call, Media, Request
-from reelstep.engine.samplers.convert import TO_VELOCITY
-from reelstep.engine.samplers.guidance import GUIDANCE, Query, guided
+from reelstep.engine.samplers.convert import TO_VELOCITY, velocity_to_x1
+from reelstep.engine.samplers.guidance import GUIDANCE, Guided, Query, guided
 from reelstep.engine.samplers.ns import Table, sample, start
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.errors import InternalError
@@ -58,23 +60,29 @@ class Job:
 
     def noise(self) -> Tensor:
         """[count, C, F, H, W], each output from its own seed: the same whatever it is batched with."""
-        shape = (self.settings.latent_channels, self.latent_frames, *self.latent_size)
-        seeds = (self.request.seed + k for k in range(self.request.count))
-        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return torch.cat([self._draw(self.request.seed + k) for k in range(self.request.count)])
+
+    def fresh_noise(self, output: int, step: int) -> Tensor:
+        """[1, C, F, H, W], what a solver with noise adds at a step: of the output's seed and the step alone, so that a run can be resumed."""
+        words = np.random.SeedSequence((self.request.seed + output, step)).generate_state(1, np.uint64)
+        return self._draw(int(words[0]) >> 1)
+
+    def _draw(self, seed: int) -> Tensor:
+        shape = (1, self.settings.latent_channels, self.latent_frames, *self.latent_size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def generate(job: Job, state: PipelineState, picture: Tensor | None) -> Pipeline:
     """Run one request from `state`. picture: [1, 3, 1, H, W] in [-1, 1], the sticker to animate, or None."""
     request = job.request
-    if state.sampler is None:
+    if not state.runs:
         yield from prepare(job, state, picture)
         state.stage, state.steps = "denoise", job.table.n
-        state.sampler = start(job.table, job.noise())
+        state.runs = [Run(start(job.table, noise)) for noise in job.noise().split(1)]
     if state.step < state.steps:
         yield from denoise(job, state)
     state.stage = "decode"
-    assert state.sampler is not None
-    video = yield from decode(job, state.sampler.x, state.tiles)
+    video = yield from decode(job, torch.cat([run.sampler.x for run in state.runs]), state.tiles)
     frames = to_pixels(video[:, :, : request.frames])
     return Media(frames, tuple(request.seed + k for k in range(request.count)), request.frames_per_second)
 
@@ -95,40 +103,53 @@ def prepare(job: Job, state: PipelineState, picture: Tensor | None) -> Generator
 
 
 def denoise(job: Job, state: PipelineState) -> Generator[tuple[Call, ...], Answers, None]:
-    """The guided sampler, its queries turned into calls and its answers into velocities."""
-    assert state.sampler is not None
-    path, rule = PATHS[job.settings.path], GUIDANCE["cfg"](job.request.scale)
+    """The guided sampler of every output; in each round the queries of all that are not done become calls, and their answers velocities."""
+    request, path = job.request, PATHS[job.settings.path]
+    rule = GUIDANCE[request.guidance].build(request.scale, path, request.guidance_options)
     to_velocity = TO_VELOCITY[job.settings.prediction]
-    loop = guided(sample(job.table, state.sampler), rule, state.guidance)
-    answer: tuple[Tensor, ...] | None = None
-    while True:
-        try:
-            query = next(loop) if answer is None else loop.send(answer)
-        except StopIteration:
-            state.step = state.steps
-            return
-        state.step = state.sampler.step
+    loops = {k: guided(sample(job.table, run.sampler, partial(job.fresh_noise, k)), rule, run.guidance) for k, run in enumerate(state.runs)}
+    queries = {k: query for k, loop in loops.items() if (query := advance(loop, None)) is not None}
+    while queries:
+        state.step = min(run.sampler.step for run in state.runs)
         yield from maybe_preview(job, state)
-        outputs = yield denoise_calls(job, state, query)
-        answer = tuple(to_velocity(out["velocity"], query.x, query.t, path) for out in outputs)
+        calls = {k: denoise_calls(job, state, k, query) for k, query in queries.items()}
+        outputs = iter((yield tuple(call for each in calls.values() for call in each)))
+        answers = {k: tuple(to_velocity(out["velocity"], q.x, q.t, path) for out in islice(outputs, len(calls[k]))) for k, q in queries.items()}
+        queries = {k: query for k, answer in answers.items() if (query := advance(loops[k], answer)) is not None}
+    state.step = state.steps
 
 
-def denoise_calls(job: Job, state: PipelineState, query: Query) -> tuple[Call, ...]:
-    """One call for each branch of guidance."""
+def advance(loop: Guided, answer: tuple[Tensor, ...] | None) -> Query | None:
+    """The next query of a guided sampler, or None at its end."""
+    try:
+        return next(loop) if answer is None else loop.send(answer)
+    except StopIteration:
+        return None
+
+
+def denoise_calls(job: Job, state: PipelineState, output: int, query: Query) -> tuple[Call, ...]:
+    """One call for each branch of guidance: "bare" is without words and without picture."""
     assert state.modulations is not None
-    count, node = len(query.x), job.table.times.index(query.t)
-    modulation = state.modulations[node : node + 1].expand(count, -1, -1)
-    shared = {"x": query.x, "modulation": modulation} | ({} if state.condition is None else {"condition": state.condition})
-    return tuple(Call("denoise", job.profile, {**shared, "context": state.contexts[branch].expand(count, -1, -1)}) for branch in query.branches)
+    node = job.table.times.index(query.t)
+    shared = {"x": query.x, "modulation": state.modulations[node : node + 1]}
+    condition = None if state.condition is None else state.condition[output : output + 1]
+    calls = []
+    for branch in query.branches:
+        inputs = {**shared, "context": state.contexts["null" if branch == "bare" else branch]}
+        if condition is not None:
+            inputs["condition"] = torch.zeros_like(condition) if branch == "bare" else condition
+        calls.append(Call("denoise", job.profile, inputs))
+    return tuple(calls)
 
 
 def maybe_preview(job: Job, state: PipelineState) -> Generator[tuple[Call, ...], Answers, None]:
-    """Every so many steps, decode what the data would be if the last velocity held to the end."""
+    """Every so many steps, decode the data that the last velocities point to."""
     every = job.request.preview_every
-    sampler = state.sampler
-    if not every or not state.step or state.step % every or sampler is None or sampler.newest is None:
+    if not every or not state.step or state.step % every:
         return
-    data = sampler.x + (1 - job.table.times[sampler.step]) * sampler.newest
+    path = PATHS[job.settings.path]
+    newest = [(run.sampler.newest, job.table.times[run.sampler.step - 1]) for run in state.runs]
+    data = torch.cat([velocity_to_x1(seen[1], seen[0], t, path) for seen, t in newest if seen is not None])
     video = yield from decode(job, data, [])
     state.preview = to_pixels(video[:, :, : job.request.frames])
 

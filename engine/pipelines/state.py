@@ -16,9 +16,18 @@ from reelstep.engine.samplers.ns import SamplerState
 
 
 @dataclass
-class PipelineState:
-    """stage: the program that is wanted now. step, steps: solver evaluations done and in all.
+class Run:
+    """One output on its way from noise to data. Its sampler's x is [1, C, F, h, w]."""
 
+    sampler: SamplerState
+    guidance: GuidanceState = field(default_factory=GuidanceState)
+
+
+@dataclass
+class PipelineState:
+    """stage: the program that is wanted now. step, steps: solver evaluations done by every output, and in all.
+
+    runs: a sampler and its guidance for each output, since guidance may turn out differently for each.
     contexts: text of each guidance branch, [1, S, D]; condition: [count, C, F, h, w]; modulations: [nodes, 7, D]; tiles: decoded so
     far, each [count, 3, frames, H, W]; preview: uint8 [count, F, H, W, 3], replaced as new ones come.
     """
@@ -29,7 +38,6 @@ class PipelineState:
     contexts: dict[str, Tensor] = field(default_factory=dict)
     condition: Tensor | None = None
     modulations: Tensor | None = None
-    sampler: SamplerState | None = None
-    guidance: GuidanceState = field(default_factory=GuidanceState)
+    runs: list[Run] = field(default_factory=list)
     tiles: list[Tensor] = field(default_factory=list)
     preview: npt.NDArray[np.uint8] | None = None

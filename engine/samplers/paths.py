@@ -82,12 +82,14 @@ class Point(Generic[T]):
 
 
 class Path(Protocol):
-    """A path by name, and its values at a time."""
+    """A path by name, its values at a time, and the time at which it has a noise / signal ratio sigma / alpha."""
 
     @property
     def name(self) -> str: ...
 
     def at(self, t: T) -> Point[T]: ...
+
+    def time(self, ratio: float) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ class CondOT:
 
     def at(self, t: T) -> Point[T]:
         return Point(t, 1 - t, _constant(1.0, t), _constant(-1.0, t))
+
+    def time(self, ratio: float) -> float:
+        return 1 / (1 + ratio)
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,16 @@ class Cosine:
         alpha, sigma = _sin(quarter * t), _sin(quarter * (1 - t))
         return Point(alpha, sigma, quarter * sigma, -quarter * alpha)
 
+    def time(self, ratio: float) -> float:
+        return math.atan2(1, ratio) / (math.pi / 2)
+
 
 @dataclass(frozen=True)
 class VP:
     """Variance preserving, linear beta: alpha = exp(-S / 2), sigma = sqrt(1 - exp(-S)), S = (1-t)^2 (B-b)/2 + (1-t) b.
 
-    alpha is 0.00657 at t = 0, not 0. At t = 1 sigma is 0 and its derivative -inf. Song et al. 2021, arXiv:2011.13456, appendix C.
+    alpha is 0.00657 at t = 0, not 0: a noise / signal ratio above 152 has a time below 0. At t = 1 sigma is 0 and its derivative -inf.
+    Song et al. 2021, arXiv:2011.13456, appendix C.
     """
 
     name: str = "vp"
@@ -130,6 +139,10 @@ class VP:
         d_s = -noise * slope - self.beta_min
         alpha, sigma = _exp(-0.5 * s), _sqrt(-_expm1(-s))
         return Point(alpha, sigma, -0.5 * d_s * alpha, _ratio(0.5 * d_s * alpha * alpha, sigma))
+
+    def time(self, ratio: float) -> float:
+        s = math.log1p(ratio * ratio)
+        return 1 - 2 * s / (self.beta_min + math.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * s))
 
 
 PATHS: Registry[Path] = Registry(

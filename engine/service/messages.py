@@ -54,6 +54,8 @@ def to_ask(request: pb.GenerateRequest, deadline: float) -> Ask:
         scale=spec.guidance if given("guidance") else None,
         solver=spec.solver,
         schedule=spec.schedule,
+        guidance=spec.guidance_rule,
+        guidance_options=dict(spec.guidance_options),
         image=spec.image or None,
         media_type=spec.output_media_type,
         preview_every=request.preview.every_steps,
@@ -102,6 +104,8 @@ def to_spec(request: core.Request, media_type: str) -> pb.GenerationSpec:
         output_media_type=media_type or DEFAULT_MEDIA_TYPE,
         solver=request.solver,
         schedule=request.schedule,
+        guidance_rule=request.guidance,
+        guidance_options=request.guidance_options,
     )
 
 
@@ -115,6 +119,7 @@ def to_usage(request: core.Request, usage: core.Usage) -> pb.Usage:
         schedule=request.schedule,
         guidance=request.scale,
         task=request.task,
+        guidance_rule=request.guidance,
     )
 
 
@@ -153,6 +158,7 @@ def to_model(model: Served) -> pb.Model:
         max_guidance=limits.max_scale,
         max_prompt_bytes=limits.max_prompt_bytes,
         max_image_bytes=limits.max_image_bytes,
+        guidance_rules=[pb.Model.GuidanceRule(name=name, options=options) for name, options in model.guidance_rules.items()],
         defaults={task: to_defaults(defaults) for task, defaults in model.settings.defaults.items()},
     )
 
@@ -165,4 +171,5 @@ def to_defaults(defaults: core.Defaults) -> pb.Model.Defaults:
         guidance=defaults.scale,
         frames=defaults.frames,
         frames_per_second=defaults.frames_per_second,
+        guidance_rule=defaults.guidance,
     )

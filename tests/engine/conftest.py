@@ -65,7 +65,7 @@ PROGRAMS = {
 
 
 def make_model(name: str = "toy") -> ServedModel:
-    return ServedModel(name, "1", SETTINGS, ("euler", "midpoint", "heun"), ("linear", "linear_quadratic"), {})
+    return ServedModel(name, "1", SETTINGS, ("euler", "midpoint", "heun", "lcm", "dpmpp_2m_sde"), ("linear", "linear_quadratic"), {})
 
 
 def make_runner(**replaced: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> Runner:
@@ -80,8 +80,8 @@ NUMBERS = itertools.count()
 def make_request(**changed: object) -> Request:
     base = Request(
         id=f"request {next(NUMBERS)}", model="toy", task="text_to_video", prompt="a cat", negative_prompt="", seed=1, count=1, width=16,
-        height=16, frames=8, frames_per_second=8.0, steps=4, scale=1.0, solver="euler", schedule="linear", image=None, preview_every=0,
-        priority=0, deadline=math.inf,
+        height=16, frames=8, frames_per_second=8.0, steps=4, scale=1.0, solver="euler", schedule="linear", guidance="cfg",
+        guidance_options={}, image=None, preview_every=0, priority=0, deadline=math.inf,
     )  # fmt: skip
     return replace(base, **changed)  # type: ignore[arg-type]
 

@@ -92,6 +92,43 @@ def test_each_output_of_a_count_has_its_own_seed(make_toy):
     assert np.array_equal(halfway[0][1], halfway[1][0])
 
 
+def test_each_output_of_a_count_is_guided_on_its_own(make_toy):
+    """Where guidance ends depends on the noise; an output with others beside it must end where it ends alone."""
+
+    def disagree(inputs):
+        said, t = inputs["context"][:, 0, 0], inputs["modulation"][:, 0, 0]
+        turned = torch.where((said > 0)[:, None, None, None, None], inputs["x"], inputs["x"].roll(1, -1))
+        return {"velocity": -torch.lerp(turned, inputs["x"], t[:, None, None, None, None])}
+
+    toy = make_toy({"denoise": disagree})
+    options = {"steps": 12, "scale": 3.0, "guidance": "adaptive", "guidance_options": {"threshold": 0.6}}
+    alone = [toy.submit(seed=s, **options).result() for s in range(20, 24)]
+    together = toy.submit(seed=20, count=4, **options).result()
+    forwards = [done.usage.forwards for done in alone]
+    assert len(set(forwards)) > 1, "they latch at different steps"
+    assert all(12 < n < 24 for n in forwards)
+    assert together.usage.forwards == max(forwards)
+    assert all(np.array_equal(together.media.frames[k], done.media.frames[0]) for k, done in enumerate(alone))
+
+
+def test_mixed_traffic_gives_what_each_request_gives_alone(make_toy):
+    toy = make_toy({"denoise": fall})
+    kinds = [
+        {"solver": "euler", "steps": 3, "scale": 2.0},
+        {"solver": "heun", "steps": 4, "scale": 5.0, "guidance": "delta_hold"},
+        {"solver": "midpoint", "steps": 2, "guidance": "none"},
+        {"solver": "lcm", "steps": 4, "scale": 3.0, "guidance": "apg"},
+        {"solver": "dpmpp_2m_sde", "steps": 5, "scale": 1.5, "guidance": "picture_and_text", "guidance_options": {"picture": 2.0}},
+    ]
+    alone = [toy.submit(seed=k, **kind).result() for k, kind in enumerate(kinds)]
+    toy.batches.clear()
+    together = [heard.result() for heard in [toy.submit(seed=k, **kind) for k, kind in enumerate(kinds)]]
+    assert max(b.calls for b in toy.batches if b.key[1] == "denoise") > 3, "they did share batches"
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one.media.frames, other.media.frames)
+        assert (one.usage.nfe, one.usage.forwards) == (other.usage.nfe, other.usage.forwards)
+
+
 def test_cancelling_stops_between_calls(make_toy, closed_form):
     _, programs, _ = closed_form
     calls = []

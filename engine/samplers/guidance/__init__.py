@@ -1,19 +1,21 @@
-"""Guidance: a generator between a sampler and the network that makes one wanted velocity out of one or more network branches.
+"""Guidance: a generator between a sampler and the network that makes one wanted velocity out of the network's branches.
 
-A branch is a condition by name: "text" is the request's prompt, "null" the negative or empty one.
+A branch is a condition by name: "text" is the request's prompt, "null" the negative or empty one, "bare" that without the
+request's picture too. One file a rule; each says what it costs and where it comes from.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
 from reelstep.engine.samplers.ns import Sampler
-from reelstep.errors import ConfigError
+from reelstep.engine.samplers.paths import Path
+from reelstep.errors import ConfigError, unknown
 from reelstep.registry import Registry
 
 
@@ -42,43 +44,60 @@ Rule = Callable[[Tensor, float, GuidanceState], Guided]
 
 It decides for all rows of x at once, so outputs that must latch on their own have samplers of their own. It writes to
 `state.memory` only after its last query was answered: a run that was saved at a query asks again for that whole velocity.
+`state.nfe` counts the velocities made before this one.
 """
 
 
-def none(scale: float) -> Rule:
-    """No guidance: the network's velocity for the prompt. For guidance-distilled models too. Raises ConfigError unless scale is 1."""
-    if scale != 1:
-        raise ConfigError(f"guidance 'none' has no scale, but {scale} was asked; use 'cfg', or scale 1")
-    return _text_only
+@dataclass(frozen=True)
+class Option:
+    """A number that tunes a rule: what it is where nobody gives it, and between what it may lie."""
+
+    default: float
+    low: float
+    high: float
+    meaning: str
 
 
-def cfg(scale: float) -> Rule:
-    """Classifier-free guidance, u = u_null + scale * (u_text - u_null). Scales 1 and 0 ask for the one branch they need.
+@dataclass(frozen=True)
+class Guidance:
+    """A rule by name, before it knows a request. rule: (scale, path, *options in order) -> Rule."""
 
-    Ho and Salimans 2022, arXiv:2207.12598, in the convention where 1 is unguided. Raises ConfigError unless scale is finite and not negative.
-    """
-    if not (math.isfinite(scale) and scale >= 0):
-        raise ConfigError(f"guidance scale {scale}; a finite number from 0 (prompt ignored) over 1 (unguided) upwards")
-    if scale == 1:
-        return _text_only
-    if scale == 0:
-        return _null_only
+    name: str
+    rule: Callable[..., Rule]
+    options: Mapping[str, Option] = field(default_factory=dict)
 
-    def rule(x: Tensor, t: float, state: GuidanceState) -> Guided:
-        text, null = yield Query(x, t, ("text", "null"))
-        return null + scale * (text - null)
+    def build(self, scale: float, path: Path, given: Mapping[str, float]) -> Rule:
+        """The rule of one request. Raises ConfigError for a scale, and as `complete` does for options."""
+        if not (math.isfinite(scale) and scale >= 0):
+            raise ConfigError(f"guidance scale {scale}; a finite number from 0 (prompt ignored) over 1 (unguided) upwards")
+        return self.rule(scale, path, *self.complete(given).values())
 
-    return rule
+    def complete(self, given: Mapping[str, float]) -> dict[str, float]:
+        """All options, in order. Raises NotFound for one that the rule does not have, ConfigError for one out of range."""
+        for name, value in given.items():
+            if name not in self.options:
+                raise unknown(f"option of guidance {self.name!r}", name[:80], self.options)
+            low, high = self.options[name].low, self.options[name].high
+            if not low <= value <= high:  # NaN is not
+                raise ConfigError(f"option {name!r} of guidance {self.name!r} is {value}; {low:g} to {high:g}: {self.options[name].meaning}")
+        return {name: given.get(name, option.default) for name, option in self.options.items()}
 
 
-def _text_only(x: Tensor, t: float, state: GuidanceState) -> Guided:
+def text_only(x: Tensor, t: float, state: GuidanceState) -> Guided:
+    """The prompt's velocity as it is: what every rule with scale 1 comes to."""
     (text,) = yield Query(x, t, ("text",))
     return text
 
 
-def _null_only(x: Tensor, t: float, state: GuidanceState) -> Guided:
+def null_only(x: Tensor, t: float, state: GuidanceState) -> Guided:
+    """The velocity that ignores the prompt: scale 0."""
     (null,) = yield Query(x, t, ("null",))
     return null
+
+
+def rows_dot(x: Tensor, y: Tensor) -> Tensor:
+    """Inner product of each row over all its other dimensions, shaped [B, 1, ...] to scale rows with."""
+    return (x * y).flatten(1).sum(1).view(-1, *(1,) * (x.ndim - 1))
 
 
 def guided(sampler: Sampler, rule: Rule, state: GuidanceState) -> Guided:
@@ -109,10 +128,17 @@ def _counted(velocity: Guided, state: GuidanceState) -> Guided:
         return guided_velocity
 
 
-GUIDANCE: Registry[Callable[[float], Rule]] = Registry(
+GUIDANCE: Registry[Guidance] = Registry(
     "guidance",
     {
-        "none": "reelstep.engine.samplers.guidance:none",
-        "cfg": "reelstep.engine.samplers.guidance:cfg",
+        "none": "reelstep.engine.samplers.guidance.none:GUIDANCE",
+        "cfg": "reelstep.engine.samplers.guidance.cfg:GUIDANCE",
+        "interval": "reelstep.engine.samplers.guidance.interval:GUIDANCE",
+        "cfg_zero": "reelstep.engine.samplers.guidance.cfg_zero:GUIDANCE",
+        "apg": "reelstep.engine.samplers.guidance.apg:GUIDANCE",
+        "adaptive": "reelstep.engine.samplers.guidance.adaptive:GUIDANCE",
+        "adaptive_x1": "reelstep.engine.samplers.guidance.adaptive:GUIDANCE_X1",
+        "delta_hold": "reelstep.engine.samplers.guidance.delta_hold:GUIDANCE",
+        "picture_and_text": "reelstep.engine.samplers.guidance.picture_and_text:GUIDANCE",
     },
 )

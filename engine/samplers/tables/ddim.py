@@ -7,21 +7,30 @@ it is Euler. Song et al. 2021, arXiv:2010.02502, equation 12.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 from reelstep.engine.samplers.convert import velocity_to_eps, velocity_to_x1
 from reelstep.engine.samplers.fold import Rule, Solver, state, velocity
 from reelstep.engine.samplers.paths import Path
 
 
-def step(i: int, s: float, t: float, path: Path) -> Rule:
-    """The rule from time s, the i-th evaluated, to t."""
-    x, u, end = state(i), velocity(i), path.at(t)
-    return end.alpha * velocity_to_x1(u, x, s, path) + end.sigma * velocity_to_eps(u, x, s, path)
+def x1(i: int, times: Sequence[float], path: Path) -> Rule:
+    """The data predicted at the i-th time, evaluated as the i-th."""
+    return velocity_to_x1(velocity(i), state(i), times[i], path)
+
+
+def eps(i: int, times: Sequence[float], path: Path) -> Rule:
+    """The noise predicted at the i-th time, evaluated as the i-th."""
+    return velocity_to_eps(velocity(i), state(i), times[i], path)
+
+
+def step(i: int, times: Sequence[float], path: Path) -> Rule:
+    """The rule of the i-th step, of one evaluation each."""
+    end = path.at(times[i + 1])
+    return end.alpha * x1(i, times, path) + end.sigma * eps(i, times, path)
 
 
 def recipe(times: Sequence[float], path: Path) -> tuple[Sequence[float], list[Rule]]:
-    return times, [step(i, s, t, path) for i, (s, t) in enumerate(pairwise(times))]
+    return times, [step(i, times, path) for i in range(len(times) - 1)]
 
 
 SOLVER = Solver("ddim", order=1, evaluations=1, recipe=recipe)

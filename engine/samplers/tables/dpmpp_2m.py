@@ -17,28 +17,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
-from reelstep.engine.samplers.convert import velocity_to_x1
-from reelstep.engine.samplers.fold import Rule, Solver, state, velocity
+from reelstep.engine.samplers.fold import Rule, Solver
 from reelstep.engine.samplers.paths import Path
 from reelstep.engine.samplers.tables import ddim
 
 
 def recipe(times: Sequence[float], path: Path) -> tuple[Sequence[float], list[Rule]]:
-    rules = [ddim.step(i, s, t, path) for i, (s, t) in enumerate(pairwise(times))]
-    for i in range(1, len(rules)):
-        before, now, after = (path.at(t) for t in times[i - 1 : i + 2])
-        h, h_prev = after.half_log_snr - now.half_log_snr, now.half_log_snr - before.half_log_snr
-        if math.isinf(h) or math.isinf(h_prev):
-            continue
-        k = after.alpha * -math.expm1(-h)
-        rules[i] += k * h / (2 * h_prev) * (_x1(i, times, path) - _x1(i - 1, times, path))
+    rules = []
+    for i in range(len(times) - 1):
+        now, after = path.at(times[i]), path.at(times[i + 1])
+        k = after.alpha * -math.expm1(now.half_log_snr - after.half_log_snr)
+        rules.append(ddim.step(i, times, path) + extrapolation(i, times, path, k))
     return times, rules
 
 
-def _x1(j: int, times: Sequence[float], path: Path) -> Rule:
-    return velocity_to_x1(velocity(j), state(j), times[j], path)
+def extrapolation(i: int, times: Sequence[float], path: Path, k: float) -> Rule:
+    """k w (x1[i] - x1[i-1]) of the i-th step; nothing at the ends."""
+    if i == 0:
+        return Rule()
+    before, now, after = (path.at(t) for t in times[i - 1 : i + 2])
+    h, h_prev = after.half_log_snr - now.half_log_snr, now.half_log_snr - before.half_log_snr
+    if math.isinf(h) or math.isinf(h_prev):
+        return Rule()
+    return k * h / (2 * h_prev) * (ddim.x1(i, times, path) - ddim.x1(i - 1, times, path))
 
 
 SOLVER = Solver("dpmpp_2m", order=2, evaluations=1, recipe=recipe)

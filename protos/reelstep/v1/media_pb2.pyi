@@ -31,7 +31,14 @@ JOB_STATE_CANCELLED: JobState
 JOB_STATE_EXPIRED: JobState
 
 class GenerationSpec(_message.Message):
-    __slots__ = ("model", "prompt", "negative_prompt", "seed", "count", "width", "height", "frames", "frames_per_second", "steps", "guidance", "assets", "output_media_type", "extra", "solver", "schedule", "image")
+    __slots__ = ("model", "prompt", "negative_prompt", "seed", "count", "width", "height", "frames", "frames_per_second", "steps", "guidance", "assets", "output_media_type", "extra", "solver", "schedule", "image", "guidance_rule", "guidance_options")
+    class GuidanceOptionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +56,8 @@ class GenerationSpec(_message.Message):
     SOLVER_FIELD_NUMBER: _ClassVar[int]
     SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_RULE_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
     negative_prompt: str
@@ -66,7 +75,9 @@ class GenerationSpec(_message.Message):
     solver: str
     schedule: str
     image: bytes
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., seed: _Optional[int] = ..., count: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., frames: _Optional[int] = ..., frames_per_second: _Optional[float] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., assets: _Optional[_Iterable[str]] = ..., output_media_type: _Optional[str] = ..., extra: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., image: _Optional[bytes] = ...) -> None: ...
+    guidance_rule: str
+    guidance_options: _containers.ScalarMap[str, float]
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., seed: _Optional[int] = ..., count: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., frames: _Optional[int] = ..., frames_per_second: _Optional[float] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., assets: _Optional[_Iterable[str]] = ..., output_media_type: _Optional[str] = ..., extra: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., image: _Optional[bytes] = ..., guidance_rule: _Optional[str] = ..., guidance_options: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class PreviewPolicy(_message.Message):
     __slots__ = ("every_steps", "max_bytes", "media_type")
@@ -79,7 +90,7 @@ class PreviewPolicy(_message.Message):
     def __init__(self, every_steps: _Optional[int] = ..., max_bytes: _Optional[int] = ..., media_type: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("nfe", "forwards", "queue", "compute", "solver", "schedule", "guidance", "task")
+    __slots__ = ("nfe", "forwards", "queue", "compute", "solver", "schedule", "guidance", "task", "guidance_rule")
     class ComputeEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +106,7 @@ class Usage(_message.Message):
     SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_RULE_FIELD_NUMBER: _ClassVar[int]
     nfe: int
     forwards: int
     queue: _duration_pb2.Duration
@@ -103,7 +115,8 @@ class Usage(_message.Message):
     schedule: str
     guidance: float
     task: str
-    def __init__(self, nfe: _Optional[int] = ..., forwards: _Optional[int] = ..., queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compute: _Optional[_Mapping[str, _duration_pb2.Duration]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., guidance: _Optional[float] = ..., task: _Optional[str] = ...) -> None: ...
+    guidance_rule: str
+    def __init__(self, nfe: _Optional[int] = ..., forwards: _Optional[int] = ..., queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compute: _Optional[_Mapping[str, _duration_pb2.Duration]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., guidance: _Optional[float] = ..., task: _Optional[str] = ..., guidance_rule: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("name", "state", "spec", "create_time", "start_time", "end_time", "expire_time", "queue_position", "steps_done", "steps_total", "artifacts", "error", "priority", "attempt", "labels", "usage")
@@ -269,7 +282,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "tasks", "max_width", "max_height", "max_frames", "max_steps", "max_count", "output_media_types", "capabilities", "sizes", "frames", "solvers", "schedules", "max_guidance", "max_prompt_bytes", "max_image_bytes", "defaults")
+    __slots__ = ("name", "version", "tasks", "max_width", "max_height", "max_frames", "max_steps", "max_count", "output_media_types", "capabilities", "sizes", "frames", "solvers", "schedules", "max_guidance", "max_prompt_bytes", "max_image_bytes", "defaults", "guidance_rules")
     class Size(_message.Message):
         __slots__ = ("width", "height")
         WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -278,20 +291,36 @@ class Model(_message.Message):
         height: int
         def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
     class Defaults(_message.Message):
-        __slots__ = ("solver", "schedule", "steps", "guidance", "frames", "frames_per_second")
+        __slots__ = ("solver", "schedule", "steps", "guidance", "frames", "frames_per_second", "guidance_rule")
         SOLVER_FIELD_NUMBER: _ClassVar[int]
         SCHEDULE_FIELD_NUMBER: _ClassVar[int]
         STEPS_FIELD_NUMBER: _ClassVar[int]
         GUIDANCE_FIELD_NUMBER: _ClassVar[int]
         FRAMES_FIELD_NUMBER: _ClassVar[int]
         FRAMES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+        GUIDANCE_RULE_FIELD_NUMBER: _ClassVar[int]
         solver: str
         schedule: str
         steps: int
         guidance: float
         frames: int
         frames_per_second: float
-        def __init__(self, solver: _Optional[str] = ..., schedule: _Optional[str] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., frames: _Optional[int] = ..., frames_per_second: _Optional[float] = ...) -> None: ...
+        guidance_rule: str
+        def __init__(self, solver: _Optional[str] = ..., schedule: _Optional[str] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., frames: _Optional[int] = ..., frames_per_second: _Optional[float] = ..., guidance_rule: _Optional[str] = ...) -> None: ...
+    class GuidanceRule(_message.Message):
+        __slots__ = ("name", "options")
+        class OptionsEntry(_message.Message):
+            __slots__ = ("key", "value")
+            KEY_FIELD_NUMBER: _ClassVar[int]
+            VALUE_FIELD_NUMBER: _ClassVar[int]
+            key: str
+            value: float
+            def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        OPTIONS_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        options: _containers.ScalarMap[str, float]
+        def __init__(self, name: _Optional[str] = ..., options: _Optional[_Mapping[str, float]] = ...) -> None: ...
     class DefaultsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -317,6 +346,7 @@ class Model(_message.Message):
     MAX_PROMPT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_RULES_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     tasks: _containers.RepeatedScalarFieldContainer[str]
@@ -335,4 +365,5 @@ class Model(_message.Message):
     max_prompt_bytes: int
     max_image_bytes: int
     defaults: _containers.MessageMap[str, Model.Defaults]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_width: _Optional[int] = ..., max_height: _Optional[int] = ..., max_frames: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_count: _Optional[int] = ..., output_media_types: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., sizes: _Optional[_Iterable[_Union[Model.Size, _Mapping]]] = ..., frames: _Optional[_Iterable[int]] = ..., solvers: _Optional[_Iterable[str]] = ..., schedules: _Optional[_Iterable[str]] = ..., max_guidance: _Optional[float] = ..., max_prompt_bytes: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., defaults: _Optional[_Mapping[str, Model.Defaults]] = ...) -> None: ...
+    guidance_rules: _containers.RepeatedCompositeFieldContainer[Model.GuidanceRule]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_width: _Optional[int] = ..., max_height: _Optional[int] = ..., max_frames: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_count: _Optional[int] = ..., output_media_types: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., sizes: _Optional[_Iterable[_Union[Model.Size, _Mapping]]] = ..., frames: _Optional[_Iterable[int]] = ..., solvers: _Optional[_Iterable[str]] = ..., schedules: _Optional[_Iterable[str]] = ..., max_guidance: _Optional[float] = ..., max_prompt_bytes: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., defaults: _Optional[_Mapping[str, Model.Defaults]] = ..., guidance_rules: _Optional[_Iterable[_Union[Model.GuidanceRule, _Mapping]]] = ...) -> None: ...

@@ -18,6 +18,7 @@ from reelstep.engine.samplers.tables import SOLVERS
 from reelstep.errors import ConfigError
 
 TABLE = Table("two", "condot", 1, (0.0, 0.4, 1.0), (1.0, 0.9), ((0.4,), (0.3, 0.7)))
+NOISY = replace(TABLE, noise=((0.5,), (0.2, 0.1)))
 
 
 def wild(x: torch.Tensor, t: float) -> torch.Tensor:
@@ -29,14 +30,21 @@ def float_noise(seed: int = 0) -> torch.Tensor:
     return torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(seed))
 
 
+def fresh(step: int) -> torch.Tensor:
+    """Noise of a step, the same whenever it is asked for."""
+    return float_noise(1000 + step)
+
+
 def naive(table: Table, x0: torch.Tensor) -> torch.Tensor:
     """Equation 11 as it stands, left to right, everything kept."""
     x, us = x0, []
     for i in range(table.n):
         us.append(wild(x, table.times[i]))
         x = x0 * table.a[i]
-        for b, u in zip(table.b[i], us, strict=True):
+        for j, (b, u) in enumerate(zip(table.b[i], us, strict=True)):
             x = x + b * u
+            if table.noise:
+                x = x + table.noise[i][j] * fresh(j)
     return x
 
 
@@ -54,17 +62,17 @@ def test_euler_as_a_table_is_euler_bit_for_bit_in_float32(schedule):
 @pytest.mark.parametrize("name", list(SOLVERS))
 def test_forgetting_settled_terms_changes_no_bit(name, path):
     table = SOLVERS[name].build(linear(9), PATHS[path])
-    assert torch.equal(drive(sample(table, start(table, float_noise())), wild), naive(table, float_noise()))
+    assert torch.equal(drive(sample(table, start(table, float_noise()), fresh), wild), naive(table, float_noise()))
 
 
 @pytest.mark.parametrize("path", list(PATHS))
 @pytest.mark.parametrize("name", list(SOLVERS))
 def test_a_run_saved_at_any_step_continues_bit_for_bit(name, path):
     table = SOLVERS[name].build(linear(5), PATHS[path])
-    whole = drive(sample(table, start(table, float_noise())), wild)
+    whole = drive(sample(table, start(table, float_noise()), fresh), wild)
     for stop in range(table.n + 1):
         state = start(table, float_noise())
-        run = sample(table, state)
+        run = sample(table, state, fresh)
         ask = next(run)
         for _ in range(stop):
             try:
@@ -76,7 +84,55 @@ def test_a_run_saved_at_any_step_continues_bit_for_bit(name, path):
         file.seek(0)
         assert state.step == stop
         continued = SamplerState(**torch.load(file, weights_only=True))
-        assert torch.equal(drive(sample(table, continued), wild), whole)
+        assert torch.equal(drive(sample(table, continued, fresh), wild), whole)
+
+
+def test_a_table_with_noise_is_refused_without_a_function_to_draw_it_before_any_velocity_is_asked():
+    with pytest.raises(ConfigError, match="fresh noise"):
+        next(sample(NOISY, start(NOISY, float_noise())))
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if not SOLVERS[name].stochastic])
+def test_a_deterministic_table_has_no_noise_and_asks_for_none(name):
+    def never(step):
+        raise AssertionError(f"asked for noise of step {step}")
+
+    table = SOLVERS[name].build(linear(4), PATHS["condot"])
+    assert table.noise == ()
+    drive(sample(table, start(table, float_noise()), never), wild)
+
+
+def test_noise_that_all_later_rows_share_is_asked_for_once():
+    # a random walk on top of Euler: x[i+1] = x[i] + u[i] / 5 + z[i]
+    rows = tuple((1.0,) * (i + 1) for i in range(5))
+    table = Table("walk", "condot", 1, linear(5), (1.0,) * 5, tuple(tuple(v / 5 for v in row) for row in rows), rows)
+    asked = []
+
+    def counted(step):
+        asked.append(step)
+        return fresh(step)
+
+    state = start(table, float_noise())
+    got = drive(sample(table, state, counted), wild)
+    assert asked == [0, 1, 2, 3, 4]
+    assert torch.equal(got, naive(table, float_noise()))
+
+
+def test_noise_is_asked_for_no_earlier_than_its_step_and_taken_in_the_dtype_of_x():
+    state, asked = start(NOISY, float_noise()), []
+
+    def halves(step):
+        asked.append((state.step, step))
+        return fresh(step).bfloat16()
+
+    assert drive(sample(NOISY, state, halves), wild).dtype == torch.float32
+    assert asked == [(0, 0), (1, 0), (1, 1)]
+
+
+def test_noise_of_another_shape_is_refused_although_it_would_broadcast():
+    run = sample(NOISY, start(NOISY, float_noise()), lambda step: torch.zeros(1, 4, 5))
+    with pytest.raises(ConfigError, match=r"noise of step 0.*\[1, 4, 5\].*\[3, 4, 5\]"):
+        run.send(wild(*next(run)))
 
 
 def test_a_saved_state_is_not_changed_by_the_run_it_was_copied_from():
@@ -134,12 +190,13 @@ def test_a_table_survives_json_with_every_bit_and_its_hash(name):
     again = Table.from_json(json.loads(json.dumps(table.to_json())))
     assert again == table
     assert again.hash == table.hash
-    assert torch.equal(drive(sample(again, start(table, float_noise())), wild), naive(table, float_noise()))
+    assert torch.equal(drive(sample(again, start(table, float_noise()), fresh), wild), naive(table, float_noise()))
 
 
 def test_the_hash_tells_any_two_tables_apart_and_stays_over_time():
-    assert len({TABLE.hash, replace(TABLE, name="x").hash, replace(TABLE, path="vp").hash, replace(TABLE, a=(1.0, 0.9 + 1e-16 * 2)).hash}) == 4
-    assert TABLE.hash == "4dab901ad06178a928db64131378608d0fb3382f572e202d89bba467dc476b56"
+    others = [replace(TABLE, name="x"), replace(TABLE, path="vp"), replace(TABLE, a=(1.0, 0.9 + 1e-16 * 2)), NOISY]
+    assert len({table.hash for table in (TABLE, *others)}) == 5
+    assert TABLE.hash == "1109b1b0e8174f526fa8fedd9f770e5babc330ab5ff1dcf508342267d4fbbd10"
 
 
 NAN, INF = float("nan"), float("inf")
@@ -159,7 +216,11 @@ NAN, INF = float("nan"), float("inf")
         ({"times": (0.5, 0.4, 1.0)}, "must not decrease"),
         ({"times": (-0.1, 0.4, 1.0)}, "\\[0, 1\\]"),
         ({"times": (0.0, 0.4, 1.1)}, "\\[0, 1\\]"),
-        ({"order": 0}, "order 0"),
+        ({"noise": ((0.5,),)}, "rows of noise"),
+        ({"noise": ((0.5,), (0.2,))}, "rows of noise"),
+        ({"noise": ((NAN,), (0.2, 0.1))}, "not finite"),
+        ({"noise": None}, "not a number"),
+        ({"order": -1}, "order -1"),
         ({"a": (1.0, "x")}, "not a number"),
         ({"b": 3}, "not a number"),
         ({"times": None}, "not a number"),
@@ -171,9 +232,10 @@ def test_a_bad_table_is_refused_with_the_reason(change, words):
         Table.from_json({**TABLE.to_json(), **change})
 
 
-def test_a_table_with_a_missing_field_is_refused():
+@pytest.mark.parametrize("missing", ["a", "noise"])
+def test_a_table_with_a_missing_field_is_refused(missing):
     with pytest.raises(ConfigError, match="fields"):
-        Table.from_json({k: v for k, v in TABLE.to_json().items() if k != "a"})
+        Table.from_json({k: v for k, v in TABLE.to_json().items() if k != missing})
 
 
 def test_a_time_may_repeat():

@@ -65,6 +65,15 @@ def test_lambda_is_the_logarithm_of_the_ratio():
     assert PATHS["condot"].at(0.8).half_log_snr == pytest.approx(math.log(4))
 
 
+@pytest.mark.parametrize("name", PATHS)
+def test_a_noise_to_signal_ratio_leads_back_to_its_time(name):
+    path = PATHS[name]
+    for t in (0.001, 0.1, 0.5, 0.9, 0.999):
+        assert path.time(path.at(t).sigma / path.at(t).alpha) == pytest.approx(t, rel=1e-12)
+    assert path.time(0.0) == 1
+    assert path.time(math.exp(-path.at(0.0).half_log_snr)) == pytest.approx(0, abs=1e-12)  # inf but on VP
+
+
 def test_an_unknown_path_is_answered_with_the_known_ones():
     with pytest.raises(NotFound, match="condot, cosine, vp"):
         PATHS["linear"]

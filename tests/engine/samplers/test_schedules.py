@@ -10,7 +10,20 @@ import torch
 
 from reelstep.engine.samplers.ns import drive, sample, start
 from reelstep.engine.samplers.paths import PATHS
-from reelstep.engine.samplers.schedules import SCHEDULES, explicit, linear, linear_quadratic, shifted
+from reelstep.engine.samplers.schedules import (
+    ALIGN_YOUR_STEPS,
+    SCHEDULES,
+    dynamic_shift,
+    explicit,
+    exponential,
+    exponential_sigmas,
+    from_sigmas,
+    karras,
+    karras_sigmas,
+    linear,
+    linear_quadratic,
+    shifted,
+)
 from reelstep.engine.samplers.tables import SOLVERS
 from reelstep.errors import ConfigError
 
@@ -83,6 +96,68 @@ def test_shift_is_sd3s_formula_in_noise_levels(shift):
 def test_a_shift_that_is_not_positive_is_refused(shift):
     with pytest.raises(ConfigError, match="shift"):
         shifted(10, shift)
+
+
+def test_dynamic_shift_is_flux_at_256_and_1024_pixels_and_on_the_line_between_and_beyond():
+    assert dynamic_shift(20, 256) == shifted(20, math.exp(0.5))
+    assert dynamic_shift(20, 4096) == pytest.approx(shifted(20, math.exp(1.15)), abs=1e-15)
+    assert dynamic_shift(20, 2176) == pytest.approx(shifted(20, math.exp(0.825)), abs=1e-15)
+    assert dynamic_shift(20, 8192) == pytest.approx(shifted(20, math.exp(1.15 + 0.65 * 16 / 15)), abs=1e-15)
+    assert dynamic_shift(20, 8192, high=(8192, 0.9)) == pytest.approx(shifted(20, math.exp(0.9)), abs=1e-15)
+
+
+@pytest.mark.parametrize(("tokens", "high"), [(0, (4096, 1.15)), (-1, (4096, 1.15)), (1024, (256, 1.15)), (1024, (100, 1.15))])
+def test_no_tokens_or_a_line_through_one_point_are_refused(tokens, high):
+    with pytest.raises(ConfigError, match="at least 1 token"):
+        dynamic_shift(10, tokens, high=high)
+
+
+def test_karras_spaces_the_roots_and_exponential_the_logarithms_of_noise_levels_equally():
+    for times, scale in ((karras(9, 0.02, 0.9, rho=5.0), lambda tau: tau**0.2), (exponential(9, 0.02, 0.9), math.log)):
+        assert (times[0], times[-2], times[-1]) == pytest.approx((0.1, 0.98, 1.0), abs=1e-15)
+        gaps = [scale(1 - t) - scale(1 - s) for s, t in pairwise(times[:-1])]
+        assert gaps == pytest.approx([gaps[0]] * 8, rel=1e-12)
+
+
+def test_one_number_between_a_high_and_a_low_one_is_the_high_one():
+    assert (*karras_sigmas(1, 0.1, 4.0), *exponential_sigmas(1, 0.1, 4.0)) == pytest.approx((4.0, 4.0), rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "words"),
+    [
+        (karras, {"tau_min": 0.0}, "both above 0"),
+        (karras, {"tau_min": 1.0}, "the first above the last"),
+        (karras, {"tau_max": math.nan}, "finite"),
+        (karras, {"tau_max": 14.6}, "from_sigmas"),
+        (karras, {"rho": 0.0}, "rho"),
+        (exponential, {"tau_min": -1.0}, "both above 0"),
+        (exponential, {"tau_max": 1.5}, "from_sigmas"),
+    ],
+)
+def test_a_spacing_without_sense_is_refused(schedule, options, words):
+    with pytest.raises(ConfigError, match=words):
+        schedule(10, **options)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("sigmas", [karras_sigmas(10, 0.03, 14.6), (*exponential_sigmas(10, 0.03, 14.6), 0.0), *ALIGN_YOUR_STEPS.values()])
+def test_on_its_times_a_path_has_the_sigmas_given(sigmas, path):
+    points = [PATHS[path].at(t) for t in from_sigmas(sigmas, PATHS[path])]
+    assert [p.sigma / p.alpha for p in points] == pytest.approx(sigmas, rel=1e-12)
+
+
+def test_sigmas_may_begin_at_the_noise_end():
+    assert from_sigmas([math.inf, 1.0, 0.0], PATHS["condot"]) == (0.0, 0.5, 1.0)
+    assert from_sigmas([math.inf, 1.0, 0.0], PATHS["cosine"]) == pytest.approx((0.0, 0.5, 1.0))
+    vp = PATHS["vp"]
+    assert from_sigmas([math.exp(-vp.at(0.0).half_log_snr), 0.0], vp) == pytest.approx((0.0, 1.0), abs=1e-15)
+
+
+@pytest.mark.parametrize("sigmas", [[], [1.0], [1.0, 1.0], [0.0, 1.0], [1.0, -0.1], [math.nan, 0.0], [1.0, math.nan], [153.0, 1.0], [math.inf, 0.0]])
+def test_sigmas_that_a_path_does_not_have_are_refused(sigmas):
+    with pytest.raises(ConfigError, match=r"decreasing within \[0, 152"):
+        from_sigmas(sigmas, PATHS["vp"])
 
 
 def test_a_users_list_is_taken_as_it_is():

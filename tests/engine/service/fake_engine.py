@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from reelstep.engine.request import Defaults, Event, Failed, Finished, Limits, Media, Preview, Progress, Queued, Request, Usage
-from reelstep.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded
+from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, NotFound, Overloaded
 
 VIDEO = Defaults(solver="euler", schedule="linear", steps=4, scale=3.0, frames=8, frames_per_second=8.0)
 IMAGE = Defaults(solver="euler", schedule="linear", steps=4, scale=3.0, frames=1, frames_per_second=8.0)
@@ -34,6 +34,13 @@ class FakeModel:
     settings: FakeSettings = FakeSettings()
     solvers: tuple[str, ...] = ("euler", "heun")
     schedules: tuple[str, ...] = ("linear", "quadratic")
+    guidance_rules: dict[str, dict[str, float]] = field(default_factory=lambda: {"none": {}, "cfg": {"rescale": 0.0}, "gate": {"stop": 0.5}})
+
+    def check_guidance(self, rule: str, scale: float, options: Mapping[str, float]) -> None:
+        if unknown_options := options.keys() - self.guidance_rules[rule]:
+            raise NotFound(f"unknown option {sorted(unknown_options)}")
+        if rule == "none" and scale != 1:
+            raise ConfigError("no scale")
 
 
 def frames_of(request: Request, index: int) -> npt.NDArray[np.uint8]:

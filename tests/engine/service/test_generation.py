@@ -116,6 +116,8 @@ def test_previews_fit_their_limit_however_large_the_video(channel: grpc.Channel)
         ("guidance", {"guidance": math.inf}),
         ("guidance", {"guidance": -1.0}),
         ("guidance", {"guidance": 1e30}),
+        ("guidance", {"guidance": 7.0, "guidance_rule": "none"}),
+        ("guidance_options", {"guidance_options": {"treshold": 0.9}}),
         ("frames_per_second", {"frames_per_second": 0.0}),
         ("frames_per_second", {"frames_per_second": math.nan}),
         ("seed", {"seed": -1}),
@@ -133,6 +135,19 @@ def test_a_bad_field_is_named_before_any_work_is_done(fake: Served, channel: grp
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert list(violations) == [field]
     assert len(fake.engine.requests) == before
+
+
+def test_a_rule_of_guidance_and_its_options_reach_the_engine_and_come_back(fake: Served, channel: grpc.Channel) -> None:
+    job = call(channel, request("a fox", guidance_rule="gate", guidance_options={"stop": 0.25}))[-1].event.finished
+    assert (fake.engine.requests[-1].guidance, fake.engine.requests[-1].guidance_options) == ("gate", {"stop": 0.25})
+    assert (job.spec.guidance_rule, dict(job.spec.guidance_options), job.usage.guidance_rule) == ("gate", {"stop": 0.25}, "gate")
+    call(channel, request("a fox"))
+    assert (fake.engine.requests[-1].guidance, fake.engine.requests[-1].guidance_options) == ("cfg", {"rescale": 0.0}), "the model's choice"
+    call(channel, request("a fox", guidance_rule="none"))
+    assert fake.engine.requests[-1].scale == 1, "a rule without a scale does not take the default one"
+    code, message, _ = refused(channel, request("a fox", guidance_rule="gone"))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert "cfg, gate, none" in message
 
 
 def test_all_bad_fields_are_named_at_once(channel: grpc.Channel) -> None:
