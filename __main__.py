@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_serve(commands)
     add_generate(commands)
     add_sample(commands)
+    add_fit(commands)
     add_bench(commands)
     return parser
 
@@ -81,6 +82,7 @@ def add_compile(commands: Commands) -> None:
     parser = add_command(commands, "compile", run_compile, text, examples)
     parser.add_argument("model", metavar="MODEL", help="a model's name; a wrong one prints those there are")
     parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="bundle to write (MODEL.reel)")
+    parser.add_argument("--fitted", type=Path, action="append", default=[], metavar="FILE", help="a solver made by `reelstep fit`; may be repeated")
     parser.add_argument("--explain", action="store_true", help="print the plan: every choice and its reason")
     parser.add_argument("--backend", default="openvino", help="what executes the programs (openvino)")
     add_precision(parser)
@@ -132,6 +134,13 @@ def add_sample(commands: Commands) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what to show, in words")
     add_generation_options(parser)
     add_engine_options(parser)
+
+
+def add_fit(commands: Commands) -> None:
+    text = "Fit a solver to a model; without a name, list what can be fitted."
+    parser = add_command(commands, "fit", run_fit, text, "  reelstep fit\n  reelstep fit bns reel-tiny --nfe 8 -o bns_8.json\n")
+    parser.add_argument("name", nargs="?", metavar="NAME")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of that fit; all take MODEL, -o FILE and --help")
 
 
 def add_bench(commands: Commands) -> None:
@@ -208,7 +217,7 @@ def run_compile(args: argparse.Namespace) -> None:
 
     out = args.out or Path(f"{args.model}.reel")
     precision = PRECISIONS.get(args.precision)
-    bundle = build_bundle(args.model, backend=args.backend, precision=precision, out=out, cache=cache_dir(args), progress=tell_stage)
+    bundle = build_bundle(args.model, backend=args.backend, precision=precision, out=out, cache=cache_dir(args), fitted=args.fitted, progress=tell_stage)
     if args.explain:
         print(bundle.plan.explain())
     print(f"{bundle.path}  {bundle.total_bytes / 1e6:.1f} MB, plan {bundle.plan.hash[:16]}")
@@ -399,6 +408,15 @@ def report(args: argparse.Namespace, result: Generation) -> None:
 def describe_artifact(path: Path, artifact: Artifact) -> str:
     frames = f", {artifact.frames} frames" if artifact.frames > 1 else ""
     return f"{path}  {artifact.width}x{artifact.height}{frames}, {len(artifact.data) / 1e3:.1f} kB, seed {artifact.seed}"
+
+
+def run_fit(args: argparse.Namespace) -> None:
+    from reelstep.training.fits import FITS
+
+    if args.name is None:
+        print("\n".join(FITS))
+    else:
+        FITS[args.name](args.arguments)
 
 
 def run_bench(args: argparse.Namespace) -> None:

@@ -24,11 +24,10 @@ from reelstep.engine.loop import Engine, open_engine
 from reelstep.engine.models.reel_tiny import TEXT_CONFIG, build
 from reelstep.engine.pipelines.latent import to_pixels
 from reelstep.engine.resolve import Ask, resolve
-from reelstep.training.zoo.stickers import FRAMES, MOTIONS, Clips, Sticker, load_stickers, make_clips
+from reelstep.training.zoo.stickers import FRAMES, MOVING, Clips, Sticker, load_stickers, make_clips
 
 LONGEST_PROMPT = TEXT_CONFIG.length - 1
 """Captions are ASCII; the recipe cuts them at the same place."""
-MOVING = tuple(m for m in MOTIONS if m != "still")
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -6,6 +6,7 @@ NAME.reel/
   programs/P.Q.json       the graph of program P at profile Q (graphs.py)
   weights.safetensors     each distinct tensor once; absent if the model was on the meta device
   solvers/NAME.json       solver tables
+  fitted/NAME.json        artifacts of fits to this model
   MODEL_CARD.md
 """
 
@@ -33,7 +34,7 @@ from reelstep.compiler.signature import Signature
 from reelstep.compiler.storage import sha256_file, sync, whole_directory, write_file
 from reelstep.errors import BundleError, ConfigError, StorageError, unknown
 
-FORMAT = 1
+FORMAT = 2
 """Of the directory. A reader takes exactly its own; a change of layout adds one."""
 
 MANIFEST, PLAN, WEIGHTS, CARD = "manifest.json", "plan.json", "weights.safetensors", "MODEL_CARD.md"
@@ -53,18 +54,28 @@ class Captured:
         return f"programs/{self.signature.program}.{self.signature.profile}.json"
 
 
-def write_bundle(out: Path, *, plan: Plan, captured: tuple[Captured, ...], settings: Mapping[str, Any], solvers: Mapping[str, Any], card: str) -> None:
+def write_bundle(
+    out: Path,
+    *,
+    plan: Plan,
+    captured: tuple[Captured, ...],
+    settings: Mapping[str, Any],
+    solvers: Mapping[str, Any],
+    fitted: Mapping[str, Any],
+    card: str,
+) -> None:
     """Write the directory `out`, replacing a bundle that is there.
 
     Raises ConfigError for a solver name that cannot be a file name, StorageError if the disk fails or is full (the old
     bundle is then untouched) or if `out` is something else than a bundle.
     """
-    for name in solvers:
+    for name in (*solvers, *fitted):
         if not SAFE_NAME.fullmatch(name):
             raise ConfigError(f"{name!r} cannot name a solver; use letters, digits, '_', '-' and '.'")
     names, tensors = _share_weights(captured)
     contents = {PLAN: canonical_json(plan.to_json()), CARD: card.encode()}
     contents |= {f"solvers/{name}.json": canonical_json(table) for name, table in solvers.items()}
+    contents |= {f"fitted/{name}.json": canonical_json(artifact) for name, artifact in fitted.items()}
     contents |= {item.file: item.graph for item in captured}
     with whole_directory(out, replaceable=is_bundle) as folder:
         for file, data in contents.items():
@@ -114,8 +125,16 @@ class Bundle:
     @cached_property
     def solvers(self) -> dict[str, Any]:
         """Tables by name, as they were handed in."""
-        files = [name for name in self.manifest["files"] if name.startswith("solvers/")]
-        return {name.removeprefix("solvers/").removesuffix(".json"): json.loads((self.path / name).read_bytes()) for name in files}
+        return self._json_files("solvers")
+
+    @cached_property
+    def fitted(self) -> dict[str, Any]:
+        """Artifacts by name, as they were handed in."""
+        return self._json_files("fitted")
+
+    def _json_files(self, folder: str) -> dict[str, Any]:
+        files = [name for name in self.manifest["files"] if name.startswith(f"{folder}/")]
+        return {PurePosixPath(name).name.removesuffix(".json"): json.loads((self.path / name).read_bytes()) for name in files}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -31,13 +31,14 @@ def compile_model(
     precision: Precision | None = None,
     out: Path,
     solvers: Mapping[str, Any],
+    fitted: Mapping[str, Any] | None = None,
     card: str,
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> Bundle:
     """Write the bundle `out` and give it back, opened and verified.
 
-    settings, solvers: plain JSON values. precision: the backend's default here if None. cache: if given, engines are built
+    settings, solvers, fitted: plain JSON values. precision: the backend's default here if None. cache: if given, engines are built
     into it, so that the first load is quick. Raises ConfigError, CompileError, StorageError, NotFound (backend).
     """
     chosen = BACKENDS[backend]
@@ -55,7 +56,7 @@ def compile_model(
     sku = SKUS["cpu"]
     plan = Plan(model, version, backend, sku.name, sku.arch, {}, wanted, reason, tuple(plans))
     progress(f"write {out}", len(pairs), len(pairs) + 1)
-    write_bundle(out, plan=plan, captured=tuple(captured), settings=settings, solvers=solvers, card=card)
+    write_bundle(out, plan=plan, captured=tuple(captured), settings=settings, solvers=solvers, fitted=fitted or {}, card=card)
     bundle = Bundle.open(out)
     if cache is not None:
         load(bundle, cache, progress=progress)

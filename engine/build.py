@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.compile import compile_model
@@ -13,11 +19,14 @@ from reelstep.compiler.load import Progress, silent
 from reelstep.compiler.program import Precision
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import ModelSettings
+from reelstep.engine.request import Fit
+from reelstep.engine.samplers.fitted import Fitted
 from reelstep.engine.samplers.guidance import GUIDANCE
 from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import SCHEDULES
 from reelstep.engine.samplers.tables import SOLVERS
+from reelstep.errors import ConfigError
 
 
 def table_name(solver: str, schedule: str, steps: int) -> str:
@@ -35,18 +44,55 @@ def default_tables(settings: ModelSettings) -> dict[str, Table]:
     return {table_name(d.solver, d.schedule, d.steps): build_table(settings, d.solver, d.schedule, d.steps) for d in settings.defaults.values()}
 
 
-def build_bundle(name: str, *, backend: str, precision: Precision | None, out: Path, cache: Path | None, progress: Progress = silent) -> Bundle:
-    """Compile the registered model `name` into the bundle `out`. Raises NotFound, CompileError, StorageError."""
+def hash_weights(model: nn.Module) -> str:
+    """sha256 over names, types, shapes and bytes of all weights, hex: what an artifact of a fit is bound to."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_fitted(files: Sequence[Path], model: str, model_hash: str) -> dict[str, Any]:
+    """Artifacts by name, checked. Raises ConfigError naming the file that is not one, is for another model or has a name that is taken."""
+    found: dict[str, Any] = {}
+    for file in files:
+        try:
+            fitted = Fitted.from_json(json.loads(file.read_bytes()))
+            fitted.check_model(model, model_hash)
+        except (OSError, ValueError) as error:  # of JSON and UTF-8 too; ConfigError is one
+            raise ConfigError(f"{file}: {error}") from error
+        if fitted.name in found or fitted.name in SOLVERS:
+            raise ConfigError(f"{file}: a solver called {fitted.name!r} is there already; fit it under another name")
+        found[fitted.name] = fitted.to_json()
+    return found
+
+
+def build_bundle(
+    name: str,
+    *,
+    backend: str,
+    precision: Precision | None,
+    out: Path,
+    cache: Path | None,
+    fitted: Sequence[Path] = (),
+    progress: Progress = silent,
+) -> Bundle:
+    """Compile the registered model `name` into the bundle `out`, with the artifacts `fitted`. Raises NotFound, ConfigError, CompileError, StorageError."""
     spec = MODELS[name]
+    module = spec.build()
+    artifacts = load_fitted((*spec.fitted, *fitted), spec.name, hash_weights(module))
     return compile_model(
         model=spec.name,
         version=spec.version,
         settings=spec.settings.to_json(),
-        programs=spec.programs(spec.build()),
+        programs=spec.programs(module),
         backend=backend,
         precision=precision,
         out=out,
         solvers={key: table.to_json() for key, table in default_tables(spec.settings).items()},
+        fitted=artifacts,
         card=spec.card.read_text() if spec.card else f"# {spec.name}\n\nNo trained weights.\n",
         cache=cache,
         progress=progress,
@@ -55,14 +101,24 @@ def build_bundle(name: str, *, backend: str, precision: Precision | None, out: P
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A loaded model, as clients see it. tables: those of the bundle, by `table_name`."""
+    """A loaded model, as clients see it. tables: the training-free ones of the bundle, by `table_name`; fitted: those fitted to this model."""
 
     name: str
     version: str
     settings: ModelSettings
-    solvers: tuple[str, ...]
     schedules: tuple[str, ...]
     tables: Mapping[str, Table]
+    fitted: Mapping[str, Fitted] = field(default_factory=dict)
+
+    @property
+    def solvers(self) -> tuple[str, ...]:
+        """All that can be asked for: the training-free ones and those fitted to this model."""
+        return (*SOLVERS, *self.fitted)
+
+    @cached_property
+    def fits(self) -> Mapping[str, Fit]:
+        """What each fitted solver holds for."""
+        return {name: fitted.fit for name, fitted in self.fitted.items()}
 
     @cached_property
     def guidance_rules(self) -> Mapping[str, Mapping[str, float]]:
@@ -76,8 +132,11 @@ class ServedModel:
     @classmethod
     def of(cls, bundle: Bundle) -> ServedModel:
         tables = {key: Table.from_json(data) for key, data in bundle.solvers.items()}
-        return cls(bundle.plan.model, bundle.plan.version, ModelSettings.from_json(bundle.settings), tuple(SOLVERS), tuple(SCHEDULES), tables)
+        fitted = {name: Fitted.from_json(data) for name, data in bundle.fitted.items()}
+        return cls(bundle.plan.model, bundle.plan.version, ModelSettings.from_json(bundle.settings), tuple(SCHEDULES), tables, fitted)
 
     def table(self, solver: str, schedule: str, steps: int) -> Table:
-        """The bundle's table where it has this one, else a new one."""
+        """The bundle's table where it has this one, else a new one. A fitted solver has times of its own, whatever the schedule."""
+        if solver in self.fitted:
+            return self.fitted[solver].table
         return self.tables.get(table_name(solver, schedule, steps)) or build_table(self.settings, solver, schedule, steps)

@@ -47,6 +47,17 @@ class Defaults:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """What a fitted solver holds for, and no other choice."""
+
+    tasks: tuple[str, ...]
+    steps: int  # its NFE
+    guidance: str
+    guidance_options: Mapping[str, float]
+    scale: float
+
+
+@dataclass(frozen=True)
 class Request:
     """One generation, complete: every open choice was made when it was built (`resolve`)."""
 

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 from uuid import uuid4
 
 from reelstep.engine.media import ENCODERS, STILL_TYPES, decode_picture
-from reelstep.engine.request import Defaults, Event, Limits, Request, validate
+from reelstep.engine.request import Defaults, Event, Fit, Limits, Request, check, validate
 from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, NotFound, UnsupportedRequest, unknown
 
 DEFAULT_MEDIA_TYPE = "video/mp4"
@@ -44,6 +44,10 @@ class Served(Protocol):
     @property
     def guidance_rules(self) -> Mapping[str, Mapping[str, float]]:
         """All options of each rule, as this model has them where a request is silent."""
+
+    @property
+    def fits(self) -> Mapping[str, Fit]:
+        """What each fitted solver holds for. A solver that is not here holds for everything."""
 
     def check_guidance(self, rule: str, scale: float, options: Mapping[str, float]) -> None:
         """Raises ConfigError or NotFound for what the rule does not take."""
@@ -101,7 +105,9 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
     task = choose_task(ask, served)
     settings = served.settings
     defaults = settings.defaults[task]
-    guidance = choose("guidance", ask.guidance or defaults.guidance, tuple(served.guidance_rules))
+    solver = choose("solver", ask.solver or defaults.solver, served.solvers)
+    fit = served.fits.get(solver) or Fit((task,), defaults.steps, defaults.guidance, {}, defaults.scale)
+    guidance = choose("guidance", ask.guidance or fit.guidance, tuple(served.guidance_rules))
     width, height = choose_size(ask.width, ask.height, settings.limits)
     request = Request(
         id=ask.request_id or str(uuid4()),
@@ -115,12 +121,12 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
         height=height,
         frames=given(ask.frames, defaults.frames),
         frames_per_second=given(ask.frames_per_second, defaults.frames_per_second),
-        steps=given(ask.steps, defaults.steps),
-        scale=given(ask.scale, 1.0 if guidance == "none" else defaults.scale),
-        solver=choose("solver", ask.solver or defaults.solver, served.solvers),
+        steps=given(ask.steps, fit.steps),
+        scale=given(ask.scale, 1.0 if guidance == "none" else fit.scale),
+        solver=solver,
         schedule=choose("schedule", ask.schedule or defaults.schedule, served.schedules),
         guidance=guidance,
-        guidance_options={**served.guidance_rules[guidance], **ask.guidance_options},
+        guidance_options={**served.guidance_rules[guidance], **(fit.guidance_options if guidance == fit.guidance else {}), **ask.guidance_options},
         image=None,
         preview_every=ask.preview_every,
         priority=0,
@@ -128,6 +134,8 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
     )
     validate(request, settings.limits)
     check_guidance(request, served)
+    if solver in served.fits:
+        check_fit(request, fit)
     if ask.image is None:
         return request
     return replace(request, image=decode_picture(ask.image, settings.limits))
@@ -186,6 +194,19 @@ def check_guidance(request: Request, served: Served) -> None:
         served.check_guidance(request.guidance, request.scale, request.guidance_options)
     except (ConfigError, NotFound) as error:
         raise InvalidRequest([FieldViolation("guidance_options" if isinstance(error, NotFound) else "guidance", str(error))]) from error
+
+
+def check_fit(request: Request, fit: Fit) -> None:
+    """A fitted solver is for the field it was fitted to."""
+    bad: list[FieldViolation] = []
+    name = f"solver {request.solver!r}"
+    check(bad, request.task in fit.tasks, "solver", f"{request.solver!r} was fitted for {', '.join(fit.tasks)}, not for {request.task}; choose another")
+    check(bad, request.steps == fit.steps, "steps", f"{request.steps}, but {name} has {fit.steps}; leave steps out, or choose another solver")
+    check(bad, request.scale == fit.scale, "guidance", f"{request.scale:g}, but {name} was fitted at {fit.scale:g}; leave it out, or choose another solver")
+    same = (request.guidance, request.guidance_options) == (fit.guidance, fit.guidance_options)
+    check(bad, same, "guidance_rule", f"{request.guidance!r} as asked is not what {name} was fitted with ({fit.guidance!r}, {fit.guidance_options})")
+    if bad:
+        raise InvalidRequest(bad)
 
 
 def choose_size(width: int | None, height: int | None, limits: Limits) -> tuple[int, int]:

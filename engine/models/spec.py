@@ -54,3 +54,4 @@ class ModelSpec:
     build: Callable[[], nn.Module]  # with its weights, where the project ships them; else seeded random ones
     programs: Callable[[nn.Module], tuple[Program, ...]]
     card: Path | None  # model card, Markdown
+    fitted: tuple[Path, ...] = ()  # artifacts of fits that go into its bundle

@@ -68,7 +68,7 @@ def toy_programs() -> tuple[Program, ...]:
 def compile_toy(out: Path, programs: tuple[Program, ...] | None = None, backend: str = "eager") -> Bundle:
     return compile_model(
         model="toy", version="1", settings={"size": [4, 3]}, programs=programs or toy_programs(), backend=backend, out=out,
-        solvers={"euler": {"times": [0.0, 1.0]}}, card="# Toy\n",
+        solvers={"euler": {"times": [0.0, 1.0]}}, fitted={"bns_8": {"scale": 3.0}}, card="# Toy\n",
     )  # fmt: skip
 
 

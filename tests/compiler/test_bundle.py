@@ -50,6 +50,7 @@ def test_a_bundle_gives_back_what_was_put_in(bundle: Bundle) -> None:
     assert bundle.model_card == "# Toy\n"
     assert bundle.settings == {"size": [4, 3]}
     assert bundle.solvers == {"euler": {"times": [0.0, 1.0]}}
+    assert bundle.fitted == {"bns_8": {"scale": 3.0}}
     assert bundle.total_bytes == sum(f.stat().st_size for f in bundle.path.rglob("*") if f.is_file())
 
 

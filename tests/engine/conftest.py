@@ -19,8 +19,10 @@ from reelstep.engine.build import ServedModel
 from reelstep.engine.executors.inline import Inline
 from reelstep.engine.loop import BatchRecord, Engine
 from reelstep.engine.models.spec import ModelSettings
-from reelstep.engine.request import Defaults, Event, Failed, Finished, Limits, Request
+from reelstep.engine.request import Defaults, Event, Failed, Finished, Fit, Limits, Request
 from reelstep.engine.runner import Runner
+from reelstep.engine.samplers.fitted import Fitted
+from reelstep.engine.samplers.ns import Table
 
 TARGET, NULL_TARGET = 0.5, -0.25
 SETTINGS = ModelSettings(
@@ -29,6 +31,12 @@ SETTINGS = ModelSettings(
     defaults={"text_to_video": Defaults("euler", "linear", 4, 1.0, 8, 8.0)},
     path="condot", prediction="velocity", latent_channels=3, condition_channels=3, spatial_stride=8, temporal_stride=2, text_length=32,
     tile_frames=2, tile_overlap=1,
+)  # fmt: skip
+
+
+FITTED = Fitted(
+    "bns_2", "bns", "toy", "0" * 64, Fit(("text_to_video",), 2, "cfg", {"rescale": 0.0}, 2.0),
+    Table("bns", "condot", 1, (0.0, 0.4, 1.0), (1.0, 1.0), ((0.4,), (0.4, 0.6))), {"seed": 0}, {"bns_2": 40.0},
 )  # fmt: skip
 
 
@@ -65,7 +73,7 @@ PROGRAMS = {
 
 
 def make_model(name: str = "toy") -> ServedModel:
-    return ServedModel(name, "1", SETTINGS, ("euler", "midpoint", "heun", "lcm", "dpmpp_2m_sde"), ("linear", "linear_quadratic"), {})
+    return ServedModel(name, "1", SETTINGS, ("linear", "linear_quadratic"), {}, {FITTED.name: FITTED})
 
 
 def make_runner(**replaced: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> Runner:

@@ -1,23 +1,42 @@
 """Every registered model becomes a bundle, and the shipped one runs as its modules do."""
 
+import json
+
 import pytest
 import torch
 
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.load import load
-from reelstep.engine.build import ServedModel, build_bundle, default_tables, table_name
+from reelstep.engine.build import ServedModel, build_bundle, default_tables, hash_weights, table_name
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import ModelSettings
+from reelstep.engine.request import Fit
+from reelstep.engine.samplers.fitted import Fitted
+from reelstep.engine.samplers.paths import PATHS
+from reelstep.engine.samplers.schedules import linear
+from reelstep.engine.samplers.tables import SOLVERS
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory):
+def artifact(tmp_path_factory):
+    """A solver that says it was fitted to reel-tiny."""
+    model_hash, table = hash_weights(MODELS["reel-tiny"].build()), SOLVERS["midpoint"].build(linear(1), PATHS["condot"])
+    fitted = Fitted("bns_2", "bns", "reel-tiny", model_hash, Fit(("text_to_video",), 2, "cfg", {"rescale": 0.0}, 3.0), table, {}, {"bns_2": 1.0})
+    file = tmp_path_factory.mktemp("fit") / "bns_2.json"
+    file.write_text(json.dumps(fitted.to_json()))
+    return file
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory, artifact):
     """Compiled without a network that runs, each once."""
     made: dict[str, Bundle] = {}
 
     def bundle(name):
         if name not in made:
-            made[name] = build_bundle(name, backend="null", precision=None, out=tmp_path_factory.mktemp("bundles") / f"{name}.reel", cache=None)
+            out = tmp_path_factory.mktemp("bundles") / f"{name}.reel"
+            fitted = [artifact] if name == "reel-tiny" else []
+            made[name] = build_bundle(name, backend="null", precision=None, out=out, cache=None, fitted=fitted)
         return made[name]
 
     return bundle
@@ -53,6 +72,14 @@ def test_default_tables_travel_with_the_bundle_and_are_used(bundles):
     d = served.settings.defaults["text_to_video"]
     assert served.table(d.solver, d.schedule, d.steps) is served.tables[table_name(d.solver, d.schedule, d.steps)]
     assert served.table("midpoint", "linear", 3).n == 6
+
+
+def test_a_fitted_solver_travels_with_the_bundle_and_is_offered(bundles, artifact):
+    served = ServedModel.of(bundles("reel-tiny"))
+    fitted = Fitted.from_json(json.loads(artifact.read_text()))
+    assert served.fits == {"bns_2": fitted.fit}
+    assert "bns_2" in served.solvers
+    assert served.table("bns_2", "linear_quadratic", 2) == fitted.table
 
 
 @torch.no_grad()

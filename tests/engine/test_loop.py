@@ -129,6 +129,13 @@ def test_mixed_traffic_gives_what_each_request_gives_alone(make_toy):
         assert (one.usage.nfe, one.usage.forwards) == (other.usage.nfe, other.usage.forwards)
 
 
+def test_a_fitted_solver_runs_its_own_times_whatever_the_schedule(toy, closed_form):
+    _, _, (target, _) = closed_form
+    done = toy.submit(solver="bns_2", steps=2, schedule="linear_quadratic").result()
+    assert done.usage.nfe == 2
+    assert abs(int(done.media.frames[0, 0, 0, 0, 0]) - pixel(target)) <= 1
+
+
 def test_cancelling_stops_between_calls(make_toy, closed_form):
     _, programs, _ = closed_form
     calls = []

@@ -30,7 +30,7 @@ from reelstep.engine.models.tae import TAE
 from reelstep.training import checkpoint
 from reelstep.training.muon import muon
 from reelstep.training.zoo.reel_tiny_tae import channels_last, learning_rate, load_shipped, psnr
-from reelstep.training.zoo.stickers import BACKGROUNDS, FRAMES, MOTIONS, NAMES, Sticker, caption, load_stickers, make_clips
+from reelstep.training.zoo.stickers import BACKGROUNDS, FRAMES, MOTIONS, MOVING, NAMES, Sticker, caption, load_stickers, make_clips
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ KINDS = {
     "video": Kind(4, 0.2, 0.1, 0.8, -0.4),
     "picture": Kind(8, 0.2, 0.1, 0.8, -0.4),
 }
-MOVING = {"still": 0, "spin_clockwise": 2, "spin_counterclockwise": 2, "grow": 2, "shrink": 2}  # shares of the motions that are harder to learn, else 1
+MOTION_SHARES = {"still": 0, "spin_clockwise": 2, "spin_counterclockwise": 2, "grow": 2, "shrink": 2}  # shares of the motions that are harder to learn, else 1
 EVERYDAY_COPIES = 8  # how many times a sticker of NAMES stands among the stickers that clips are drawn from
 WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_EVERYDAY = 1600, 128, 0.4
 FROZEN_STEPS = 800  # in which the text encoder stays as the warm-up left it
@@ -106,7 +106,7 @@ def load_latents(tae: TAE, known: Sequence[Sticker], seed: int, count: int, out:
         plain = dict(vars(encode_clips(tae, [*known, *common], seed + 10, count)))
         checkpoint.save(out / "latents.pt", plain)
     if (moving := checkpoint.load(out / "moving.pt")) is None:
-        motions = [m for m in MOTIONS for _ in range(MOVING.get(m, 1))]
+        motions = [m for m in MOTIONS for _ in range(MOTION_SHARES.get(m, 1))]
         moving = dict(vars(encode_clips(tae, known, seed + 20, count, motions, Latents(**plain))))
         checkpoint.save(out / "moving.pt", moving)
     return Latents(**plain), Latents(**moving)
@@ -273,7 +273,7 @@ def load_tae(out: Path, weights: Path | None) -> TAE:
 @torch.no_grad()
 def held_out_psnr(text: ByteTextEncoder, denoiser: MovieGenTransformer, tae: TAE, data: Latents, stickers: Sequence[Sticker], seed: int) -> dict[str, float]:
     """Mean PSNR in dB of 48 held-out animations: by 8 Euler steps from noise, of the picture repeated, and through the autoencoder alone."""
-    clips = make_clips(stickers, np.random.default_rng(seed), 48, [m for m in MOTIONS if m != "still"])
+    clips = make_clips(stickers, np.random.default_rng(seed), 48, MOVING)
     modulations = denoiser.time(torch.arange(8) / 8)
     with torch.autocast("cpu", dtype=torch.bfloat16), PlainAttention():
         truth, picture = tae.encode(clips.video).float(), tae.encode(clips.picture).float()

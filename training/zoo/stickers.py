@@ -90,6 +90,7 @@ MOTIONS = {
     "fade": Motion((0.5, 0.75, 1.0), lambda u, a: {"opacity": 1 - a * u.abs()}, ("fades in and out", "fades", "appears and vanishes")),
     "flip": Motion((0.5, 0.75, 1.0), lambda u, a: {"sx": (math.pi * a * u).cos()}, ("flips", "turns around like a coin", "flips over")),
 }  # fmt: skip
+MOVING = tuple(motion for motion in MOTIONS if motion != "still")
 AMOUNTS = (("slightly", "a little"), ("",), ("strongly", "a lot"))
 
 
@@ -189,6 +190,15 @@ def caption(rng: np.random.Generator, name: str, motion: str, amount: int, backg
     if rng.random() < 0.2:
         return f"{where}, {article}{name} {verb}".strip()
     return " ".join(w for w in (f"{article}{name}", verb, where) if w)
+
+
+def prompts(count: int, seed: int) -> list[str]:
+    """`count` different captions of everyday stickers, in no order."""
+    rng = np.random.default_rng((seed, 1))
+    names, places, found = list(NAMES.values()), list(BACKGROUNDS), dict[str, None]()
+    while len(found) < count:
+        found[caption(rng, str(rng.choice(names)), str(rng.choice(MOVING)), int(rng.integers(3)), str(rng.choice(places)))] = None
+    return list(found)
 
 
 @dataclass(frozen=True)

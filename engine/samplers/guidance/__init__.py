@@ -65,6 +65,7 @@ class Guidance:
     name: str
     rule: Callable[..., Rule]
     options: Mapping[str, Option] = field(default_factory=dict)
+    is_field: bool = False  # the velocity depends on x and t alone, not on what came before, so that a solver can be fitted to it
 
     def build(self, scale: float, path: Path, given: Mapping[str, float]) -> Rule:
         """The rule of one request. Raises ConfigError for a scale, and as `complete` does for options."""

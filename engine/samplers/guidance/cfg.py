@@ -41,4 +41,6 @@ def deviation(u: Tensor) -> Tensor:
     return u.std(dim=tuple(range(1, u.ndim)), keepdim=True)
 
 
-GUIDANCE = Guidance("cfg", cfg, {"rescale": Option(0.0, 0.0, 1.0, "share of the velocity that keeps the unguided deviation; 0.7 is common")})
+GUIDANCE = Guidance(
+    "cfg", cfg, {"rescale": Option(0.0, 0.0, 1.0, "share of the velocity that keeps the unguided deviation; 0.7 is common")}, is_field=True
+)

@@ -26,5 +26,8 @@ def interval(scale: float, path: Path, start: float, stop: float) -> Rule:
 
 
 GUIDANCE = Guidance(
-    "interval", interval, {"start": Option(0.0, 0.0, 1.0, "the first time with guidance"), "stop": Option(0.5, 0.0, 1.0, "the first time without it again")}
+    "interval",
+    interval,
+    {"start": Option(0.0, 0.0, 1.0, "the first time with guidance"), "stop": Option(0.5, 0.0, 1.0, "the first time without it again")},
+    is_field=True,
 )

@@ -14,4 +14,4 @@ def none(scale: float, path: Path) -> Rule:
     return text_only
 
 
-GUIDANCE = Guidance("none", none)
+GUIDANCE = Guidance("none", none, is_field=True)

@@ -24,4 +24,6 @@ def picture_and_text(scale: float, path: Path, picture: float) -> Rule:
     return rule
 
 
-GUIDANCE = Guidance("picture_and_text", picture_and_text, {"picture": Option(1.0, 0.0, 20.0, "scale of the picture, as `scale` is of the words")})
+GUIDANCE = Guidance(
+    "picture_and_text", picture_and_text, {"picture": Option(1.0, 0.0, 20.0, "scale of the picture, as `scale` is of the words")}, is_field=True
+)

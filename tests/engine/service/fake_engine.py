@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from reelstep.engine.request import Defaults, Event, Failed, Finished, Limits, Media, Preview, Progress, Queued, Request, Usage
+from reelstep.engine.request import Defaults, Event, Failed, Finished, Fit, Limits, Media, Preview, Progress, Queued, Request, Usage
 from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, NotFound, Overloaded
 
 VIDEO = Defaults(solver="euler", schedule="linear", steps=4, scale=3.0, frames=8, frames_per_second=8.0)
@@ -32,8 +32,9 @@ class FakeModel:
     name: str = "fake"
     version: str = "1"
     settings: FakeSettings = FakeSettings()
-    solvers: tuple[str, ...] = ("euler", "heun")
+    solvers: tuple[str, ...] = ("euler", "heun", "bns_6")
     schedules: tuple[str, ...] = ("linear", "quadratic")
+    fits: dict[str, Fit] = field(default_factory=lambda: {"bns_6": Fit(("text_to_video",), 6, "cfg", {"rescale": 0.0}, 2.5)})
     guidance_rules: dict[str, dict[str, float]] = field(default_factory=lambda: {"none": {}, "cfg": {"rescale": 0.0}, "gate": {"stop": 0.5}})
 
     def check_guidance(self, rule: str, scale: float, options: Mapping[str, float]) -> None:

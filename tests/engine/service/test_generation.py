@@ -150,6 +150,18 @@ def test_a_rule_of_guidance_and_its_options_reach_the_engine_and_come_back(fake:
     assert "cfg, gate, none" in message
 
 
+def test_a_fitted_solver_brings_its_own_choices_and_refuses_others(fake: Served, channel: grpc.Channel) -> None:
+    job = call(channel, request("a fox", solver="bns_6"))[-1].event.finished
+    asked = fake.engine.requests[-1]
+    assert (asked.steps, asked.scale, asked.guidance) == (6, 2.5, "cfg")
+    assert (job.usage.solver, job.usage.guidance) == ("bns_6", 2.5)
+    for field, spec in (("steps", {"steps": 8}), ("guidance", {"guidance": 7.0}), ("guidance_rule", {"guidance_rule": "gate"}), ("solver", {"frames": 1})):
+        code, message, violations = refused(channel, request("a fox", solver="bns_6", **spec))  # type: ignore[arg-type]
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert list(violations) == [field]
+        assert "bns_6" in message
+
+
 def test_all_bad_fields_are_named_at_once(channel: grpc.Channel) -> None:
     _, message, violations = refused(channel, request("", steps=0, frames=3, guidance=math.nan))
     assert set(violations) == {"prompt", "steps", "frames", "guidance"}
@@ -170,7 +182,7 @@ def test_bytes_that_are_no_message_are_an_invalid_argument(channel: grpc.Channel
     assert code is grpc.StatusCode.INVALID_ARGUMENT
 
 
-@pytest.mark.parametrize(("kind", "known"), [("model", "fake"), ("solver", "euler, heun"), ("schedule", "linear, quadratic")])
+@pytest.mark.parametrize(("kind", "known"), [("model", "fake"), ("solver", "bns_6, euler, heun"), ("schedule", "linear, quadratic")])
 def test_an_unknown_name_is_not_found_and_the_known_ones_stand_beside_it(channel: grpc.Channel, kind: str, known: str) -> None:
     code, message, _ = refused(channel, request(**{kind: "nonesuch"}))
     assert code is grpc.StatusCode.NOT_FOUND

@@ -1,0 +1,106 @@
+"""`reelstep fit` on the shipped model, as small as it goes: from the command line to an artifact that a bundle takes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from reelstep.__main__ import main
+from reelstep.engine.build import build_bundle, hash_weights
+from reelstep.engine.models import MODELS
+from reelstep.engine.request import Fit
+from reelstep.engine.samplers.fitted import Fitted
+from reelstep.errors import ConfigError, UnsupportedRequest
+from reelstep.training.model_field import ModelFields
+from reelstep.training.zoo.stickers import prompts
+
+SMALL = ["--pairs", "2", "--tolerance", "0.3", "--iterations", "2", "--batch", "2", "--scale", "2", "--task", "text_to_image"]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit")
+    (folder / "prompts.txt").write_text("a cat grows\n\na red heart\n")
+    arguments = ["fit", "bns", "reel-tiny", "--nfe", "2", "-o", str(folder / "bns_2.json"), "--cache", str(folder), *SMALL]
+    assert main([*arguments, "--prompts", str(folder / "prompts.txt")]) == 0
+    return folder / "bns_2.json"
+
+
+def test_a_fit_writes_an_artifact_a_plot_and_scores_beside_those_of_plain_solvers(fitted):
+    artifact = Fitted.from_json(json.loads(fitted.read_text()))
+    assert artifact.fit == Fit(("text_to_image",), 2, "cfg", {"rescale": 0.0}, 2.0)
+    assert artifact.model_hash == hash_weights(MODELS["reel-tiny"].build())
+    assert artifact.scores_db["bns_2"] >= artifact.scores_db["start"]
+    assert {"euler.linear", "midpoint.linear", "heun.linear"} <= artifact.scores_db.keys()
+    assert artifact.scores_db["midpoint.linear"] == pytest.approx(artifact.scores_db["start"], abs=1e-3)
+    assert fitted.with_suffix(".png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"model_hash": "0" * 64}, "other weights"),
+        ({"model": "wan"}, "fitted to model 'wan'"),
+        ({"name": "euler"}, "is there already"),
+        ({"version": 9}, "version"),
+    ],
+)
+def test_an_artifact_that_is_not_for_this_model_never_enters_a_bundle(fitted, tmp_path, damage, message):
+    data = json.loads(fitted.read_text()) | damage
+    if "name" in damage:
+        data["scores_db"]["euler"] = 1.0
+    (tmp_path / "bad.json").write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match=message):
+        build_bundle("reel-tiny", backend="null", precision=None, out=tmp_path / "b.reel", cache=None, fitted=[tmp_path / "bad.json"])
+    (tmp_path / "cut.json").write_text(fitted.read_text()[:200])
+    with pytest.raises(ConfigError, match=r"cut\.json"):
+        build_bundle("reel-tiny", backend="null", precision=None, out=tmp_path / "b.reel", cache=None, fitted=[tmp_path / "cut.json"])
+    assert not (tmp_path / "b.reel").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--guidance", "adaptive"], "depends on what came before"),
+        (["--guidance", "none", "--scale", "3"], "no scale"),
+        (["--scale", "-1"], "scale -1"),
+        (["--pairs", "1"], "at least 2"),
+        (["--prompts", "missing.txt"], "cannot read prompts"),
+        (["--nfe", "0"], "at least 1"),
+        (["-o", "no/such/folder/a.json"], "make it first"),
+    ],
+)
+def test_a_fit_that_cannot_be_is_refused_before_any_work(change, message, tmp_path, capsys):
+    arguments = ["fit", "bns", "reel-tiny", "--nfe", "2", "-o", str(tmp_path / "a.json"), "--cache", str(tmp_path / "cache"), *SMALL, *change]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_animation_has_more_conditions_than_a_prompt():
+    spec = MODELS["reel-tiny"]
+    with pytest.raises(UnsupportedRequest, match="a prompt alone"):
+        ModelFields.of(spec, spec.build(), Fit(("animate_sticker",), 4, "cfg", {}, 1.0), ["a cat"])
+
+
+def test_a_models_field_is_its_guided_network_with_gradients_in_state_and_time():
+    spec = MODELS["reel-tiny"]
+    module = spec.build()
+    fields = ModelFields.of(spec, module, Fit(("text_to_image",), 4, "cfg", {"rescale": 0.0}, 3.0), ["a cat", "a dog grows"])
+    x, t = fields.noise(5).requires_grad_(), torch.tensor(0.3, requires_grad=True)
+    u = fields(torch.tensor([0, 1]))(x, t)
+    modulation, condition = module.denoiser.time(t.reshape(1)), torch.zeros_like(x)
+    text, null = (module.denoiser(x, modulation.expand(2, -1, -1), condition, fields.contexts[name]) for name in ("text", "null"))
+    assert torch.allclose(u, null + 3.0 * (text - null), atol=1e-4)
+    gradients = torch.autograd.grad(u.square().sum(), (x, t))
+    assert all(bool(g.any()) for g in gradients)
+    assert torch.equal(fields(torch.tensor([1]))(x[1:], t), fields(torch.tensor([1]))(x[1:], t))
+
+
+def test_prompts_are_different_and_a_function_of_their_seed():
+    one = prompts(130, 0)
+    assert len(set(one)) == 130
+    assert prompts(130, 0) == one
+    assert prompts(130, 1) != one

@@ -1,0 +1,93 @@
+"""The guided velocity field of a registered model on a list of prompts: what its engine will follow, here with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reelstep.compiler.program import Program
+from reelstep.engine.models.byte_text import tokenize
+from reelstep.engine.models.spec import ModelSpec
+from reelstep.engine.request import Fit
+from reelstep.engine.samplers.convert import TO_VELOCITY
+from reelstep.engine.samplers.guidance import GUIDANCE, GuidanceState
+from reelstep.engine.samplers.ns import drive
+from reelstep.engine.samplers.paths import PATHS
+from reelstep.errors import ConfigError, UnsupportedRequest
+from reelstep.training.field import Field
+
+TASKS = ("text_to_image", "text_to_video")
+"""Tasks whose only condition is a prompt."""
+
+
+@dataclass(frozen=True)
+class ModelFields:
+    """Called with the indices [B] of prompts, gives the field of those samples. float32; the weights are frozen.
+
+    contexts: of each branch of guidance, [N, S, D].
+    """
+
+    spec: ModelSpec
+    programs: Mapping[str, Program]
+    fit: Fit
+    contexts: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, spec: ModelSpec, module: torch.nn.Module, fit: Fit, prompts: Sequence[str]) -> ModelFields:
+        """Encodes the prompts. Raises UnsupportedRequest for a task with other conditions, ConfigError for guidance that is not a field."""
+        if any(task not in TASKS or task not in spec.settings.tasks for task in fit.tasks):
+            raise UnsupportedRequest(f"model {spec.name!r} has no fits for {', '.join(fit.tasks)}; tasks with a prompt alone: {', '.join(TASKS)}")
+        if not GUIDANCE[fit.guidance].is_field:
+            known = ", ".join(name for name, rule in GUIDANCE.items() if rule.is_field)
+            raise ConfigError(f"no solver can be fitted under guidance {fit.guidance!r}, which depends on what came before; one of: {known}")
+        module.requires_grad_(False)
+        programs = {program.name: program for program in spec.programs(module)}
+        texts = {"text": list(prompts), "null": [""] * len(prompts)}
+        length = spec.settings.text_length
+        with torch.no_grad():
+            contexts = {name: programs["encode_text"].module(torch.tensor([tokenize(t, length) for t in words])) for name, words in texts.items()}
+        return cls(spec, programs, fit, {**contexts, "bare": contexts["null"]})
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """[C, F, H, W]."""
+        settings = self.spec.settings
+        frames = settings.defaults[self.fit.tasks[0]].frames
+        width, height = settings.limits.sizes[0]
+        stride = settings.spatial_stride
+        return settings.latent_channels, -(-frames // settings.temporal_stride), height // stride, width // stride
+
+    def noise(self, seed: int) -> Tensor:
+        """[N, C, F, H, W], a seed for each."""
+        seeds = range(seed, seed + len(self.contexts["text"]))
+        return torch.stack([torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+    def __call__(self, index: Tensor) -> Field:
+        path, settings = PATHS[self.spec.settings.path], self.spec.settings
+        rule = GUIDANCE[self.fit.guidance].build(self.fit.scale, path, self.fit.guidance_options)
+
+        def field(x: Tensor, t: Tensor) -> Tensor:
+            modulation = self._run("embed_time", {"t": t.to(torch.float32).reshape(1)})
+
+            def answer(x: Tensor, t: Any, branches: tuple[str, ...]) -> tuple[Tensor, ...]:
+                rows = len(branches)  # all branches in one batch
+                context = torch.cat([self.contexts[branch][index] for branch in branches])
+                inputs = {"x": torch.cat([x] * rows), "modulation": modulation.expand(rows * len(x), -1, -1), "context": context}
+                if settings.condition_channels:
+                    inputs["condition"] = torch.zeros(rows * len(x), settings.condition_channels, *x.shape[2:])
+                outputs = self._run("denoise", inputs).chunk(rows)
+                return tuple(TO_VELOCITY[settings.prediction](out, x, t, path) for out in outputs)
+
+            moment: Any = t  # a rule and a conversion take a number; a tensor of none dimensions is one, with a gradient
+            return drive(rule(x, moment, GuidanceState()), answer)
+
+        return field
+
+    def _run(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        program = self.programs[name]
+        output: Tensor = program.module(*(inputs[edge.name] for edge in program.inputs))
+        return output
