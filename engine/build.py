@@ -20,8 +20,9 @@ from reelstep.compiler.program import Precision
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import ModelSettings
 from reelstep.engine.request import Fit
-from reelstep.engine.samplers.fitted import Fitted
-from reelstep.engine.samplers.guidance import GUIDANCE
+from reelstep.engine.samplers.fitted import Fitted, RuleOptions
+from reelstep.engine.samplers.guidance import GUIDANCE, Guidance, Rule
+from reelstep.engine.samplers.guidance.linear_ag import LinearAG
 from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import SCHEDULES
@@ -63,8 +64,9 @@ def load_fitted(files: Sequence[Path], model: str, model_hash: str) -> dict[str,
             fitted.check_model(model, model_hash)
         except (OSError, ValueError) as error:  # of JSON and UTF-8 too; ConfigError is one
             raise ConfigError(f"{file}: {error}") from error
-        if fitted.name in found or fitted.name in SOLVERS:
-            raise ConfigError(f"{file}: a solver called {fitted.name!r} is there already; fit it under another name")
+        taken = (*found, *SOLVERS, *(name for name in GUIDANCE if not isinstance(fitted.artifact, RuleOptions)))
+        if fitted.name in taken:
+            raise ConfigError(f"{file}: something called {fitted.name!r} is there already; fit it under another name")
         found[fitted.name] = fitted.to_json()
     return found
 
@@ -101,7 +103,7 @@ def build_bundle(
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A loaded model, as clients see it. tables: the training-free ones of the bundle, by `table_name`; fitted: those fitted to this model."""
+    """A loaded model, as clients see it. tables: the training-free ones of the bundle, by `table_name`; fitted: what was fitted to it."""
 
     name: str
     version: str
@@ -113,21 +115,32 @@ class ServedModel:
     @property
     def solvers(self) -> tuple[str, ...]:
         """All that can be asked for: the training-free ones and those fitted to this model."""
-        return (*SOLVERS, *self.fitted)
+        return (*SOLVERS, *(name for name, fitted in self.fitted.items() if isinstance(fitted.artifact, Table)))
 
     @cached_property
     def fits(self) -> Mapping[str, Fit]:
-        """What each fitted solver holds for."""
-        return {name: fitted.fit for name, fitted in self.fitted.items()}
+        """What each fitted solver and guidance holds for."""
+        return {name: fitted.fit for name, fitted in self.fitted.items() if not isinstance(fitted.artifact, RuleOptions)}
 
     @cached_property
     def guidance_rules(self) -> Mapping[str, Mapping[str, float]]:
-        """All options of each rule: the model's own where it has them, else the rule's."""
-        return {name: rule.complete(self.settings.guidance_options.get(name, {})) for name, rule in GUIDANCE.items()}
+        """All options of each rule: as calibrated for the model, else the rule's own. A fitted rule has none."""
+        artifacts = [fitted.artifact for fitted in self.fitted.values()]
+        calibrated = {made.rule: made.options for made in artifacts if isinstance(made, RuleOptions)}
+        linear = {name: dict[str, float]() for name, fitted in self.fitted.items() if isinstance(fitted.artifact, LinearAG)}
+        return {name: rule.complete(calibrated.get(name, {})) for name, rule in GUIDANCE.items()} | linear
 
     def check_guidance(self, rule: str, scale: float, options: Mapping[str, float]) -> None:
         """Raises ConfigError or NotFound for what the rule does not take."""
-        GUIDANCE[rule].build(scale, PATHS[self.settings.path], options)
+        self.rule(rule, scale, options)
+
+    def rule(self, name: str, scale: float, options: Mapping[str, float]) -> Rule:
+        """The rule of one request. Raises as `check_guidance`."""
+        if name not in self.fitted or isinstance(self.fitted[name].artifact, RuleOptions):
+            return GUIDANCE[name].build(scale, PATHS[self.settings.path], options)
+        made = self.fitted[name].artifact
+        assert isinstance(made, LinearAG)
+        return Guidance(name, lambda scale, path: made.rule()).build(scale, PATHS[self.settings.path], options)
 
     @classmethod
     def of(cls, bundle: Bundle) -> ServedModel:
@@ -138,5 +151,7 @@ class ServedModel:
     def table(self, solver: str, schedule: str, steps: int) -> Table:
         """The bundle's table where it has this one, else a new one. A fitted solver has times of its own, whatever the schedule."""
         if solver in self.fitted:
-            return self.fitted[solver].table
+            made = self.fitted[solver].artifact
+            assert isinstance(made, Table)
+            return made
         return self.tables.get(table_name(solver, schedule, steps)) or build_table(self.settings, solver, schedule, steps)

@@ -176,7 +176,8 @@ class Engine:
         running.started = time.monotonic()
         try:
             served = self.models[request.model]
-            job = Job(request, served.settings, served.table(request.solver, request.schedule, request.steps))
+            table = served.table(request.solver, request.schedule, request.steps)
+            job = Job(request, served.settings, table, served.rule(request.guidance, request.scale, request.guidance_options))
             running.pipeline = PIPELINES[request.task](job, running.state)
             self._advance(running, None)
         except ReelstepError as error:

@@ -48,10 +48,12 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fitted solver holds for, and no other choice."""
+    """What a fitted solver or guidance holds for, and no other choice. Its own name stands in `solver` or `guidance`."""
 
     tasks: tuple[str, ...]
-    steps: int  # its NFE
+    solver: str
+    schedule: str  # empty for a solver with times of its own
+    steps: int
     guidance: str
     guidance_options: Mapping[str, float]
     scale: float

@@ -47,7 +47,7 @@ class Served(Protocol):
 
     @property
     def fits(self) -> Mapping[str, Fit]:
-        """What each fitted solver holds for. A solver that is not here holds for everything."""
+        """What each fitted solver or guidance holds for. One that is not here holds for everything."""
 
     def check_guidance(self, rule: str, scale: float, options: Mapping[str, float]) -> None:
         """Raises ConfigError or NotFound for what the rule does not take."""
@@ -105,8 +105,9 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
     task = choose_task(ask, served)
     settings = served.settings
     defaults = settings.defaults[task]
-    solver = choose("solver", ask.solver or defaults.solver, served.solvers)
-    fit = served.fits.get(solver) or Fit((task,), defaults.steps, defaults.guidance, {}, defaults.scale)
+    named = [name for name in (ask.solver or defaults.solver, ask.guidance or defaults.guidance) if name in served.fits]
+    own = Fit((task,), defaults.solver, defaults.schedule, defaults.steps, defaults.guidance, {}, defaults.scale)
+    fit = served.fits[named[0]] if named else own
     guidance = choose("guidance", ask.guidance or fit.guidance, tuple(served.guidance_rules))
     width, height = choose_size(ask.width, ask.height, settings.limits)
     request = Request(
@@ -123,8 +124,8 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
         frames_per_second=given(ask.frames_per_second, defaults.frames_per_second),
         steps=given(ask.steps, fit.steps),
         scale=given(ask.scale, 1.0 if guidance == "none" else fit.scale),
-        solver=solver,
-        schedule=choose("schedule", ask.schedule or defaults.schedule, served.schedules),
+        solver=choose("solver", ask.solver or fit.solver, served.solvers),
+        schedule=choose("schedule", ask.schedule or fit.schedule or defaults.schedule, served.schedules),
         guidance=guidance,
         guidance_options={**served.guidance_rules[guidance], **(fit.guidance_options if guidance == fit.guidance else {}), **ask.guidance_options},
         image=None,
@@ -134,8 +135,8 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
     )
     validate(request, settings.limits)
     check_guidance(request, served)
-    if solver in served.fits:
-        check_fit(request, fit)
+    for name in named:
+        check_fit(name, request, served.fits[name])
     if ask.image is None:
         return request
     return replace(request, image=decode_picture(ask.image, settings.limits))
@@ -196,15 +197,22 @@ def check_guidance(request: Request, served: Served) -> None:
         raise InvalidRequest([FieldViolation("guidance_options" if isinstance(error, NotFound) else "guidance", str(error))]) from error
 
 
-def check_fit(request: Request, fit: Fit) -> None:
-    """A fitted solver is for the field it was fitted to."""
-    bad: list[FieldViolation] = []
-    name = f"solver {request.solver!r}"
-    check(bad, request.task in fit.tasks, "solver", f"{request.solver!r} was fitted for {', '.join(fit.tasks)}, not for {request.task}; choose another")
-    check(bad, request.steps == fit.steps, "steps", f"{request.steps}, but {name} has {fit.steps}; leave steps out, or choose another solver")
-    check(bad, request.scale == fit.scale, "guidance", f"{request.scale:g}, but {name} was fitted at {fit.scale:g}; leave it out, or choose another solver")
-    same = (request.guidance, request.guidance_options) == (fit.guidance, fit.guidance_options)
-    check(bad, same, "guidance_rule", f"{request.guidance!r} as asked is not what {name} was fitted with ({fit.guidance!r}, {fit.guidance_options})")
+def check_fit(name: str, request: Request, fit: Fit) -> None:
+    """What is fitted is for the field it was fitted to."""
+    asked = [
+        ("solver", request.solver, fit.solver),
+        ("schedule", request.schedule, fit.schedule or request.schedule),
+        ("steps", request.steps, fit.steps),
+        ("guidance", request.scale, fit.scale),
+        ("guidance_rule", request.guidance, fit.guidance),
+        ("guidance_options", request.guidance_options if request.guidance == fit.guidance else fit.guidance_options, fit.guidance_options),
+    ]
+    bad = [
+        FieldViolation(field, f"{wanted!r}, but {name!r} was fitted with {fitted!r}; leave it out, or choose something else than {name!r}")
+        for field, wanted, fitted in asked
+        if wanted != fitted
+    ]
+    check(bad, request.task in fit.tasks, "solver", f"{name!r} was fitted for {', '.join(fit.tasks)}, not for {request.task}; choose another")
     if bad:
         raise InvalidRequest(bad)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path as File
 
@@ -20,25 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from reelstep.engine.samplers.fold import Rule, fold, state, velocity
-from reelstep.engine.samplers.ns import Table, drive, sample, start
+from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import Path
 from reelstep.errors import ConfigError
 from reelstep.training import checkpoint
-from reelstep.training.field import Field, score_db
-
-Fields = Callable[[Tensor], Field]
-"""From the indices [B] of pairs to the field that those samples live in: conditions differ from sample to sample."""
+from reelstep.training.field import Field, Fields, Pairs, validate
 
 FLOOR = 1e-12  # of a mean square error, so that a perfect sample does not rule the mean of logarithms
 POLISH_ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """noise x0 and exact ends x1, each [N, ...]."""
-
-    noise: Tensor
-    ends: Tensor
 
 
 @dataclass(frozen=True)
@@ -139,22 +127,6 @@ class Solver(nn.Module):
 def log_error(x: Tensor, truth: Tensor) -> Tensor:
     """log of each sample's mean square error, [B]. Shaul et al. 2024, equation 13."""
     return (x - truth).square().flatten(1).mean(1).add(FLOOR).log()
-
-
-@torch.no_grad()
-def validate(table: Table, fields: Fields, pairs: Pairs, rows: int) -> float:
-    """Mean score in dB of a table, run as the engine runs it."""
-    scores = []
-    for index in torch.arange(len(pairs.noise)).split(rows):
-        noise, field = pairs.noise[index], fields(index)
-        x = drive(sample(table, start(table, noise)), partial(at_number, field, noise.dtype))
-        scores.append(score_db(x, pairs.ends[index]))
-    return float(torch.cat(scores).mean())
-
-
-def at_number(field: Field, dtype: torch.dtype, x: Tensor, t: float) -> Tensor:
-    """The field, where the time is a number."""
-    return field(x, torch.tensor(t, dtype=dtype))
 
 
 def fit_bns(

@@ -6,6 +6,8 @@ B samples, any shape behind. All in the dtype of the noise.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +15,29 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from reelstep.engine.samplers.ns import Table, drive, sample, start
 from reelstep.errors import InternalError
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """The velocity u [B, ...] at x [B, ...] and time t [], differentiable in both. A field of many conditions knows which rows are asked."""
+
+
+Fields = Callable[[Tensor], Field]
+"""From the indices [B] of samples to the field that they live in: conditions differ from sample to sample."""
+
+Network = Callable[[Tensor, float, tuple[str, ...]], tuple[Tensor, ...]]
+"""The velocities of the branches of guidance at x [B, ...] and t, as a guided sampler asks for them."""
+
+Networks = Callable[[Tensor], Network]
+"""From the indices [B] of samples to the network with their conditions."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """noise x0 and exact ends x1, each [N, ...]."""
+
+    noise: Tensor
+    ends: Tensor
 
 
 def score_db(x: Tensor, truth: Tensor) -> Tensor:
@@ -36,3 +57,19 @@ def solve(field: Field, noise: Tensor, tolerance: float = 1e-5) -> Tensor:
     if not found.success:
         raise InternalError(f"the reference solve failed: {found.message}")
     return torch.from_numpy(found.y[:, -1].copy()).to(noise.dtype).view_as(noise)
+
+
+@torch.no_grad()
+def validate(table: Table, fields: Fields, pairs: Pairs, rows: int) -> float:
+    """Mean score in dB of a table, run as the engine runs it, `rows` samples at once."""
+    scores = []
+    for index in torch.arange(len(pairs.noise)).split(rows):
+        noise, field = pairs.noise[index], fields(index)
+        x = drive(sample(table, start(table, noise)), partial(at_number, field, noise.dtype))
+        scores.append(score_db(x, pairs.ends[index]))
+    return float(torch.cat(scores).mean())
+
+
+def at_number(field: Field, dtype: torch.dtype, x: Tensor, t: float) -> Tensor:
+    """The field, where the time is a number."""
+    return field(x, torch.tensor(t, dtype=dtype))

@@ -17,8 +17,8 @@ from reelstep.engine.samplers.convert import TO_VELOCITY
 from reelstep.engine.samplers.guidance import GUIDANCE, GuidanceState
 from reelstep.engine.samplers.ns import drive
 from reelstep.engine.samplers.paths import PATHS
-from reelstep.errors import ConfigError, UnsupportedRequest
-from reelstep.training.field import Field
+from reelstep.errors import UnsupportedRequest
+from reelstep.training.field import Field, Network
 
 TASKS = ("text_to_image", "text_to_video")
 """Tasks whose only condition is a prompt."""
@@ -26,7 +26,7 @@ TASKS = ("text_to_image", "text_to_video")
 
 @dataclass(frozen=True)
 class ModelFields:
-    """Called with the indices [B] of prompts, gives the field of those samples. float32; the weights are frozen.
+    """Called with the indices [B] of prompts, gives the guided field of those samples. float32; the weights are frozen.
 
     contexts: of each branch of guidance, [N, S, D].
     """
@@ -38,12 +38,9 @@ class ModelFields:
 
     @classmethod
     def of(cls, spec: ModelSpec, module: torch.nn.Module, fit: Fit, prompts: Sequence[str]) -> ModelFields:
-        """Encodes the prompts. Raises UnsupportedRequest for a task with other conditions, ConfigError for guidance that is not a field."""
+        """Encodes the prompts. Raises UnsupportedRequest for a task with other conditions."""
         if any(task not in TASKS or task not in spec.settings.tasks for task in fit.tasks):
             raise UnsupportedRequest(f"model {spec.name!r} has no fits for {', '.join(fit.tasks)}; tasks with a prompt alone: {', '.join(TASKS)}")
-        if not GUIDANCE[fit.guidance].is_field:
-            known = ", ".join(name for name, rule in GUIDANCE.items() if rule.is_field)
-            raise ConfigError(f"no solver can be fitted under guidance {fit.guidance!r}, which depends on what came before; one of: {known}")
         module.requires_grad_(False)
         programs = {program.name: program for program in spec.programs(module)}
         texts = {"text": list(prompts), "null": [""] * len(prompts)}
@@ -66,24 +63,29 @@ class ModelFields:
         seeds = range(seed, seed + len(self.contexts["text"]))
         return torch.stack([torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
-    def __call__(self, index: Tensor) -> Field:
+    def network(self, index: Tensor) -> Network:
+        """With the prompts at `index`: the branches of guidance in one batch."""
         path, settings = PATHS[self.spec.settings.path], self.spec.settings
-        rule = GUIDANCE[self.fit.guidance].build(self.fit.scale, path, self.fit.guidance_options)
+
+        def answer(x: Tensor, t: Any, branches: tuple[str, ...]) -> tuple[Tensor, ...]:
+            rows = len(branches) * len(x)
+            modulation = self._run("embed_time", {"t": torch.as_tensor(t, dtype=torch.float32).reshape(1)})
+            context = torch.cat([self.contexts[branch][index] for branch in branches])
+            inputs = {"x": torch.cat([x] * len(branches)), "modulation": modulation.expand(rows, -1, -1), "context": context}
+            if settings.condition_channels:
+                inputs["condition"] = torch.zeros(rows, settings.condition_channels, *x.shape[2:])
+            outputs = self._run("denoise", inputs).chunk(len(branches))
+            return tuple(TO_VELOCITY[settings.prediction](out, x, t, path) for out in outputs)
+
+        return answer
+
+    def __call__(self, index: Tensor) -> Field:
+        rule = GUIDANCE[self.fit.guidance].build(self.fit.scale, PATHS[self.spec.settings.path], self.fit.guidance_options)
+        network = self.network(index)
 
         def field(x: Tensor, t: Tensor) -> Tensor:
-            modulation = self._run("embed_time", {"t": t.to(torch.float32).reshape(1)})
-
-            def answer(x: Tensor, t: Any, branches: tuple[str, ...]) -> tuple[Tensor, ...]:
-                rows = len(branches)  # all branches in one batch
-                context = torch.cat([self.contexts[branch][index] for branch in branches])
-                inputs = {"x": torch.cat([x] * rows), "modulation": modulation.expand(rows * len(x), -1, -1), "context": context}
-                if settings.condition_channels:
-                    inputs["condition"] = torch.zeros(rows * len(x), settings.condition_channels, *x.shape[2:])
-                outputs = self._run("denoise", inputs).chunk(rows)
-                return tuple(TO_VELOCITY[settings.prediction](out, x, t, path) for out in outputs)
-
-            moment: Any = t  # a rule and a conversion take a number; a tensor of none dimensions is one, with a gradient
-            return drive(rule(x, moment, GuidanceState()), answer)
+            moment: Any = t  # a rule and a conversion take a number; a tensor of no dimensions is one, with a gradient
+            return drive(rule(x, moment, GuidanceState()), network)
 
         return field
 

@@ -6,7 +6,7 @@ Settings travel in the bundle, so that a server never builds the model's class.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ class ModelSettings:
     text_length: int  # tokens of the text encoder, in bytes
     tile_frames: int  # latent frames that one decode call takes
     tile_overlap: int
-    guidance_options: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by rule, where the rule's own default does not fit this model
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

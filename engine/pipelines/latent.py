@@ -21,7 +21,7 @@ from reelstep.engine.models.tae import blend_ramp, tile_starts
 from reelstep.engine.pipelines.state import PipelineState, Run
 from reelstep.engine.request import Call, Media, Request
 from reelstep.engine.samplers.convert import TO_VELOCITY, velocity_to_x1
-from reelstep.engine.samplers.guidance import GUIDANCE, Guided, Query, guided
+from reelstep.engine.samplers.guidance import Guided, Query, Rule, guided
 from reelstep.engine.samplers.ns import Table, sample, start
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.errors import InternalError
@@ -34,11 +34,12 @@ Pipeline = Generator[tuple[Call, ...], Answers, Media]
 
 @dataclass(frozen=True)
 class Job:
-    """What a pipeline is handed beside its state. `table` is the solver that the request asked for."""
+    """What a pipeline is handed beside its state. table, rule: the solver and the guidance that the request asked for."""
 
     request: Request
     settings: ModelSettings
     table: Table
+    rule: Rule
 
     @property
     def latent_frames(self) -> int:
@@ -104,10 +105,9 @@ def prepare(job: Job, state: PipelineState, picture: Tensor | None) -> Generator
 
 def denoise(job: Job, state: PipelineState) -> Generator[tuple[Call, ...], Answers, None]:
     """The guided sampler of every output; in each round the queries of all that are not done become calls, and their answers velocities."""
-    request, path = job.request, PATHS[job.settings.path]
-    rule = GUIDANCE[request.guidance].build(request.scale, path, request.guidance_options)
+    path = PATHS[job.settings.path]
     to_velocity = TO_VELOCITY[job.settings.prediction]
-    loops = {k: guided(sample(job.table, run.sampler, partial(job.fresh_noise, k)), rule, run.guidance) for k, run in enumerate(state.runs)}
+    loops = {k: guided(sample(job.table, run.sampler, partial(job.fresh_noise, k)), job.rule, run.guidance) for k, run in enumerate(state.runs)}
     queries = {k: query for k, loop in loops.items() if (query := advance(loop, None)) is not None}
     while queries:
         state.step = min(run.sampler.step for run in state.runs)

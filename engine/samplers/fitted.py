@@ -1,7 +1,7 @@
-"""Artifacts of fits: a solver table that belongs to one model, and the conditions under which it was fitted and holds.
+"""Artifacts of fits: what belongs to one model, and the conditions under which it was fitted and holds.
 
-A fitted solver follows one velocity field. Another scale, rule of guidance or model is another field, on which it may be worse than any plain
-solver: it is refused there, not tried.
+A fitted solver or LinearAG follows one velocity field. Another scale, rule of guidance or model is another field, on which it may be worse than
+anything plain: it is refused there, not tried. A calibration is only what a rule's options are where a request is silent.
 """
 
 from __future__ import annotations
@@ -11,17 +11,40 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from reelstep.engine.request import Fit
+from reelstep.engine.samplers.guidance import GUIDANCE
+from reelstep.engine.samplers.guidance.linear_ag import LinearAG
 from reelstep.engine.samplers.ns import Table
-from reelstep.errors import ConfigError
+from reelstep.errors import ConfigError, NotFound
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """name: as requests ask for it. method: bns, bespoke_rk2, ... conditions: how it was fitted, for people. scores_db: on validation samples, by solver.
+class RuleOptions:
+    """Options of a rule of guidance, as calibrated. Raises NotFound and ConfigError as `Guidance.complete` does."""
 
-    Raises ConfigError for a score that is missing or not finite.
+    rule: str
+    options: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        GUIDANCE[self.rule].complete(self.options)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RuleOptions:
+        return cls(**data)
+
+
+KINDS: Mapping[str, type[Table | LinearAG | RuleOptions]] = {"solver": Table, "guidance": LinearAG, "options": RuleOptions}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """name: as requests ask for it. method: bns, linear_ag, ... conditions: how it was fitted, for people. scores_db: on validation samples, by what was tried.
+
+    Raises ConfigError for parts that do not belong together.
     """
 
     name: str
@@ -29,39 +52,50 @@ class Fitted:
     model: str
     model_hash: str  # `hash_weights` of the model it was fitted to
     fit: Fit
-    table: Table
+    artifact: Table | LinearAG | RuleOptions
     conditions: Mapping[str, Any]
     scores_db: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        if self.fit.steps != self.table.n:
-            raise ConfigError(f"fitted solver {self.name!r} says {self.fit.steps} steps, but its table has {self.table.n}")
+        made = self.artifact
+        if isinstance(made, Table) and (self.fit.solver, self.fit.steps) != (self.name, made.n):
+            raise ConfigError(f"fitted solver {self.name!r} of {made.n} evaluations says that it is {self.fit.solver!r} of {self.fit.steps}")
+        if isinstance(made, LinearAG) and (self.fit.guidance, self.fit.scale) != (self.name, made.scale):
+            raise ConfigError(f"fitted guidance {self.name!r} of scale {made.scale:g} says that it is {self.fit.guidance!r} of scale {self.fit.scale:g}")
+        if isinstance(made, RuleOptions) and made.rule != self.name:
+            raise ConfigError(f"options of guidance {made.rule!r} are called {self.name!r}; they have the rule's name")
         if self.name not in self.scores_db:
-            raise ConfigError(f"fitted solver {self.name!r} holds no score of its own; fit it again")
+            raise ConfigError(f"the fit {self.name!r} holds no score of its own; fit it again")
+
+    @property
+    def kind(self) -> str:
+        """A key of KINDS."""
+        return next(kind for kind, made in KINDS.items() if isinstance(self.artifact, made))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values. Floats survive `json` exactly."""
-        return {"version": VERSION, **asdict(self)}
+        rest = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"version": VERSION, "kind": self.kind, **rest, "fit": asdict(self.fit), "artifact": self.artifact.to_json()}
 
     @classmethod
     def from_json(cls, data: Any) -> Fitted:
-        """The artifact of `to_json`. Raises ConfigError for what is not one, is of another version, or as `Table.from_json` does."""
+        """The artifact of `to_json`. Raises ConfigError for what is not one, is of another version, or as its parts do."""
         if not isinstance(data, Mapping) or data.get("version") != VERSION:
             found = data.get("version") if isinstance(data, Mapping) else type(data).__name__
-            raise ConfigError(f"not a fitted solver of version {VERSION} (found {found}); `reelstep fit` writes them")
-        known = {"version", *(f.name for f in fields(cls))}
-        if data.keys() != known:
-            raise ConfigError(f"a fitted solver has the fields {sorted(known)}; got {sorted(data)}")
+            raise ConfigError(f"not a fit of version {VERSION} (found {found}); `reelstep fit` writes them")
+        known = {"version", "kind", *(f.name for f in fields(cls))}
+        if data.keys() != known or data["kind"] not in KINDS:
+            raise ConfigError(f"a fit has the fields {sorted(known)} and a kind of {sorted(KINDS)}; got {sorted(data)}, {data.get('kind')!r:.80}")
         try:
             fit = Fit(**{**data["fit"], "tasks": tuple(data["fit"]["tasks"])})
             rest = {name: data[name] for name in ("name", "method", "model", "model_hash", "conditions", "scores_db")}
-            return cls(fit=fit, table=Table.from_json(data["table"]), **rest)
-        except (TypeError, KeyError) as error:
-            raise ConfigError(f"a fitted solver with fields of the wrong kind: {error}") from error
+            return cls(fit=fit, artifact=KINDS[data["kind"]].from_json(data["artifact"]), **rest)
+        except (TypeError, KeyError, AttributeError, NotFound) as error:
+            raise ConfigError(f"a fit with parts of the wrong kind: {error}") from error
 
     def check_model(self, model: str, model_hash: str) -> None:
         """Raises ConfigError unless it was fitted to exactly this model."""
         if self.model != model:
-            raise ConfigError(f"solver {self.name!r} was fitted to model {self.model!r}, not to {model!r}")
+            raise ConfigError(f"{self.name!r} was fitted to model {self.model!r}, not to {model!r}")
         if self.model_hash != model_hash:
-            raise ConfigError(f"solver {self.name!r} was fitted to other weights of {model!r} ({self.model_hash[:12]}, not {model_hash[:12]}); fit it again")
+            raise ConfigError(f"{self.name!r} was fitted to other weights of {model!r} ({self.model_hash[:12]}, not {model_hash[:12]}); fit it again")

@@ -159,13 +159,22 @@ def to_model(model: Served) -> pb.Model:
         max_prompt_bytes=limits.max_prompt_bytes,
         max_image_bytes=limits.max_image_bytes,
         guidance_rules=[pb.Model.GuidanceRule(name=name, options=options) for name, options in model.guidance_rules.items()],
-        fitted_solvers=[to_fitted(name, fit) for name, fit in model.fits.items()],
+        fits=[to_fit(name, fit) for name, fit in model.fits.items()],
         defaults={task: to_defaults(defaults) for task, defaults in model.settings.defaults.items()},
     )
 
 
-def to_fitted(name: str, fit: core.Fit) -> pb.Model.FittedSolver:
-    return pb.Model.FittedSolver(name=name, tasks=fit.tasks, steps=fit.steps, guidance_rule=fit.guidance, guidance=fit.scale)
+def to_fit(name: str, fit: core.Fit) -> pb.Model.Fit:
+    return pb.Model.Fit(
+        name=name,
+        tasks=fit.tasks,
+        solver=fit.solver,
+        schedule=fit.schedule,
+        steps=fit.steps,
+        guidance_rule=fit.guidance,
+        guidance_options=fit.guidance_options,
+        guidance=fit.scale,
+    )
 
 
 def to_defaults(defaults: core.Defaults) -> pb.Model.Defaults:

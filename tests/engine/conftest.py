@@ -21,8 +21,12 @@ from reelstep.engine.loop import BatchRecord, Engine
 from reelstep.engine.models.spec import ModelSettings
 from reelstep.engine.request import Defaults, Event, Failed, Finished, Fit, Limits, Request
 from reelstep.engine.runner import Runner
-from reelstep.engine.samplers.fitted import Fitted
+from reelstep.engine.samplers.fitted import Fitted, RuleOptions
+from reelstep.engine.samplers.guidance.linear_ag import LinearAG
 from reelstep.engine.samplers.ns import Table
+from reelstep.engine.samplers.paths import PATHS
+from reelstep.engine.samplers.schedules import linear
+from reelstep.engine.samplers.tables import SOLVERS
 
 TARGET, NULL_TARGET = 0.5, -0.25
 SETTINGS = ModelSettings(
@@ -34,8 +38,17 @@ SETTINGS = ModelSettings(
 )  # fmt: skip
 
 
+LINEAR = Fitted(
+    "linear_4", "linear_ag", "toy", "0" * 64, Fit(("text_to_video",), "euler", "linear", 4, "linear_4", {}, 2.0),
+    LinearAG(
+        "CLCL", ((), (-1.0, 1.0), (0.0, -1.0, 1.0), (0.0, 0.0, -1.0, 1.0)), ((), (1.0,), (0.0, 1.0), (0.0, 0.0, 1.0)), 2.0,
+        SOLVERS["euler"].build(linear(4), PATHS["condot"]).hash, 1e-8, 8, (1.0, 1.0, 1.0, 1.0),
+    ), {}, {"linear_4": 40.0},
+)  # fmt: skip
+"""Its estimate is the prompt's velocity less the last known difference."""
+CALIBRATED = Fitted("adaptive", "adaptive-guidance", "toy", "0" * 64, LINEAR.fit, RuleOptions("adaptive", {"threshold": 0.7}), {}, {"adaptive": 1.0})
 FITTED = Fitted(
-    "bns_2", "bns", "toy", "0" * 64, Fit(("text_to_video",), 2, "cfg", {"rescale": 0.0}, 2.0),
+    "bns_2", "bns", "toy", "0" * 64, Fit(("text_to_video",), "bns_2", "", 2, "cfg", {"rescale": 0.0}, 2.0),
     Table("bns", "condot", 1, (0.0, 0.4, 1.0), (1.0, 1.0), ((0.4,), (0.4, 0.6))), {"seed": 0}, {"bns_2": 40.0},
 )  # fmt: skip
 
@@ -73,7 +86,7 @@ PROGRAMS = {
 
 
 def make_model(name: str = "toy") -> ServedModel:
-    return ServedModel(name, "1", SETTINGS, ("linear", "linear_quadratic"), {}, {FITTED.name: FITTED})
+    return ServedModel(name, "1", SETTINGS, ("linear", "linear_quadratic"), {}, {each.name: each for each in (FITTED, LINEAR, CALIBRATED)})
 
 
 def make_runner(**replaced: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> Runner:

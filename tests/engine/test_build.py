@@ -21,7 +21,7 @@ from reelstep.engine.samplers.tables import SOLVERS
 def artifact(tmp_path_factory):
     """A solver that says it was fitted to reel-tiny."""
     model_hash, table = hash_weights(MODELS["reel-tiny"].build()), SOLVERS["midpoint"].build(linear(1), PATHS["condot"])
-    fitted = Fitted("bns_2", "bns", "reel-tiny", model_hash, Fit(("text_to_video",), 2, "cfg", {"rescale": 0.0}, 3.0), table, {}, {"bns_2": 1.0})
+    fitted = Fitted("bns_2", "bns", "reel-tiny", model_hash, Fit(("text_to_video",), "bns_2", "", 2, "cfg", {"rescale": 0.0}, 3.0), table, {}, {"bns_2": 1.0})
     file = tmp_path_factory.mktemp("fit") / "bns_2.json"
     file.write_text(json.dumps(fitted.to_json()))
     return file
@@ -79,7 +79,7 @@ def test_a_fitted_solver_travels_with_the_bundle_and_is_offered(bundles, artifac
     fitted = Fitted.from_json(json.loads(artifact.read_text()))
     assert served.fits == {"bns_2": fitted.fit}
     assert "bns_2" in served.solvers
-    assert served.table("bns_2", "linear_quadratic", 2) == fitted.table
+    assert served.table("bns_2", "linear_quadratic", 2) == fitted.artifact
 
 
 @torch.no_grad()

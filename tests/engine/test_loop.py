@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from reelstep.engine.request import Preview, Progress, Queued
+from reelstep.engine.resolve import Ask, resolve
 from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Overloaded, Unavailable
 
 
@@ -134,6 +135,30 @@ def test_a_fitted_solver_runs_its_own_times_whatever_the_schedule(toy, closed_fo
     done = toy.submit(solver="bns_2", steps=2, schedule="linear_quadratic").result()
     assert done.usage.nfe == 2
     assert abs(int(done.media.frames[0, 0, 0, 0, 0]) - pixel(target)) <= 1
+
+
+def test_a_fitted_guidance_runs_with_fewer_forwards_and_its_result_is_its_own(make_toy):
+    toy = make_toy({"denoise": lambda inputs: {"velocity": fall(inputs)["velocity"] + inputs["context"][:, :1, :1, None, None]}})
+    options = {"steps": 4, "scale": 2.0, "seed": 3}
+    fitted, full = (toy.submit(guidance=name, **options).result() for name in ("linear_4", "cfg"))
+    plain = toy.submit(guidance="none", **{**options, "scale": 1.0}).result()
+    assert (fitted.usage.forwards, full.usage.forwards) == (6, 8)
+    assert np.array_equal(fitted.media.frames, full.media.frames), "the difference of the branches is constant here"
+    assert not np.array_equal(fitted.media.frames, plain.media.frames)
+
+
+def test_what_is_fitted_is_offered_with_what_it_holds_for(make_toy):
+    served = make_toy().engine.models["toy"]
+    assert {"bns_2", "euler"} <= set(served.solvers)
+    assert "linear_4" not in served.solvers
+    assert set(served.fits) == {"bns_2", "linear_4"}
+    assert served.guidance_rules["linear_4"] == {}
+    assert served.guidance_rules["adaptive"] == {"threshold": 0.7, "guided": 1.0}, "as calibrated, and the rule's own"
+    request = resolve(Ask("a cat", guidance="linear_4"), {"toy": served})
+    assert (request.solver, request.schedule, request.steps, request.scale) == ("euler", "linear", 4, 2.0)
+    with pytest.raises(InvalidRequest) as caught:
+        resolve(Ask("a cat", guidance="linear_4", solver="bns_2"), {"toy": served})
+    assert {v.field for v in caught.value.violations} == {"guidance_rule"}
 
 
 def test_cancelling_stops_between_calls(make_toy, closed_form):

@@ -15,8 +15,8 @@ from reelstep.engine.samplers.schedules import linear, shifted
 from reelstep.engine.samplers.tables import SOLVERS
 from reelstep.errors import ConfigError
 from reelstep.training import bns, checkpoint
-from reelstep.training.bns import Options, Pairs, fit_bns, initial_table, polish
-from reelstep.training.field import score_db
+from reelstep.training.bns import Options, fit_bns, initial_table, polish
+from reelstep.training.field import Pairs, score_db
 
 MEANS = torch.tensor([[2, 0], [-2, 0], [0, 2], [0, -2]], dtype=torch.float64)
 STD = 0.3

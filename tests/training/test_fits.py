@@ -8,34 +8,63 @@ import pytest
 import torch
 
 from reelstep.__main__ import main
-from reelstep.engine.build import build_bundle, hash_weights
+from reelstep.engine.build import build_bundle, hash_weights, load_fitted
 from reelstep.engine.models import MODELS
 from reelstep.engine.request import Fit
 from reelstep.engine.samplers.fitted import Fitted
 from reelstep.errors import ConfigError, UnsupportedRequest
+from reelstep.training.fits import FITS
 from reelstep.training.model_field import ModelFields
 from reelstep.training.zoo.stickers import prompts
 
-SMALL = ["--pairs", "2", "--tolerance", "0.3", "--iterations", "2", "--batch", "2", "--scale", "2", "--task", "text_to_image"]
+SMALL = ["--pairs", "2", "--scale", "2", "--task", "text_to_image"]
+OWN = {
+    "bns": ["--nfe", "2", "--tolerance", "0.3", "--iterations", "2", "--batch", "2"],
+    "bespoke": ["--nfe", "2", "--tolerance", "0.3", "--iterations", "1"],
+    "adaptive-guidance": ["--steps", "4"],
+    "linear-ag": ["--steps", "4"],
+}
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
+def fit(tmp_path_factory):
+    """Runs `reelstep fit NAME` once, and gives the artifact's file."""
     folder = tmp_path_factory.mktemp("fit")
     (folder / "prompts.txt").write_text("a cat grows\n\na red heart\n")
-    arguments = ["fit", "bns", "reel-tiny", "--nfe", "2", "-o", str(folder / "bns_2.json"), "--cache", str(folder), *SMALL]
-    assert main([*arguments, "--prompts", str(folder / "prompts.txt")]) == 0
-    return folder / "bns_2.json"
+    made = {}
+
+    def run(name):
+        if name not in made:
+            made[name] = folder / f"{name.replace('-', '_')}_2.json"
+            cache = ["--cache", str(folder)] if "--nfe" in OWN[name] else []
+            prompts = ["--prompts", str(folder / "prompts.txt")]
+            assert main(["fit", name, "reel-tiny", "-o", str(made[name]), *SMALL, *OWN[name], *cache, *prompts]) == 0
+        return made[name]
+
+    return run
 
 
-def test_a_fit_writes_an_artifact_a_plot_and_scores_beside_those_of_plain_solvers(fitted):
+@pytest.fixture
+def fitted(fit):
+    return fit("bns")
+
+
+@pytest.mark.parametrize("name", list(FITS))
+def test_every_fit_writes_an_artifact_of_this_model_and_a_plot(fit, name):
+    file = fit(name)
+    artifact = Fitted.from_json(json.loads(file.read_text()))
+    artifact.check_model("reel-tiny", hash_weights(MODELS["reel-tiny"].build()))
+    assert artifact.scores_db[artifact.name] > 0
+    assert file.with_suffix(".png").stat().st_size > 5000
+    assert load_fitted([file], "reel-tiny", artifact.model_hash)
+
+
+def test_a_fitted_solver_scores_beside_plain_ones(fitted):
     artifact = Fitted.from_json(json.loads(fitted.read_text()))
-    assert artifact.fit == Fit(("text_to_image",), 2, "cfg", {"rescale": 0.0}, 2.0)
-    assert artifact.model_hash == hash_weights(MODELS["reel-tiny"].build())
+    assert artifact.fit == Fit(("text_to_image",), "bns_2", "", 2, "cfg", {"rescale": 0.0}, 2.0)
     assert artifact.scores_db["bns_2"] >= artifact.scores_db["start"]
     assert {"euler.linear", "midpoint.linear", "heun.linear"} <= artifact.scores_db.keys()
     assert artifact.scores_db["midpoint.linear"] == pytest.approx(artifact.scores_db["start"], abs=1e-3)
-    assert fitted.with_suffix(".png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
@@ -51,6 +80,7 @@ def test_an_artifact_that_is_not_for_this_model_never_enters_a_bundle(fitted, tm
     data = json.loads(fitted.read_text()) | damage
     if "name" in damage:
         data["scores_db"]["euler"] = 1.0
+        data["fit"]["solver"] = "euler"
     (tmp_path / "bad.json").write_text(json.dumps(data))
     with pytest.raises(ConfigError, match=message):
         build_bundle("reel-tiny", backend="null", precision=None, out=tmp_path / "b.reel", cache=None, fitted=[tmp_path / "bad.json"])
@@ -73,7 +103,7 @@ def test_an_artifact_that_is_not_for_this_model_never_enters_a_bundle(fitted, tm
     ],
 )
 def test_a_fit_that_cannot_be_is_refused_before_any_work(change, message, tmp_path, capsys):
-    arguments = ["fit", "bns", "reel-tiny", "--nfe", "2", "-o", str(tmp_path / "a.json"), "--cache", str(tmp_path / "cache"), *SMALL, *change]
+    arguments = ["fit", "bns", "reel-tiny", "-o", str(tmp_path / "a.json"), "--cache", str(tmp_path / "cache"), *SMALL, *OWN["bns"], *change]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
@@ -82,13 +112,13 @@ def test_a_fit_that_cannot_be_is_refused_before_any_work(change, message, tmp_pa
 def test_an_animation_has_more_conditions_than_a_prompt():
     spec = MODELS["reel-tiny"]
     with pytest.raises(UnsupportedRequest, match="a prompt alone"):
-        ModelFields.of(spec, spec.build(), Fit(("animate_sticker",), 4, "cfg", {}, 1.0), ["a cat"])
+        ModelFields.of(spec, spec.build(), Fit(("animate_sticker",), "", "", 4, "cfg", {}, 1.0), ["a cat"])
 
 
 def test_a_models_field_is_its_guided_network_with_gradients_in_state_and_time():
     spec = MODELS["reel-tiny"]
     module = spec.build()
-    fields = ModelFields.of(spec, module, Fit(("text_to_image",), 4, "cfg", {"rescale": 0.0}, 3.0), ["a cat", "a dog grows"])
+    fields = ModelFields.of(spec, module, Fit(("text_to_image",), "", "", 4, "cfg", {"rescale": 0.0}, 3.0), ["a cat", "a dog grows"])
     x, t = fields.noise(5).requires_grad_(), torch.tensor(0.3, requires_grad=True)
     u = fields(torch.tensor([0, 1]))(x, t)
     modulation, condition = module.denoiser.time(t.reshape(1)), torch.zeros_like(x)

@@ -5,31 +5,42 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from reelstep.engine.build import hash_weights
+from reelstep.engine.build import build_table, hash_weights
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import ModelSpec
-from reelstep.engine.request import Fit
+from reelstep.engine.request import Defaults, Fit
+from reelstep.engine.samplers.fitted import Fitted, RuleOptions
 from reelstep.engine.samplers.guidance import GUIDANCE
+from reelstep.engine.samplers.guidance.linear_ag import LinearAG
 from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import SCHEDULES
 from reelstep.engine.samplers.tables import SOLVERS
-from reelstep.errors import ConfigError, ReelstepError
+from reelstep.errors import ConfigError, ReelstepError, UnsupportedRequest
 from reelstep.registry import Registry
 from reelstep.training import checkpoint
-from reelstep.training.bns import Pairs, validate
-from reelstep.training.field import solve
+from reelstep.training.field import Pairs, solve, validate
 from reelstep.training.model_field import TASKS, ModelFields
 
-FITS: Registry[Callable[[Sequence[str]], None]] = Registry("fit", {"bns": "reelstep.training.fits.bns:main"})
+FITS: Registry[Callable[[Sequence[str]], None]] = Registry(
+    "fit",
+    {
+        "bns": "reelstep.training.fits.bns:main",
+        "bespoke": "reelstep.training.fits.bespoke:main",
+        "adaptive-guidance": "reelstep.training.fits.adaptive_guidance:main",
+        "linear-ag": "reelstep.training.fits.linear_ag:main",
+    },
+)
 """Entry point of each: it takes the command line after its name."""
 
 PROMPTS: Registry[Callable[[int, int], list[str]]] = Registry("prompts of model", {"reel-tiny": "reelstep.training.zoo.stickers:prompts"})
@@ -46,52 +57,96 @@ def parser(name: str, text: str) -> argparse.ArgumentParser:
     made.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="artifact to write (.json); a plot goes beside it (.png)")
     made.add_argument("--task", default="text_to_video", choices=TASKS, help="what it is for (%(default)s)")
     made.add_argument("--scale", type=float, metavar="S", help="guidance scale (the task's default)")
-    made.add_argument("--guidance", default="cfg", metavar="RULE", help="rule of guidance (%(default)s)")
     made.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, half to fit and half to validate (the model's own kind)")
     made.add_argument("--pairs", type=int, default=64, metavar="N", help="samples to fit to, and as many to validate (%(default)s)")
+    made.add_argument("--seed", type=int, default=0)
+    return made
+
+
+def solver_parser(name: str, text: str) -> argparse.ArgumentParser:
+    """The options of a fit that makes a solver."""
+    made = parser(name, text)
+    made.add_argument("--nfe", type=int, required=True, metavar="N", help="velocities of one sample; each is two forwards under guidance")
+    made.add_argument("--guidance", default="cfg", metavar="RULE", help="rule of guidance (%(default)s)")
     made.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="of the reference solver, RK45 (%(default)g)")
     made.add_argument("--cache", type=Path, default=Path(".cache/reelstep/fits"), metavar="DIR", help="references and state to resume from (%(default)s)")
-    made.add_argument("--seed", type=int, default=0)
+    return made
+
+
+def guidance_parser(name: str, text: str) -> argparse.ArgumentParser:
+    """The options of a fit that makes guidance for one solver."""
+    made = parser(name, text)
+    made.add_argument("--solver", metavar="NAME", help="(the task's default)")
+    made.add_argument("--schedule", metavar="NAME", help="(the task's default)")
+    made.add_argument("--steps", type=int, metavar="N", help="(the task's default)")
     return made
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is fitted to: a model under one Fit, samples to fit and samples to validate, and where state is kept."""
+    """What is fitted to: a model under one Fit, with prompts to fit and prompts to validate."""
 
     spec: ModelSpec
     model_hash: str
     fit: Fit
-    train: tuple[ModelFields, Pairs]
-    validation: tuple[ModelFields, Pairs]
-    folder: Path
+    train: ModelFields
+    validation: ModelFields
+    noises: tuple[Tensor, Tensor]  # to fit, to validate
+
+    def artifact(self, method: str, made: Table | LinearAG | RuleOptions, name: str, conditions: Mapping[str, Any], scores: Mapping[str, float]) -> Fitted:
+        """What is written, bound to the model."""
+        return Fitted(name, method, self.spec.name, self.model_hash, self.fit, made, conditions, scores)
 
 
-def prepare(args: argparse.Namespace, steps: int) -> Subject:
-    """Build the model, choose prompts, solve the references (kept in --cache: the next fit of this model finds them).
+def prepare(args: argparse.Namespace, fit: Callable[[Defaults, float], Fit]) -> Subject:
+    """Build the model and encode the prompts. fit: from the task's defaults and the scale to what is fitted.
 
-    Raises NotFound, ConfigError or UnsupportedRequest before any of that for options that do not fit.
+    Raises NotFound, ConfigError or UnsupportedRequest before any of that for options that do not go together.
     """
     spec = MODELS[args.model]
     if not args.out.parent.is_dir():
         raise ConfigError(f"cannot write {args.out}: there is no folder {args.out.parent}; make it first")
     if args.pairs < 2:
         raise ConfigError(f"--pairs {args.pairs}; at least 2, 64 for a fit to use")
-    scale = spec.settings.defaults[args.task].scale if args.scale is None else args.scale
-    options = GUIDANCE[args.guidance].complete(spec.settings.guidance_options.get(args.guidance, {}))
-    GUIDANCE[args.guidance].build(scale, PATHS[spec.settings.path], options)
-    fit = Fit((args.task,), steps, args.guidance, options, scale)
-    fit_prompts, validation_prompts = choose_prompts(args)
+    if args.task not in spec.settings.defaults:
+        raise UnsupportedRequest(f"model {spec.name!r} does not do {args.task}; it does: {', '.join(spec.settings.defaults) or 'nothing'}")
+    defaults = spec.settings.defaults[args.task]
+    wanted = fit(defaults, defaults.scale if args.scale is None else args.scale)
+    prompts = choose_prompts(args)
     module = spec.build()
-    model_hash = hash_weights(module)
-    train, validation = (ModelFields.of(spec, module, fit, prompts) for prompts in (fit_prompts, validation_prompts))
-    asked = json.dumps([model_hash, args.task, args.guidance, options, scale, fit_prompts, validation_prompts, args.seed, args.tolerance])
-    folder = args.cache / hashlib.sha256(asked.encode()).hexdigest()[:16]
-    pairs = [
-        solve_pairs(fields, fields.noise(seed), args.tolerance, folder / f"{part}.pt", part)
-        for part, fields, seed in (("train", train, args.seed), ("validation", validation, args.seed + VALIDATION_SEED))
-    ]
-    return Subject(spec, model_hash, fit, (train, pairs[0]), (validation, pairs[1]), folder)
+    train, validation = (ModelFields.of(spec, module, wanted, each) for each in prompts)
+    return Subject(spec, hash_weights(module), wanted, train, validation, (train.noise(args.seed), validation.noise(args.seed + VALIDATION_SEED)))
+
+
+def prepare_solver(args: argparse.Namespace) -> tuple[Subject, tuple[Pairs, Pairs], Path]:
+    """A subject, its exact ends to fit and to validate, and the folder that keeps them: the next fit of this model finds them there."""
+
+    def fit(defaults: Defaults, scale: float) -> Fit:
+        if not GUIDANCE[args.guidance].is_field:
+            known = ", ".join(name for name, rule in GUIDANCE.items() if rule.is_field)
+            raise ConfigError(f"no solver can be fitted under guidance {args.guidance!r}, which depends on what came before; one of: {known}")
+        options = GUIDANCE[args.guidance].complete({})
+        GUIDANCE[args.guidance].build(scale, PATHS[MODELS[args.model].settings.path], options)
+        return Fit((args.task,), args.out.stem, "", args.nfe, args.guidance, options, scale)
+
+    subject = prepare(args, fit)
+    wanted = subject.fit
+    asked = [subject.model_hash, args.task, wanted.guidance, wanted.guidance_options, wanted.scale, *choose_prompts(args), args.seed, args.tolerance]
+    folder = args.cache / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    train = solve_pairs(subject.train, subject.noises[0], args.tolerance, folder / "train.pt")
+    return subject, (train, solve_pairs(subject.validation, subject.noises[1], args.tolerance, folder / "validation.pt")), folder
+
+
+def prepare_guidance(args: argparse.Namespace, name: str) -> tuple[Subject, Table]:
+    """A subject whose Fit says that it is guidance `name` on one solver, and that solver's table."""
+
+    def fit(defaults: Defaults, scale: float) -> Fit:
+        solver, schedule = args.solver or defaults.solver, args.schedule or defaults.schedule
+        return Fit((args.task,), solver, schedule, args.steps or defaults.steps, name, {}, scale)
+
+    subject = prepare(args, fit)
+    wanted = subject.fit
+    return subject, build_table(subject.spec.settings, wanted.solver, wanted.schedule, wanted.steps)
 
 
 def choose_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -111,7 +166,7 @@ def choose_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     return [(found[:half] * args.pairs)[k] for k in range(args.pairs)], [(found[half:] * args.pairs)[k] for k in range(args.pairs)]
 
 
-def solve_pairs(fields: ModelFields, noise: Tensor, tolerance: float, path: Path, part: str) -> Pairs:
+def solve_pairs(fields: ModelFields, noise: Tensor, tolerance: float, path: Path) -> Pairs:
     """Reference ends of the noises, a piece at a time; what was solved before an interruption is kept."""
     ends: list[Tensor] = []
     if (saved := checkpoint.load(path)) is not None:
@@ -119,32 +174,59 @@ def solve_pairs(fields: ModelFields, noise: Tensor, tolerance: float, path: Path
     for index in torch.arange(len(noise)).split(ROWS)[len(ends) :]:
         ends.append(solve(fields(index), noise[index], tolerance))
         checkpoint.save(path, {"ends": torch.cat(ends)})
-        print(f"reference solutions to {part}: {sum(map(len, ends))} of {len(noise)}", flush=True)
+        print(f"reference solutions, {path.stem}: {sum(map(len, ends))} of {len(noise)}", flush=True)
     return Pairs(noise, torch.cat(ends))
 
 
-def baselines(subject: Subject, nfe: int) -> dict[str, float]:
-    """Validation dB of every training-free deterministic solver that can spend exactly `nfe`, on each schedule, by "solver.schedule"."""
+def baselines(subject: Subject, pairs: Pairs) -> dict[str, float]:
+    """Validation dB of every training-free deterministic solver that can spend exactly the fit's NFE, on each schedule, by "solver.schedule"."""
     found: dict[str, float] = {}
     for name, solver in SOLVERS.items():
-        if solver.stochastic or nfe % solver.evaluations:
+        if solver.stochastic or subject.fit.steps % solver.evaluations:
             continue
         for schedule, times in SCHEDULES.items():
             try:
-                table = solver.build(times(nfe // solver.evaluations), PATHS[subject.spec.settings.path])
+                table = solver.build(times(subject.fit.steps // solver.evaluations), PATHS[subject.spec.settings.path])
             except ReelstepError:  # this solver has no such table on this path
                 continue
-            found[f"{name}.{schedule}"] = score(subject, table)
+            found[f"{name}.{schedule}"] = validate(table, subject.validation, pairs, ROWS)
     return found
 
 
-def score(subject: Subject, table: Table) -> float:
-    """Mean validation score in dB."""
-    return validate(table, *subject.validation, ROWS)
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[int, float, float], None]]:
+    """A bar for (iterations done, loss, best dB)."""
+    columns = (TextColumn("loss {task.fields[loss]:.3f}, best {task.fields[best]:.2f} dB"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("", total=total, loss=0.0, best=0.0)
+        yield lambda done, loss, best: bar.update(task, completed=done, loss=loss, best=best)
 
 
-def write(path: Path, artifact: Mapping[str, Any]) -> None:
-    """Write JSON so that a full disk leaves the old file."""
+def plot_scores(path: Path, title: str, history: Sequence[tuple[int, float]], scores: Mapping[str, float]) -> None:
+    """Validation over iterations, with the best training-free solvers as lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*history, strict=True), marker=".", label="the fit")
+    plain = sorted(((db, name) for name, db in scores.items() if "." in name), reverse=True)[:3]
+    for k, (db, name) in enumerate(plain):
+        axes.axhline(db, color=f"C{k + 1}", label=f"{name}, {db:.1f} dB")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("dB to the reference solution, validation")
+    axes.set_title(title)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def print_scores(scores: Mapping[str, float]) -> None:
+    """The six best."""
+    for name, db in sorted(scores.items(), key=lambda item: -item[1])[:6]:
+        print(f"{name:>28}  {db:6.2f} dB")
+
+
+def write(path: Path, fitted: Fitted) -> None:
+    """The artifact as JSON; a full disk leaves the old file."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(artifact, indent=1) + "\n")
+    temporary.write_text(json.dumps(fitted.to_json(), indent=1) + "\n")
     temporary.replace(path)

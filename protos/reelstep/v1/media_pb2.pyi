@@ -282,7 +282,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "tasks", "max_width", "max_height", "max_frames", "max_steps", "max_count", "output_media_types", "capabilities", "sizes", "frames", "solvers", "schedules", "max_guidance", "max_prompt_bytes", "max_image_bytes", "defaults", "guidance_rules", "fitted_solvers")
+    __slots__ = ("name", "version", "tasks", "max_width", "max_height", "max_frames", "max_steps", "max_count", "output_media_types", "capabilities", "sizes", "frames", "solvers", "schedules", "max_guidance", "max_prompt_bytes", "max_image_bytes", "defaults", "guidance_rules", "fits")
     class Size(_message.Message):
         __slots__ = ("width", "height")
         WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -321,19 +321,32 @@ class Model(_message.Message):
         name: str
         options: _containers.ScalarMap[str, float]
         def __init__(self, name: _Optional[str] = ..., options: _Optional[_Mapping[str, float]] = ...) -> None: ...
-    class FittedSolver(_message.Message):
-        __slots__ = ("name", "tasks", "steps", "guidance_rule", "guidance")
+    class Fit(_message.Message):
+        __slots__ = ("name", "tasks", "solver", "schedule", "steps", "guidance_rule", "guidance_options", "guidance")
+        class GuidanceOptionsEntry(_message.Message):
+            __slots__ = ("key", "value")
+            KEY_FIELD_NUMBER: _ClassVar[int]
+            VALUE_FIELD_NUMBER: _ClassVar[int]
+            key: str
+            value: float
+            def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
         NAME_FIELD_NUMBER: _ClassVar[int]
         TASKS_FIELD_NUMBER: _ClassVar[int]
+        SOLVER_FIELD_NUMBER: _ClassVar[int]
+        SCHEDULE_FIELD_NUMBER: _ClassVar[int]
         STEPS_FIELD_NUMBER: _ClassVar[int]
         GUIDANCE_RULE_FIELD_NUMBER: _ClassVar[int]
+        GUIDANCE_OPTIONS_FIELD_NUMBER: _ClassVar[int]
         GUIDANCE_FIELD_NUMBER: _ClassVar[int]
         name: str
         tasks: _containers.RepeatedScalarFieldContainer[str]
+        solver: str
+        schedule: str
         steps: int
         guidance_rule: str
+        guidance_options: _containers.ScalarMap[str, float]
         guidance: float
-        def __init__(self, name: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., steps: _Optional[int] = ..., guidance_rule: _Optional[str] = ..., guidance: _Optional[float] = ...) -> None: ...
+        def __init__(self, name: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_rule: _Optional[str] = ..., guidance_options: _Optional[_Mapping[str, float]] = ..., guidance: _Optional[float] = ...) -> None: ...
     class DefaultsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -360,7 +373,7 @@ class Model(_message.Message):
     MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_RULES_FIELD_NUMBER: _ClassVar[int]
-    FITTED_SOLVERS_FIELD_NUMBER: _ClassVar[int]
+    FITS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     tasks: _containers.RepeatedScalarFieldContainer[str]
@@ -380,5 +393,5 @@ class Model(_message.Message):
     max_image_bytes: int
     defaults: _containers.MessageMap[str, Model.Defaults]
     guidance_rules: _containers.RepeatedCompositeFieldContainer[Model.GuidanceRule]
-    fitted_solvers: _containers.RepeatedCompositeFieldContainer[Model.FittedSolver]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_width: _Optional[int] = ..., max_height: _Optional[int] = ..., max_frames: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_count: _Optional[int] = ..., output_media_types: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., sizes: _Optional[_Iterable[_Union[Model.Size, _Mapping]]] = ..., frames: _Optional[_Iterable[int]] = ..., solvers: _Optional[_Iterable[str]] = ..., schedules: _Optional[_Iterable[str]] = ..., max_guidance: _Optional[float] = ..., max_prompt_bytes: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., defaults: _Optional[_Mapping[str, Model.Defaults]] = ..., guidance_rules: _Optional[_Iterable[_Union[Model.GuidanceRule, _Mapping]]] = ..., fitted_solvers: _Optional[_Iterable[_Union[Model.FittedSolver, _Mapping]]] = ...) -> None: ...
+    fits: _containers.RepeatedCompositeFieldContainer[Model.Fit]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_width: _Optional[int] = ..., max_height: _Optional[int] = ..., max_frames: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_count: _Optional[int] = ..., output_media_types: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., sizes: _Optional[_Iterable[_Union[Model.Size, _Mapping]]] = ..., frames: _Optional[_Iterable[int]] = ..., solvers: _Optional[_Iterable[str]] = ..., schedules: _Optional[_Iterable[str]] = ..., max_guidance: _Optional[float] = ..., max_prompt_bytes: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., defaults: _Optional[_Mapping[str, Model.Defaults]] = ..., guidance_rules: _Optional[_Iterable[_Union[Model.GuidanceRule, _Mapping]]] = ..., fits: _Optional[_Iterable[_Union[Model.Fit, _Mapping]]] = ...) -> None: ...

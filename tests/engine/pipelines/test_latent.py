@@ -9,6 +9,7 @@ import torch
 from reelstep.engine.pipelines import PIPELINES
 from reelstep.engine.pipelines.latent import Job, blend_tiles, decode
 from reelstep.engine.pipelines.state import PipelineState
+from reelstep.engine.samplers.guidance import GUIDANCE
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import SCHEDULES
 from reelstep.engine.samplers.tables import SOLVERS
@@ -31,7 +32,7 @@ def run(pipeline, programs, saves=None, state=None):
 
 def job_for(request, settings):
     table = SOLVERS[request.solver].build(SCHEDULES[request.schedule](request.steps), PATHS[settings.path])
-    return Job(request, settings, table)
+    return Job(request, settings, table, GUIDANCE[request.guidance].build(request.scale, PATHS[settings.path], request.guidance_options))
 
 
 @pytest.mark.parametrize("task", list(PIPELINES))

@@ -34,7 +34,7 @@ class FakeModel:
     settings: FakeSettings = FakeSettings()
     solvers: tuple[str, ...] = ("euler", "heun", "bns_6")
     schedules: tuple[str, ...] = ("linear", "quadratic")
-    fits: dict[str, Fit] = field(default_factory=lambda: {"bns_6": Fit(("text_to_video",), 6, "cfg", {"rescale": 0.0}, 2.5)})
+    fits: dict[str, Fit] = field(default_factory=lambda: {"bns_6": Fit(("text_to_video",), "bns_6", "", 6, "cfg", {"rescale": 0.0}, 2.5)})
     guidance_rules: dict[str, dict[str, float]] = field(default_factory=lambda: {"none": {}, "cfg": {"rescale": 0.0}, "gate": {"stop": 0.5}})
 
     def check_guidance(self, rule: str, scale: float, options: Mapping[str, float]) -> None:

@@ -1,0 +1,56 @@
+"""`reelstep fit bespoke`: a Bespoke solver for one model, NFE and scale."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from reelstep.engine.models import MODELS
+from reelstep.errors import ConfigError
+from reelstep.training import bespoke
+from reelstep.training.fits import ROWS, baselines, plot_scores, prepare_solver, print_scores, progress_bar, solver_parser, write
+
+TEXT = """\
+Fit a Bespoke solver: midpoint (rk2) or Euler (rk1) in coordinates of time and scale, fitted to one model under one scale.
+It needs no gradient through a whole run, so it is cheaper to fit than BNS, and less able.
+
+examples:
+  reelstep fit bespoke reel-tiny --nfe 8 -o bespoke_8.json
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    made = solver_parser("bespoke", TEXT)
+    made.add_argument("--kind", choices=bespoke.KINDS, default="rk2", help="base solver: rk2 has half as many steps as NFE (%(default)s)")
+    made.add_argument("--iterations", type=int, default=100, metavar="N", help="(%(default)s)")
+    made.add_argument("--rate", type=float, default=1e-2, metavar="X", help="of Adam (%(default)g)")
+    args = made.parse_args(arguments)
+    each = bespoke.KINDS[args.kind]
+    if args.nfe < each or args.nfe % each:
+        raise ConfigError(f"--nfe {args.nfe} with {args.kind}, which spends {each} velocities a step; a multiple of {each}, or the other kind")
+    options = bespoke.Options(args.kind, args.nfe // each, iterations=args.iterations, rate=args.rate, validate_every=10, rows=ROWS, seed=args.seed)
+    bespoke.Bespoke.base(options.kind, options.steps).table(MODELS[args.model].settings.path)
+    subject, (_, validation), folder = prepare_solver(args)
+    began = time.monotonic()
+    paths = []
+    for index in torch.arange(args.pairs).split(ROWS):
+        paths.append(bespoke.reference_paths(subject.train(index), subject.noises[0][index]))
+        print(f"reference paths: {int(index[-1]) + 1} of {args.pairs}", flush=True)
+    saved = folder / f"bespoke_{args.kind}_{args.nfe}_{args.rate:g}_{args.iterations}.pt"
+    with progress_bar(options.iterations) as progress:
+        fit = bespoke.fit_bespoke(paths, (subject.validation, validation), options, progress, saved)
+    seconds = time.monotonic() - began
+    name = args.out.stem
+    scores = {name: fit.best_db, "start": fit.start_db, **baselines(subject, validation)}
+    conditions = {
+        **fit.solver.to_json(), "lipschitz": options.lipschitz, "reference": f"RK45 at {args.tolerance:g}", "pairs": args.pairs,
+        "iterations": args.iterations, "best_iteration": fit.iteration, "rate": args.rate, "seed": args.seed, "dtype": "float32",
+        "seconds": round(seconds), "note": fit.note,
+    }  # fmt: skip
+    table = fit.solver.table(subject.spec.settings.path)
+    write(args.out, subject.artifact(f"bespoke_{args.kind}", table, name, conditions, scores))
+    plot_scores(args.out.with_suffix(".png"), f"Bespoke {args.kind}, {args.nfe} NFE, scale {subject.fit.scale:g}", fit.history, scores)
+    print_scores(scores)
+    print(f"{args.out}  {args.nfe} NFE at scale {subject.fit.scale:g}, {seconds:.0f} s{'; ' + fit.note if fit.note else ''}")
