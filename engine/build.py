@@ -22,7 +22,7 @@ from reelstep.engine.models.spec import ModelSettings
 from reelstep.engine.request import Fit
 from reelstep.engine.samplers.fitted import Fitted, RuleOptions
 from reelstep.engine.samplers.guidance import GUIDANCE, Guidance, Rule
-from reelstep.engine.samplers.guidance.linear_ag import LinearAG
+from reelstep.engine.samplers.linear_ag import LinearAG
 from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import SCHEDULES

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reelstep.engine.samplers.guidance.linear_ag import LinearAG, alternate
+from reelstep.engine.samplers.linear_ag import LinearAG, alternate
 from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.training.adaptive_guidance import full_guidance

@@ -12,7 +12,7 @@ from typing import Any
 
 from reelstep.engine.request import Fit
 from reelstep.engine.samplers.guidance import GUIDANCE
-from reelstep.engine.samplers.guidance.linear_ag import LinearAG
+from reelstep.engine.samplers.linear_ag import LinearAG
 from reelstep.engine.samplers.ns import Table
 from reelstep.errors import ConfigError, NotFound
 

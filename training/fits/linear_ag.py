@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reelstep.engine.samplers.guidance import GUIDANCE, GuidanceState, Rule, guided
-from reelstep.engine.samplers.guidance.linear_ag import LinearAG
+from reelstep.engine.samplers.linear_ag import LinearAG
 from reelstep.engine.samplers.ns import Table, drive, sample, start
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.training.adaptive_guidance import nearest_stop

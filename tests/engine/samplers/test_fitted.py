@@ -9,7 +9,7 @@ import pytest
 
 from reelstep.engine.request import Fit
 from reelstep.engine.samplers.fitted import Fitted, RuleOptions
-from reelstep.engine.samplers.guidance.linear_ag import LinearAG
+from reelstep.engine.samplers.linear_ag import LinearAG
 from reelstep.engine.samplers.ns import Table
 from reelstep.errors import ConfigError
 

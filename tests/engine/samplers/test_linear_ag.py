@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from reelstep.engine.samplers.guidance import GUIDANCE, GuidanceState, guided
-from reelstep.engine.samplers.guidance.linear_ag import LinearAG, alternate
+from reelstep.engine.samplers.linear_ag import LinearAG, alternate
 from reelstep.engine.samplers.ns import SamplerState, drive, sample, start
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import linear
