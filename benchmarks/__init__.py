@@ -14,6 +14,7 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], None]] = Registry(
         "concurrency": "reelstep.benchmarks.concurrency:main",
         "overhead": "reelstep.benchmarks.overhead:main",
         "animation": "reelstep.benchmarks.animation:main",
+        "steps": "reelstep.benchmarks.steps:main",
     },
 )
 """Entry point of each benchmark: it takes the command line after its name."""

@@ -1,0 +1,163 @@
+"""What does each solver and each rule of guidance reach with how many velocities, and at what cost?
+
+The same prompts and seeds through the compiled engine, against the exact solution from the same noise: RK45 in float32 under full guidance. PSNR
+and SSIM of the videos, mean over samples with their deviation; forwards and seconds of a sample. Solvers are compared under full guidance;
+rules of guidance with the task's own solver. Writes a Markdown table and plots beside the JSON.
+Needs the `training` and `bench` extras.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from skimage.metrics import structural_similarity
+
+from reelstep.benchmarks.animation import psnr
+from reelstep.benchmarks.concurrency import run_all
+from reelstep.benchmarks.contact_sheet import sheet
+from reelstep.benchmarks.harness import Row, parser, report, shown
+from reelstep.engine.build import build_bundle
+from reelstep.engine.loop import Engine, open_engine
+from reelstep.engine.models import MODELS
+from reelstep.engine.pipelines.latent import to_pixels
+from reelstep.engine.request import Finished, Fit, Request
+from reelstep.engine.resolve import Ask, resolve
+from reelstep.engine.samplers.tables import SOLVERS
+from reelstep.errors import ReelstepError
+from reelstep.training.field import solve
+from reelstep.training.fits import choose_prompts
+from reelstep.training.model_field import TASKS, ModelFields
+
+Frames = npt.NDArray[np.uint8]
+GROUP = 8  # requests at once
+
+
+def ssim(a: Frames, b: Frames) -> float:
+    """Mean over frames [F, H, W, 3], scikit-image's with its defaults."""
+    similarity: Any = structural_similarity  # it has no types
+    return float(np.mean([similarity(x, y, channel_axis=-1) for x, y in zip(a, b, strict=True)]))
+
+
+def references(fields: ModelFields, noise: torch.Tensor, tolerance: float) -> list[Frames]:
+    """The exact videos [F, H, W, 3]."""
+    decode, found = fields.programs["decode"].module, list[Frames]()
+    for index in torch.arange(len(noise)).split(GROUP):
+        ends = solve(fields(index), noise[index], tolerance)
+        with torch.no_grad():
+            found += list(to_pixels(decode(ends).clamp(-1, 1)))
+        print(f"exact solutions: {len(found)} of {len(noise)}", flush=True)
+    return found
+
+
+def candidates(engine: Engine, ask: Ask, steps: Sequence[int]) -> list[Ask]:
+    """Every training-free solver under full guidance and every fitted one, at every NFE that it can spend; and the rules of guidance."""
+    (served,) = engine.models.values()
+    found = []
+    for name in served.solvers:
+        if name in served.fits:
+            found.append(replace(ask, solver=name, steps=None, scale=None))
+            continue
+        each = SOLVERS[name].evaluations
+        found += [replace(ask, solver=name, steps=nfe // each) for nfe in steps if nfe % each == 0]
+    for rule in served.guidance_rules:
+        if rule in served.fits:
+            found.append(replace(ask, guidance=rule, steps=None, scale=None))
+        elif rule not in ("cfg", "none", "picture_and_text"):
+            found += [replace(ask, guidance=rule, steps=nfe) for nfe in steps]
+    return found
+
+
+def measure(engine: Engine, ask: Ask, prompts: Sequence[str], truth: Sequence[Frames]) -> tuple[Row, list[Frames]] | None:
+    """One row and the videos; None for a choice that this task refuses."""
+    try:
+        requests = [resolve(replace(ask, prompt=prompt, seed=k, request_id=f"{k}"), engine.models) for k, prompt in enumerate(prompts)]
+    except ReelstepError as error:
+        print(f"left out: {ask.solver or ask.guidance}: {error}", flush=True)
+        return None
+    seconds, results = list[float](), list[Finished]()
+    for begin in range(0, len(requests), GROUP):
+        group = requests[begin : begin + GROUP]
+        spent, done = run_all(engine, group, together=True)
+        seconds.append(spent / len(group))
+        results += done
+    videos = [done.media.frames[0] for done in results]
+    psnrs, ssims = ([compare(v, t) for v, t in zip(videos, truth, strict=True)] for compare in (psnr, ssim))
+    return row_of(requests[0], results, psnrs, ssims, seconds), videos
+
+
+def row_of(request: Request, results: Sequence[Finished], psnrs: Sequence[float], ssims: Sequence[float], seconds: Sequence[float]) -> Row:
+    return {
+        "solver": request.solver, "guidance": request.guidance, "nfe": results[0].usage.nfe,
+        "forwards": float(np.mean([done.usage.forwards for done in results])),
+        "psnr_db": float(np.mean(psnrs)), "psnr_sd_db": float(np.std(psnrs)), "ssim": float(np.mean(ssims)), "ssim_sd": float(np.std(ssims)),
+        "seconds": float(np.median(seconds)), "seconds_sd": float(np.std(seconds)),
+    }  # fmt: skip
+
+
+def plot(path: Path, rows: Sequence[Row]) -> None:
+    """Quality over NFE by solver, and over forwards by rule of guidance."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    by_solver, by_rule = figure.subplots(1, 2)
+    lines: Mapping[Any, tuple[str, str, bool]] = {by_solver: ("solver", "nfe", True), by_rule: ("guidance", "forwards", False)}
+    for axes, (label, x, full) in lines.items():
+        shown_rows = [row for row in rows if (row["guidance"] == "cfg") == full or (label == "guidance" and row["solver"] == rows[0]["solver"])]
+        for name in dict.fromkeys(row[label] for row in shown_rows):
+            mine = sorted((row[x], row["psnr_db"]) for row in shown_rows if row[label] == name)
+            axes.plot(*zip(*mine, strict=True), marker=".", label=name)
+        axes.set_xlabel(x)
+        axes.set_ylabel("PSNR to the exact solution, dB")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    return "\n".join(lines + ["| " + " | ".join(shown(row[c]) for c in columns) + " |" for row in rows]) + "\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parser("steps", __doc__ or "")
+    options.add_argument("model", nargs="?", default="reel-tiny", metavar="MODEL", help="(%(default)s)")
+    options.add_argument("--task", default="text_to_video", choices=TASKS)
+    options.add_argument("--scale", type=float, help="(the task's default)")
+    options.add_argument("--nfe", type=int, nargs="+", default=[4, 6, 8, 10, 12, 16], metavar="N", help="(4 6 8 10 12 16)")
+    options.add_argument("--samples", type=int, default=64, metavar="N", help="(%(default)s)")
+    options.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (the model's own kind)")
+    options.add_argument("--fitted", type=Path, action="append", default=[], metavar="FILE", help="made by `reelstep fit`; may be repeated")
+    options.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="of the exact solution (%(default)g)")
+    args = options.parse_args(argv)
+    spec = MODELS[args.model]
+    args.pairs = args.samples
+    _, prompts = choose_prompts(args)  # the half that fits validate with: none was fitted to these
+    defaults = spec.settings.defaults[args.task]
+    scale = defaults.scale if args.scale is None else args.scale
+    fit = Fit((args.task,), defaults.solver, defaults.schedule, defaults.steps, "cfg", {"rescale": 0.0}, scale)
+    fields = ModelFields.of(spec, spec.build(), fit, prompts)
+    truth = references(fields, fields.noise(0), args.tolerance)
+    bundle = build_bundle(args.model, backend="openvino", precision=None, out=args.cache / "bench-steps.reel", cache=args.cache, fitted=args.fitted)
+    engine = open_engine([bundle.path], cache=args.cache)
+    ask = Ask("", scale=scale, frames=defaults.frames)
+    rows, shown_videos = list[Row](), [("the exact solution", truth[:4])]
+    for candidate in candidates(engine, ask, args.nfe):
+        if (found := measure(engine, candidate, prompts, truth)) is not None:
+            row, videos = found
+            rows.append(row)
+            print(f"{row['solver']:>18} {row['guidance']:>12} NFE {row['nfe']:>3}  {row['psnr_db']:6.2f} dB  SSIM {row['ssim']:.3f}", flush=True)
+            if row["nfe"] == 8:
+                shown_videos.append((f"{row['solver']}, {row['guidance']}, 8 NFE: {row['psnr_db']:.1f} dB", videos[:4]))
+    engine.close(1.0)
+    report("steps", rows, args.seed, args.json, {"task": args.task, "scale": scale, "samples": args.samples, "reference": f"RK45 at {args.tolerance:g}"})
+    if args.json is not None:
+        args.json.with_suffix(".md").write_text(table(rows))
+        plot(args.json.with_suffix(".png"), rows)
+        sheet([(words, [clip[::2] for clip in clips]) for words, clips in shown_videos], args.json.with_name(f"{args.json.stem}_sheet.png"))
