@@ -19,6 +19,7 @@ from reelstep.engine.samplers.ns import drive
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.errors import UnsupportedRequest
 from reelstep.training.field import Field, Network
+from reelstep.training.plain_attention import PlainAttention
 
 TASKS = ("text_to_image", "text_to_video")
 """Tasks whose only condition is a prompt."""
@@ -91,5 +92,6 @@ class ModelFields:
 
     def _run(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
         program = self.programs[name]
-        output: Tensor = program.module(*(inputs[edge.name] for edge in program.inputs))
+        with PlainAttention():
+            output: Tensor = program.module(*(inputs[edge.name] for edge in program.inputs))
         return output

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from reelstep.engine.models.byte_text import ByteTextEncoder
 from reelstep.engine.models.movie_gen import MovieGenTransformer
 from reelstep.engine.models.reel_tiny import DENOISER_CONFIG, TEXT_CONFIG
+from reelstep.training.plain_attention import PlainAttention
 from reelstep.training.zoo import reel_tiny_denoiser
 from reelstep.training.zoo.reel_tiny_denoiser import (
     KINDS,
     Latents,
-    PlainAttention,
     draw,
     encode_text,
     flow_loss,

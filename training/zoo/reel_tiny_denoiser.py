@@ -9,19 +9,16 @@ B batch, C channels, F H W latent sizes, L text bytes, D width, N heads, K head 
 from __future__ import annotations
 
 import argparse
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from reelstep.engine.models.byte_text import PAD, ByteTextEncoder, tokenize
 from reelstep.engine.models.movie_gen import MovieGenTransformer
@@ -29,6 +26,7 @@ from reelstep.engine.models.reel_tiny import DENOISER_CONFIG, TAE_CONFIG, TEXT_C
 from reelstep.engine.models.tae import TAE
 from reelstep.training import checkpoint
 from reelstep.training.muon import muon
+from reelstep.training.plain_attention import PlainAttention
 from reelstep.training.zoo.reel_tiny_tae import channels_last, learning_rate, load_shipped, psnr
 from reelstep.training.zoo.stickers import BACKGROUNDS, FRAMES, MOTIONS, MOVING, NAMES, Sticker, caption, load_stickers, make_clips
 
@@ -178,19 +176,6 @@ def warm_up_text(text: ByteTextEncoder, data: Latents, seed: int, path: Path) ->
             seconds = time.monotonic() - began
             print(f"text {step + 1} loss {loss.item():.3f} name, motion, amount, background right: {' '.join(right)}, {seconds:.0f} s", flush=True)
     checkpoint.save(path, {"text": text.state_dict()})
-
-
-class PlainAttention(TorchFunctionMode):
-    """Inside, attention is two products and a softmax: on CPUs more than twice as fast, forth and back, as the fused kernels are."""
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        q_BNLK, k_BNSK, v_BNSK = args
-        scores = (q_BNLK / math.sqrt(q_BNLK.shape[-1])) @ k_BNSK.transpose(-1, -2)
-        if kwargs:
-            scores = scores + kwargs["attn_mask"]
-        return torch.softmax(scores, -1, dtype=scores.dtype) @ v_BNSK
 
 
 @dataclass(frozen=True)
