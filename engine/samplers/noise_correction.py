@@ -4,7 +4,7 @@
 
 At the first time there is little but noise, so predicting it is trivial, and what the prediction misses acts as a bias: colours and contrast come out
 weaker. It needs no training. Where alpha is 0 at the first time (flow models, zero terminal SNR) the predicted noise is the drawn one, and nothing changes.
-Kohler et al. 2024, arXiv:2405.05224, section 4.3; as a change of any solver with one velocity a step, ours: later steps keep the predicted data of
+Kohler et al. 2024, arXiv:2405.05224; as a change of any solver with one velocity a step, ours: later steps keep the predicted data of
 the first for their history.
 """
 
