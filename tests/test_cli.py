@@ -60,7 +60,7 @@ def test_count_writes_numbered_files(fake: Served, tmp_path: Path) -> None:
         (["a fox", "-o", "out.mp4", "--steps", "-3"], "steps: -3"),
         (["a fox", "-o", "out.mp4", "--scale", "nan"], "guidance: nan"),
         (["a fox", "-o", "out.mp4", "--size", "63x64"], "63x64 was not compiled"),
-        (["a fox", "-o", "out.mp4", "--solver", "magic"], "known: euler, heun"),
+        (["a fox", "-o", "out.mp4", "--solver", "magic"], "known: bns_6, euler, heun"),
         (["a fox", "-o", "out.mp4", "--model", "magic"], "known: fake"),
         (["a fox", "-o", "out.mp4", "--image", "none.png"], "cannot read none.png"),
     ],

@@ -103,7 +103,7 @@ def test_a_missing_file_is_found_and_named(copy: Path, name: str) -> None:
 
 def test_another_format_says_who_wrote_it_and_what_to_do(copy: Path) -> None:
     rewrite_manifest(copy, lambda m: m.update(format=7, reelstep="9.9.9"))
-    with pytest.raises(BundleError, match=r"format 7, written by reelstep 9\.9\.9; reelstep .* reads format 1; run `reelstep compile` again"):
+    with pytest.raises(BundleError, match=r"format 7, written by reelstep 9\.9\.9; reelstep .* reads format 2; run `reelstep compile` again"):
         Bundle.open(copy)
 
 

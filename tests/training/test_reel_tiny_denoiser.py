@@ -103,8 +103,10 @@ def test_the_warm_up_teaches_the_names_of_things(data, tmp_path, monkeypatch, ca
     monkeypatch.setattr(reel_tiny_denoiser, "WARM_UP_BATCH", 12)
     text = ByteTextEncoder(TEXT_CONFIG)
     warm_up_text(text, data, 0, tmp_path / "text.pt")
-    assert "background right: 1.00 1.00" in capsys.readouterr().out, "two names and one motion are soon told apart"
-    contexts = text(tokens_of(["a cat grows on red", "an abacus grows on red"])).mean(1)
+    name, *others = map(float, capsys.readouterr().out.split("right: ")[1].split(",")[0].split())
+    assert name > 0.8, "two names are soon told apart; always the commoner one would be right for about half"
+    assert others == [1.0] * 3, "there is but one of each"
+    contexts = text(tokens_of(["a cat grows on red", "an abacus grows on red"])).mean(1).detach()
     assert float((contexts[0] - contexts[1]).norm() / contexts.norm()) > 0.1
 
 
