@@ -33,6 +33,13 @@ SECTIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "the true animation through the autoencoder and back. The aims were 6 dB above repeat and at most 4 dB below the ceiling.",
         ("motion", "clips", "repeat_db", "model_db", "model_sd_db", "ceiling_db", "above_repeat_db", "below_ceiling_db"),
     ),
+    "steps": (
+        "Solvers and guidance by velocities",
+        "Videos from words against the exact solution from the same noise (RK45, float32, full guidance), through the compiled engine in its own precision. "
+        "Solvers under full guidance, rules of guidance with the task's own solver; nothing here is fitted to the model. Stochastic solvers go elsewhere by "
+        "design, and `lcm` and `tcd` are for distilled networks. `seconds` are of one sample, eight at once.",
+        ("solver", "guidance", "nfe", "forwards", "psnr_db", "psnr_sd_db", "ssim", "ssim_sd", "seconds"),
+    ),
     "sticker": (
         "A sticker animation end to end over gRPC",
         "From a PNG to an MP4 in the client's hands: 8 frames of 64x64, default solver and guidance. `everything else` is decoding the PNG, "

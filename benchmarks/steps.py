@@ -109,9 +109,9 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     lines: Mapping[Any, tuple[str, str, bool]] = {by_solver: ("solver", "nfe", True), by_rule: ("guidance", "forwards", False)}
     for axes, (label, x, full) in lines.items():
         shown_rows = [row for row in rows if (row["guidance"] == "cfg") == full or (label == "guidance" and row["solver"] == rows[0]["solver"])]
-        for name in dict.fromkeys(row[label] for row in shown_rows):
+        for k, name in enumerate(dict.fromkeys(row[label] for row in shown_rows)):
             mine = sorted((row[x], row["psnr_db"]) for row in shown_rows if row[label] == name)
-            axes.plot(*zip(*mine, strict=True), marker=".", label=name)
+            axes.plot(*zip(*mine, strict=True), marker=".", linestyle="-" if k < 10 else "--", label=name)  # ten colours, then dashes
         axes.set_xlabel(x)
         axes.set_ylabel("PSNR to the exact solution, dB")
         axes.legend(fontsize=8)
