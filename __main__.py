@@ -82,7 +82,7 @@ def add_compile(commands: Commands) -> None:
     parser = add_command(commands, "compile", run_compile, text, examples)
     parser.add_argument("model", metavar="MODEL", help="a model's name; a wrong one prints those there are")
     parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="bundle to write (MODEL.reel)")
-    parser.add_argument("--fitted", type=Path, action="append", default=[], metavar="FILE", help="a solver made by `reelstep fit`; may be repeated")
+    parser.add_argument("--fitted", type=Path, action="append", default=[], metavar="FILE", help="made by `reelstep fit`; may be repeated")
     parser.add_argument("--explain", action="store_true", help="print the plan: every choice and its reason")
     parser.add_argument("--backend", default="openvino", help="what executes the programs (openvino)")
     add_precision(parser)
@@ -137,7 +137,7 @@ def add_sample(commands: Commands) -> None:
 
 
 def add_fit(commands: Commands) -> None:
-    text = "Fit a solver to a model; without a name, list what can be fitted."
+    text = "Fit a solver or guidance to a model; without a name, list what can be fitted."
     parser = add_command(commands, "fit", run_fit, text, "  reelstep fit\n  reelstep fit bns reel-tiny --nfe 8 -o bns_8.json\n")
     parser.add_argument("name", nargs="?", metavar="NAME")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of that fit; all take MODEL, -o FILE and --help")

@@ -21,7 +21,8 @@ from skimage.metrics import structural_similarity
 from reelstep.benchmarks.animation import psnr
 from reelstep.benchmarks.concurrency import run_all
 from reelstep.benchmarks.contact_sheet import sheet
-from reelstep.benchmarks.harness import Row, parser, report, shown
+from reelstep.benchmarks.harness import Row, parser, report
+from reelstep.benchmarks.page import markdown
 from reelstep.engine.build import build_bundle
 from reelstep.engine.loop import Engine, open_engine
 from reelstep.engine.models import MODELS
@@ -118,13 +119,6 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown."""
-    columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-    return "\n".join(lines + ["| " + " | ".join(shown(row[c]) for c in columns) + " |" for row in rows]) + "\n"
-
-
 def main(argv: Sequence[str]) -> None:
     options = parser("steps", __doc__ or "")
     options.add_argument("model", nargs="?", default="reel-tiny", metavar="MODEL", help="(%(default)s)")
@@ -158,6 +152,6 @@ def main(argv: Sequence[str]) -> None:
     engine.close(1.0)
     report("steps", rows, args.seed, args.json, {"task": args.task, "scale": scale, "samples": args.samples, "reference": f"RK45 at {args.tolerance:g}"})
     if args.json is not None:
-        args.json.with_suffix(".md").write_text(table(rows))
+        args.json.with_suffix(".md").write_text(markdown(rows, list(rows[0])) + "\n")
         plot(args.json.with_suffix(".png"), rows)
         sheet([(words, [clip[::2] for clip in clips]) for words, clips in shown_videos], args.json.with_name(f"{args.json.stem}_sheet.png"))

@@ -150,9 +150,9 @@ def set_field(message: pb.GenerationSpec | pb.GenerateRequest | pb.PreviewPolicy
         raise InvalidRequest([FieldViolation(field, f"{value!r:.80} cannot be sent: {error}")]) from error
 
 
-def set_option(spec: pb.GenerationSpec, option: str, value: object) -> None:
+def set_option(spec: pb.GenerationSpec, option: str, value: Any) -> None:
     try:
-        spec.guidance_options[option] = value  # type: ignore[assignment]
+        spec.guidance_options[option] = value
     except (ValueError, TypeError) as error:
         raise InvalidRequest([FieldViolation("guidance_options", f"{option!r:.80}: {value!r:.80} cannot be sent: {error}")]) from error
 

@@ -29,7 +29,8 @@ from reelstep.engine.samplers.schedules import shifted
 from reelstep.engine.samplers.tables import SOLVERS
 from reelstep.errors import ConfigError
 from reelstep.training import checkpoint
-from reelstep.training.field import Field, Fields, Pairs, at_number, validate
+from reelstep.training.field import Field, Fields, Fit, Pairs, at_number, validate
+from reelstep.training.learning_rate import learning_rate
 
 N = TypeVar("N", float, Tensor)
 
@@ -255,32 +256,13 @@ class Options:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Fit:
-    """solver: the best iterate. Scores in dB (`score_db`) on the validation pairs: of the base solver, of the best; iteration: the best's, 0 for the base."""
-
-    solver: Bespoke
-    start_db: float
-    best_db: float
-    iteration: int
-    history: tuple[tuple[int, float], ...]  # (iteration, validation dB)
-    note: str = ""  # what went wrong, if anything did
-
-    def after(self, iteration: int, solver: Bespoke, db: float) -> Fit:
-        """With one more validated iterate."""
-        history = (*self.history, (iteration, db))
-        if db > self.best_db:  # NaN is not
-            return replace(self, solver=solver, best_db=db, iteration=iteration, history=history)
-        return replace(self, history=history)
-
-
 def fit_bespoke(
     train: Sequence[Paths],
     validation: tuple[Fields, Pairs],
     options: Options,
     progress: Callable[[int, float, float], None] = lambda iteration, loss, best: None,
     saved: Path | None = None,
-) -> Fit:
+) -> Fit[Bespoke]:
     """Fit from the base solver, a batch of reference paths in each iteration. progress hears (iterations done, loss, best validation dB).
 
     saved: a file to resume from, to the same numbers as without a break. A loss that is not finite ends the fit with a note.
@@ -299,9 +281,9 @@ def fit_bespoke(
         optimizer.load_state_dict(found["optimizer"])
     else:
         start_db = validate(base.table(CONDOT.name), *validation, options.rows)
-        done, fit = 0, Fit(base, start_db, start_db, 0, ((0, start_db),))
+        done, fit = 0, Fit.of(base, start_db)
     for iteration in range(done, options.iterations):
-        optimizer.param_groups[0]["lr"] = options.rate * (0.5 + 0.5 * math.cos(math.pi * iteration / options.iterations))
+        optimizer.param_groups[0]["lr"] = learning_rate(iteration, options.iterations, options.rate)
         loss = take_gradient(raw, draw(train, options.seed, iteration), options)
         if not math.isfinite(loss):
             return replace(fit, note=f"the loss was {loss} at iteration {iteration}; the best iterate before it is kept. Try a lower rate")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path as File
 
@@ -23,10 +23,12 @@ from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import Path
 from reelstep.errors import ConfigError
 from reelstep.training import checkpoint
-from reelstep.training.field import Field, Fields, Pairs, validate
+from reelstep.training.field import Field, Fields, Fit, Pairs, validate
+from reelstep.training.learning_rate import learning_rate
 
 FLOOR = 1e-12  # of a mean square error, so that a perfect sample does not rule the mean of logarithms
 POLISH_ROUNDS = 5
+POLISHED = -1
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,6 @@ class Options:
     rate: float = 3e-3
     validate_every: int = 20
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Fit:
-    """table: the best iterate. Scores in dB (`score_db`) on the validation pairs: of the start, of the best; iteration: the best's, -1 after the polish."""
-
-    table: Table
-    start_db: float
-    best_db: float
-    iteration: int
-    history: tuple[tuple[int, float], ...]  # (iteration, validation dB)
-    note: str  # what went wrong, if anything did
 
 
 def scaled_source(path: Path, sigma_0: float, r: float) -> tuple[float, float, float, float]:
@@ -136,8 +126,10 @@ def fit_bns(
     options: Options,
     progress: Callable[[int, float, float], None] = lambda iteration, loss, best: None,
     saved: File | None = None,
-) -> Fit:
+) -> Fit[Table]:
     """Fit from `initial`. progress hears (iteration, loss, best validation dB). saved: a file to resume from, the same numbers as without a break.
+
+    The result's iteration is POLISHED where the polish made it better.
 
     Raises ConfigError if `initial` cannot be fitted: noise in it, or times that repeat.
     """
@@ -146,37 +138,26 @@ def fit_bns(
     fields, pairs = train
     solver = Solver(initial)
     optimizer = torch.optim.Adam(solver.parameters(), lr=options.rate)
-    first_db = best_db = validate(solver.table(), *validation, options.rows)
-    best, best_iteration, begin, note = solver.table(), 0, 0, ""
-    history = [(0, first_db)]
     if saved is not None and (found := checkpoint.load(saved)) is not None:
         solver.load_state_dict(found["solver"])
         optimizer.load_state_dict(found["optimizer"])
-        begin, best_iteration, best_db = found["iteration"], found["best_iteration"], found["best_db"]
-        best, history = Table.from_json(found["best"]), [(int(i), float(db)) for i, db in found["history"]]
+        begin, fit = found["iteration"], Fit(**{**found["fit"], "solver": Table.from_json(found["fit"]["solver"])})
+    else:
+        begin, fit = 0, Fit.of(solver.table(), validate(solver.table(), *validation, options.rows))
     for iteration in range(begin, options.iterations):
-        for group in optimizer.param_groups:
-            group["lr"] = options.rate * (0.5 + 0.5 * math.cos(math.pi * iteration / options.iterations))
+        optimizer.param_groups[0]["lr"] = learning_rate(iteration, options.iterations, options.rate)
         chosen = np.random.default_rng((options.seed, iteration)).choice(len(pairs.noise), min(options.batch, len(pairs.noise)), replace=False)
         loss = step(solver, optimizer, fields, pairs, torch.from_numpy(chosen), options.rows)
         if not math.isfinite(loss):
-            note = f"the loss was {loss} at iteration {iteration}; the best iterate before it is kept. Try a lower rate"
-            break
+            return replace(fit, note=f"the loss was {loss} at iteration {iteration}; the best iterate before it is kept. Try a lower rate")
         if (iteration + 1) % options.validate_every == 0 or iteration + 1 == options.iterations:
-            now_db = validate(solver.table(), *validation, options.rows)
-            history.append((iteration + 1, now_db))
-            if now_db > best_db:
-                best, best_db, best_iteration = solver.table(), now_db, iteration + 1
+            fit = fit.after(iteration + 1, solver.table(), validate(solver.table(), *validation, options.rows))
             if saved is not None:
-                now = {"iteration": iteration + 1, "best_iteration": best_iteration, "best_db": best_db, "history": history, "best": best.to_json()}
-                checkpoint.save(saved, {**now, "solver": solver.state_dict(), "optimizer": optimizer.state_dict()})
-        progress(iteration + 1, loss, best_db)
-    if not note:
-        polished = polish(best, fields, pairs, options.rows)
-        polished_db = validate(polished, *validation, options.rows)
-        if polished_db > best_db:
-            best, best_db, best_iteration = polished, polished_db, -1
-    return Fit(best, first_db, best_db, best_iteration, tuple(history), note)
+                state = {"iteration": iteration + 1, "solver": solver.state_dict(), "optimizer": optimizer.state_dict(), "fit": asdict(fit)}
+                checkpoint.save(saved, state)
+        progress(iteration + 1, loss, fit.best_db)
+    polished = polish(fit.solver, fields, pairs, options.rows)
+    return fit.better(POLISHED, polished, validate(polished, *validation, options.rows))
 
 
 def step(solver: Solver, optimizer: torch.optim.Optimizer, fields: Fields, pairs: Pairs, chosen: Tensor, rows: int) -> float:

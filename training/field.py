@@ -6,8 +6,9 @@ B samples, any shape behind. All in the dtype of the noise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,6 @@ from reelstep.errors import InternalError
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """The velocity u [B, ...] at x [B, ...] and time t [], differentiable in both. A field of many conditions knows which rows are asked."""
-
 
 Fields = Callable[[Tensor], Field]
 """From the indices [B] of samples to the field that they live in: conditions differ from sample to sample."""
@@ -38,6 +38,34 @@ class Pairs:
 
     noise: Tensor
     ends: Tensor
+
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Fit(Generic[S]):
+    """solver: the best iterate. Scores in dB (`score_db`) on the validation pairs: of the start, of the best. iteration: the best's, 0 for the start."""
+
+    solver: S
+    start_db: float
+    best_db: float
+    iteration: int
+    history: tuple[tuple[int, float], ...]  # (iteration, validation dB)
+    note: str = ""  # what went wrong, if anything did
+
+    @classmethod
+    def of(cls, solver: S, db: float) -> Fit[S]:
+        """Before the first iteration."""
+        return cls(solver, db, db, 0, ((0, db),))
+
+    def better(self, iteration: int, solver: S, db: float) -> Fit[S]:
+        """With this solver if it is better; NaN is not."""
+        return replace(self, solver=solver, best_db=db, iteration=iteration) if db > self.best_db else self
+
+    def after(self, iteration: int, solver: S, db: float) -> Fit[S]:
+        """With one more validated iterate."""
+        return replace(self.better(iteration, solver, db), history=(*self.history, (iteration, db)))
 
 
 def score_db(x: Tensor, truth: Tensor) -> Tensor:

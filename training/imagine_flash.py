@@ -41,6 +41,7 @@ from reelstep.engine.samplers.tables import SOLVERS, ddim
 from reelstep.errors import ConfigError
 from reelstep.training import checkpoint
 from reelstep.training.field import Field, Fields, Network, Networks, at_number
+from reelstep.training.learning_rate import learning_rate
 
 Conditions = Callable[[np.random.Generator, int], Tensor]
 """Draws the indices [B] of as many conditions as asked."""
@@ -154,12 +155,12 @@ def student_data(student: Field, grid: StudentGrid, x: Tensor, step: int) -> Ten
 
 
 def backward_target(network: Network, teacher: Teacher, grid: StudentGrid, state: Tensor, step: int) -> Tensor:
-    """What the teacher makes of the student's state. Section 4.1."""
+    """What the teacher makes of the student's state."""
     return teacher.data(network, state, grid.times[step], PATHS[grid.path])
 
 
 def shifted_target(network: Network, teacher: Teacher, grid: StudentGrid, data: Tensor, eps: Tensor, step: int) -> Tensor:
-    """What the teacher makes of the student's predicted data, noised again to gamma(t) with eps. Section 4.2. Raises ConfigError for a grid without gamma."""
+    """What the teacher makes of the student's predicted data, noised again to gamma(t) with eps. Raises ConfigError for a grid without gamma."""
     if grid.gamma is None:
         raise ConfigError("the grid has no gamma; give it one, such as StudentGrid.midway, or use the backward loss")
     t, path = grid.gamma[grid.times[step]], PATHS[grid.path]
@@ -329,7 +330,7 @@ def distil(
         score = validation.score(fields, options.grid, options.rows)
         done, best, result = 0, weights(student), Distilled(score, score, 0, ((0, score),))
     for iteration in range(done, options.iterations):
-        optimizer.param_groups[0]["lr"] = options.rate * (0.5 + 0.5 * math.cos(math.pi * iteration / options.iterations))
+        optimizer.param_groups[0]["lr"] = learning_rate(iteration, options.iterations, options.rate)
         rng = np.random.default_rng((options.seed, iteration))
         loss = take_step(optimizer, trained, adversary, fields, networks, conditions, validation.noise, options, rng)
         if not math.isfinite(loss):

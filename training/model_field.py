@@ -12,6 +12,7 @@ from torch import Tensor
 from reelstep.compiler.program import Program
 from reelstep.engine.models.byte_text import tokenize
 from reelstep.engine.models.spec import ModelSpec
+from reelstep.engine.pipelines.latent import draw_noise
 from reelstep.engine.request import Fit
 from reelstep.engine.samplers.convert import TO_VELOCITY
 from reelstep.engine.samplers.guidance import GUIDANCE, GuidanceState
@@ -51,18 +52,15 @@ class ModelFields:
         return cls(spec, programs, fit, {**contexts, "bare": contexts["null"]})
 
     @property
-    def latent_shape(self) -> tuple[int, ...]:
+    def latent_shape(self) -> tuple[int, int, int, int]:
         """[C, F, H, W]."""
         settings = self.spec.settings
-        frames = settings.defaults[self.fit.tasks[0]].frames
-        width, height = settings.limits.sizes[0]
-        stride = settings.spatial_stride
-        return settings.latent_channels, -(-frames // settings.temporal_stride), height // stride, width // stride
+        return settings.latent_shape(settings.defaults[self.fit.tasks[0]].frames, *settings.limits.sizes[0])
 
     def noise(self, seed: int) -> Tensor:
         """[N, C, F, H, W], a seed for each."""
         seeds = range(seed, seed + len(self.contexts["text"]))
-        return torch.stack([torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        return torch.cat([draw_noise(self.latent_shape, s) for s in seeds])
 
     def network(self, index: Tensor) -> Network:
         """With the prompts at `index`: the branches of guidance in one batch."""

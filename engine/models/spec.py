@@ -33,6 +33,10 @@ class ModelSettings:
     tile_frames: int  # latent frames that one decode call takes
     tile_overlap: int
 
+    def latent_shape(self, frames: int, width: int, height: int) -> tuple[int, int, int, int]:
+        """[C, F, H, W] of a video in pixels."""
+        return self.latent_channels, -(-frames // self.temporal_stride), height // self.spatial_stride, width // self.spatial_stride
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

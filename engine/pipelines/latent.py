@@ -42,13 +42,9 @@ class Job:
     rule: Rule
 
     @property
-    def latent_frames(self) -> int:
-        return -(-self.request.frames // self.settings.temporal_stride)
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        """Rows, columns."""
-        return self.request.height // self.settings.spatial_stride, self.request.width // self.settings.spatial_stride
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """[C, F, H, W]."""
+        return self.settings.latent_shape(self.request.frames, self.request.width, self.request.height)
 
     @property
     def profile(self) -> str:
@@ -61,16 +57,17 @@ class Job:
 
     def noise(self) -> Tensor:
         """[count, C, F, H, W], each output from its own seed: the same whatever it is batched with."""
-        return torch.cat([self._draw(self.request.seed + k) for k in range(self.request.count)])
+        return torch.cat([draw_noise(self.latent_shape, self.request.seed + k) for k in range(self.request.count)])
 
     def fresh_noise(self, output: int, step: int) -> Tensor:
         """[1, C, F, H, W], what a solver with noise adds at a step: of the output's seed and the step alone, so that a run can be resumed."""
         words = np.random.SeedSequence((self.request.seed + output, step)).generate_state(1, np.uint64)
-        return self._draw(int(words[0]) >> 1)
+        return draw_noise(self.latent_shape, int(words[0]) >> 1)
 
-    def _draw(self, seed: int) -> Tensor:
-        shape = (1, self.settings.latent_channels, self.latent_frames, *self.latent_size)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+def draw_noise(shape: tuple[int, int, int, int], seed: int) -> Tensor:
+    """[1, C, F, H, W]: what a seed means, here and in everything that is compared with the engine."""
+    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed))
 
 
 def generate(job: Job, state: PipelineState, picture: Tensor | None) -> Pipeline:
@@ -99,7 +96,7 @@ def prepare(job: Job, state: PipelineState, picture: Tensor | None) -> Generator
     state.contexts = dict(zip(branches, text["context"].split(1), strict=True))
     state.modulations = time["modulation"]
     if settings.condition_channels:
-        shape = (request.count, settings.condition_channels, job.latent_frames, *job.latent_size)
+        shape = (request.count, settings.condition_channels, *job.latent_shape[1:])
         state.condition = encoded[0]["latent"].expand(shape).contiguous() if encoded else torch.zeros(shape)
 
 

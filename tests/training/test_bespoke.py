@@ -22,7 +22,6 @@ from reelstep.errors import ConfigError
 from reelstep.training.bespoke import (
     KINDS,
     Bespoke,
-    Fit,
     Options,
     Paths,
     ScaleTime,
@@ -35,7 +34,7 @@ from reelstep.training.bespoke import (
     transform_of,
     weights,
 )
-from reelstep.training.field import Pairs, score_db
+from reelstep.training.field import Fit, Pairs, score_db
 
 MEANS = torch.tensor([[2, 0], [-2, 0], [0, 2], [0, -2]], dtype=torch.float64)
 STD = 0.3

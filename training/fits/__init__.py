@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from reelstep.engine.build import build_table, hash_weights
+from reelstep.engine.media import write_file
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import ModelSpec
 from reelstep.engine.request import Defaults, Fit
@@ -91,7 +92,8 @@ class Subject:
     fit: Fit
     train: ModelFields
     validation: ModelFields
-    noises: tuple[Tensor, Tensor]  # to fit, to validate
+    prompts: tuple[list[str], list[str]]  # to fit, to validate
+    noises: tuple[Tensor, Tensor]
 
     def artifact(self, method: str, made: Table | LinearAG | RuleOptions, name: str, conditions: Mapping[str, Any], scores: Mapping[str, float]) -> Fitted:
         """What is written, bound to the model."""
@@ -115,7 +117,7 @@ def prepare(args: argparse.Namespace, fit: Callable[[Defaults, float], Fit]) -> 
     prompts = choose_prompts(args)
     module = spec.build()
     train, validation = (ModelFields.of(spec, module, wanted, each) for each in prompts)
-    return Subject(spec, hash_weights(module), wanted, train, validation, (train.noise(args.seed), validation.noise(args.seed + VALIDATION_SEED)))
+    return Subject(spec, hash_weights(module), wanted, train, validation, prompts, (train.noise(args.seed), validation.noise(args.seed + VALIDATION_SEED)))
 
 
 def prepare_solver(args: argparse.Namespace) -> tuple[Subject, tuple[Pairs, Pairs], Path]:
@@ -131,7 +133,7 @@ def prepare_solver(args: argparse.Namespace) -> tuple[Subject, tuple[Pairs, Pair
 
     subject = prepare(args, fit)
     wanted = subject.fit
-    asked = [subject.model_hash, args.task, wanted.guidance, wanted.guidance_options, wanted.scale, *choose_prompts(args), args.seed, args.tolerance]
+    asked = [subject.model_hash, args.task, wanted.guidance, wanted.guidance_options, wanted.scale, *subject.prompts, args.seed, args.tolerance]
     folder = args.cache / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     train = solve_pairs(subject.train, subject.noises[0], args.tolerance, folder / "train.pt")
     return subject, (train, solve_pairs(subject.validation, subject.noises[1], args.tolerance, folder / "validation.pt")), folder
@@ -226,7 +228,5 @@ def print_scores(scores: Mapping[str, float]) -> None:
 
 
 def write(path: Path, fitted: Fitted) -> None:
-    """The artifact as JSON; a full disk leaves the old file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(fitted.to_json(), indent=1) + "\n")
-    temporary.replace(path)
+    """The artifact as JSON. Raises StorageError; what was there is then kept."""
+    write_file(path, (json.dumps(fitted.to_json(), indent=1) + "\n").encode())

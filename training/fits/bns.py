@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         "pairs": args.pairs, "iterations": args.iterations, "best_iteration": fit.iteration, "batch": args.batch, "rate": args.rate,
         "seed": args.seed, "dtype": "float32", "seconds": round(seconds), "note": fit.note,
     }  # fmt: skip
-    write(args.out, subject.artifact("bns", fit.table, name, conditions, scores))
+    write(args.out, subject.artifact("bns", fit.solver, name, conditions, scores))
     plot_scores(args.out.with_suffix(".png"), f"BNS, {args.nfe} NFE, scale {subject.fit.scale:g}", fit.history, scores)
     print_scores(scores)
     print(f"{args.out}  {args.nfe} NFE at scale {subject.fit.scale:g}, {seconds:.0f} s{'; ' + fit.note if fit.note else ''}")

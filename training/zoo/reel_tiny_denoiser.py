@@ -25,9 +25,10 @@ from reelstep.engine.models.movie_gen import MovieGenTransformer
 from reelstep.engine.models.reel_tiny import DENOISER_CONFIG, TAE_CONFIG, TEXT_CONFIG, load_weights
 from reelstep.engine.models.tae import TAE
 from reelstep.training import checkpoint
+from reelstep.training.learning_rate import learning_rate
 from reelstep.training.muon import muon
 from reelstep.training.plain_attention import PlainAttention
-from reelstep.training.zoo.reel_tiny_tae import channels_last, learning_rate, load_shipped, psnr
+from reelstep.training.zoo.reel_tiny_tae import channels_last, load_shipped, psnr
 from reelstep.training.zoo.stickers import BACKGROUNDS, FRAMES, MOTIONS, MOVING, NAMES, Sticker, caption, load_stickers, make_clips
 
 

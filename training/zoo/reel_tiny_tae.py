@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from reelstep.engine.models.reel_tiny import TAE_CONFIG, load_weights
 from reelstep.engine.models.tae import TAE, LinearSkip, outlier_penalty
 from reelstep.training import checkpoint
+from reelstep.training.learning_rate import learning_rate
 from reelstep.training.muon import Matrices, muon
 from reelstep.training.zoo.stickers import Clips, Sticker, load_stickers, make_clips
 
@@ -42,11 +42,6 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def clips_at(stickers: list[Sticker], seed: int, step: int, count: int) -> Clips:
     """The batch of one step, a function of (seed, step) alone, so that a resumed run sees what it would have seen."""
     return make_clips(stickers, np.random.default_rng((seed, step)), count)
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 @torch.no_grad()

@@ -1,7 +1,11 @@
-"""Fields whose velocity, and for one Gaussian whose whole flow, is known in closed form. Independent of the code under test but for alpha and sigma."""
+"""Fields whose velocity, and for one Gaussian whose whole flow, is known in closed form; and a guided run that is broken off.
+
+Independent of the code under test but for alpha and sigma.
+"""
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +14,8 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from reelstep.engine.samplers.guidance import GuidanceState, guided
+from reelstep.engine.samplers.ns import SamplerState, drive, sample, start
 from reelstep.engine.samplers.paths import PATHS, Path
 
 
@@ -83,3 +89,24 @@ def _four_gaussians():
 def noise() -> Tensor:
     """[1024, 2], float64."""
     return torch.from_numpy(np.random.default_rng(1).standard_normal((1024, 2)))
+
+
+def run_interrupted(table, x, rule, network, stop, fresh=None):
+    """A guided run that is saved at its query number `stop`, and goes on from the file alone. Returns its end and the state of guidance."""
+    sampler, guidance = start(table, x), GuidanceState()
+    generator = guided(sample(table, sampler, fresh), rule, guidance)
+    query = next(generator)
+    for _ in range(stop):
+        query = generator.send(network(*query))
+    file = io.BytesIO()
+    torch.save([vars(sampler), vars(guidance)], file)
+    file.seek(0)
+    saved_sampler, saved_guidance = torch.load(file, weights_only=True)
+    guidance = GuidanceState(**saved_guidance)
+    return drive(guided(sample(table, SamplerState(**saved_sampler), fresh), rule, guidance), network), guidance
+
+
+@pytest.fixture(scope="session")
+def interrupted():
+    """`run_interrupted`."""
+    return run_interrupted

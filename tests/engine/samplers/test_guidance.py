@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 
 from reelstep.engine.samplers.guidance import GUIDANCE, GuidanceState, Query, guided
 from reelstep.engine.samplers.guidance.adaptive import cosine
-from reelstep.engine.samplers.ns import SamplerState, drive, sample, start
+from reelstep.engine.samplers.ns import drive, sample, start
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import linear
 from reelstep.engine.samplers.tables import SOLVERS
@@ -139,20 +138,9 @@ def test_a_rule_may_ask_more_than_once_for_one_velocity():
 
 
 @pytest.mark.parametrize("stop", range(12))
-def test_a_guided_run_saved_at_any_query_continues_bit_for_bit_with_its_counts(stop):
+def test_a_guided_run_saved_at_any_query_continues_bit_for_bit_with_its_counts(stop, interrupted):
     whole, counts, _ = run(stop_after(0.5), "heun")
-    table = SOLVERS["heun"].build(linear(6), PATHS["condot"])
-    sampler, guidance = start(table, NOISE), GuidanceState()
-    generator = guided(sample(table, sampler, fresh), stop_after(0.5), guidance)
-    query = next(generator)
-    for _ in range(stop):
-        query = generator.send(network(*query))
-    file = io.BytesIO()
-    torch.save([vars(sampler), vars(guidance)], file)
-    file.seek(0)
-    saved_sampler, saved_guidance = torch.load(file, weights_only=True)
-    guidance = GuidanceState(**saved_guidance)
-    got = drive(guided(sample(table, SamplerState(**saved_sampler), fresh), stop_after(0.5), guidance), network)
+    got, guidance = interrupted(SOLVERS["heun"].build(linear(6), PATHS["condot"]), NOISE, stop_after(0.5), network, stop, fresh)
     assert torch.equal(got, whole)
     assert guidance == counts
 
@@ -168,15 +156,13 @@ def test_an_option_that_a_rule_lacks_or_that_is_out_of_range_is_refused():
 
 def one_velocity(rule, text, null, bare=None, x=NOISE, t=0.25, state=None):
     """A rule's velocity for given branches, and the branches it asked for."""
-    generator, by_name = rule(x, t, state or GuidanceState()), {"text": text, "null": null, "bare": bare}
-    asked = []
-    try:
-        query = next(generator)
-        while True:
-            asked += query.branches
-            query = generator.send(tuple(by_name[b] for b in query.branches))
-    except StopIteration as done:
-        return done.value, asked
+    by_name, asked = {"text": text, "null": null, "bare": bare}, []
+
+    def answer(x, t, branches):
+        asked.extend(branches)
+        return tuple(by_name[name] for name in branches)
+
+    return drive(rule(x, t, state or GuidanceState()), answer), asked
 
 
 @pytest.fixture

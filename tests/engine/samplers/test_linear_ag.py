@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 
 from reelstep.engine.samplers.guidance import GUIDANCE, GuidanceState, guided
 from reelstep.engine.samplers.linear_ag import LinearAG, alternate
-from reelstep.engine.samplers.ns import SamplerState, drive, sample, start
+from reelstep.engine.samplers.ns import drive, sample, start
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import linear
 from reelstep.engine.samplers.tables import SOLVERS
@@ -178,7 +177,7 @@ def test_only_outputs_that_a_later_estimate_needs_are_kept():
 
 
 @pytest.mark.parametrize("stop", range(12))
-def test_a_run_saved_at_any_query_continues_bit_for_bit(stop):
+def test_a_run_saved_at_any_query_continues_bit_for_bit(stop, interrupted):
     table = SOLVERS["heun"].build(linear(6), PATHS["condot"])
     noise, rule = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)), hand_made("CLLCLCCLLLCL").rule()
 
@@ -186,17 +185,8 @@ def test_a_run_saved_at_any_query_continues_bit_for_bit(stop):
         return tuple(torch.cos(2 * x) * (1 + t) if name == "text" else torch.sin(x) - t for name in branches)
 
     whole, counts = run(rule, table, noise, network)
-    sampler, guidance = start(table, noise), GuidanceState()
-    generator = guided(sample(table, sampler), rule, guidance)
-    query = next(generator)
-    for _ in range(stop):
-        query = generator.send(network(*query))
-    file = io.BytesIO()
-    torch.save([vars(sampler), vars(guidance)], file)
-    file.seek(0)
-    saved_sampler, saved_guidance = torch.load(file, weights_only=True)
-    guidance = GuidanceState(**saved_guidance)
-    assert torch.equal(drive(guided(sample(table, SamplerState(**saved_sampler)), rule, guidance), network), whole)
+    got, guidance = interrupted(table, noise, rule, network, stop)
+    assert torch.equal(got, whole)
     assert guidance == counts
 
 
