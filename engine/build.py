@@ -18,7 +18,7 @@ from reelstep.compiler.compile import compile_model
 from reelstep.compiler.load import Progress, silent
 from reelstep.compiler.program import Precision
 from reelstep.engine.models import MODELS
-from reelstep.engine.models.spec import ModelSettings
+from reelstep.engine.models.spec import ModelSettings, ModelSpec
 from reelstep.engine.request import Fit
 from reelstep.engine.samplers.fitted import Fitted, RuleOptions
 from reelstep.engine.samplers.guidance import GUIDANCE, Guidance, Rule
@@ -27,7 +27,7 @@ from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import SCHEDULES
 from reelstep.engine.samplers.tables import SOLVERS
-from reelstep.errors import ConfigError
+from reelstep.errors import ConfigError, NotFound
 
 
 def table_name(solver: str, schedule: str, steps: int) -> str:
@@ -55,14 +55,17 @@ def hash_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_fitted(files: Sequence[Path], model: str, model_hash: str) -> dict[str, Any]:
+def load_fitted(files: Sequence[Path], spec: ModelSpec, model_hash: str) -> dict[str, Any]:
     """Artifacts by name, checked. Raises ConfigError naming the file that is not one, is for another model or has a name that is taken."""
     found: dict[str, Any] = {}
     for file in files:
         try:
             fitted = Fitted.from_json(json.loads(file.read_bytes()))
-            fitted.check_model(model, model_hash)
-        except (OSError, ValueError) as error:  # of JSON and UTF-8 too; ConfigError is one
+            fitted.check_model(spec.name, model_hash)
+            if isinstance(fitted.artifact, LinearAG):
+                fit = fitted.fit
+                fitted.artifact.check(build_table(spec.settings, fit.solver, fit.schedule, fit.steps), fit.scale)
+        except (OSError, ValueError, NotFound) as error:  # of JSON and UTF-8 too; ConfigError is one
             raise ConfigError(f"{file}: {error}") from error
         taken = (*found, *SOLVERS, *(name for name in GUIDANCE if not isinstance(fitted.artifact, RuleOptions)))
         if fitted.name in taken:
@@ -84,7 +87,7 @@ def build_bundle(
     """Compile the registered model `name` into the bundle `out`, with the artifacts `fitted`. Raises NotFound, ConfigError, CompileError, StorageError."""
     spec = MODELS[name]
     module = spec.build()
-    artifacts = load_fitted((*spec.fitted, *fitted), spec.name, hash_weights(module))
+    artifacts = load_fitted((*spec.fitted, *fitted), spec, hash_weights(module))
     return compile_model(
         model=spec.name,
         version=spec.version,

@@ -56,7 +56,7 @@ def test_every_fit_writes_an_artifact_of_this_model_and_a_plot(fit, name):
     artifact.check_model("reel-tiny", hash_weights(MODELS["reel-tiny"].build()))
     assert artifact.scores_db[artifact.name] > 0
     assert file.with_suffix(".png").stat().st_size > 5000
-    assert load_fitted([file], "reel-tiny", artifact.model_hash)
+    assert load_fitted([file], MODELS["reel-tiny"], artifact.model_hash)
 
 
 def test_a_fitted_solver_scores_beside_plain_ones(fitted):
@@ -88,6 +88,15 @@ def test_an_artifact_that_is_not_for_this_model_never_enters_a_bundle(fitted, tm
     with pytest.raises(ConfigError, match=r"cut\.json"):
         build_bundle("reel-tiny", backend="null", precision=None, out=tmp_path / "b.reel", cache=None, fitted=[tmp_path / "cut.json"])
     assert not (tmp_path / "b.reel").exists()
+
+
+@pytest.mark.parametrize("damage", [{"steps": 5}, {"schedule": "karras"}, {"solver": "gone"}])
+def test_linear_ag_enters_a_bundle_only_for_the_solver_table_it_was_fitted_to(fit, tmp_path, damage):
+    data = json.loads(fit("linear-ag").read_text())
+    data["fit"].update(damage)
+    (tmp_path / "bad.json").write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match="fitted to solver table|unknown solver"):
+        load_fitted([tmp_path / "bad.json"], MODELS["reel-tiny"], data["model_hash"])
 
 
 @pytest.mark.parametrize(
