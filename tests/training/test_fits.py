@@ -95,7 +95,7 @@ def test_linear_ag_enters_a_bundle_only_for_the_solver_table_it_was_fitted_to(fi
     data = json.loads(fit("linear-ag").read_text())
     data["fit"].update(damage)
     (tmp_path / "bad.json").write_text(json.dumps(data))
-    with pytest.raises(ConfigError, match="fitted to solver table|unknown solver"):
+    with pytest.raises(ConfigError, match=r"fitted to solver table|unknown solver"):
         load_fitted([tmp_path / "bad.json"], MODELS["reel-tiny"], data["model_hash"])
 
 
