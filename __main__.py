@@ -18,7 +18,7 @@ from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, NotFoun
 if TYPE_CHECKING:
     from reelstep.compiler.program import Precision
     from reelstep.engine.client import Artifact, ClientEvent, Generation, Options
-    from reelstep.engine.resolve import Ask, Engine
+    from reelstep.engine.resolve import Ask, Engine, Served
 
 USER_ERRORS = (ConfigError, InvalidRequest, UnsupportedRequest, NotFound)
 PRECISIONS: dict[str, Precision] = {"f32": "float32", "bf16": "bfloat16"}
@@ -83,6 +83,8 @@ def add_compile(commands: Commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model's name; a wrong one prints those there are")
     parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="bundle to write (MODEL.reel)")
     parser.add_argument("--fitted", type=Path, action="append", default=[], metavar="FILE", help="made by `reelstep fit`; may be repeated")
+    split = "add the denoiser in pieces, on the same weights, for requests with a step cache; they take memory where they are loaded"
+    parser.add_argument("--step-cache", action="store_true", help=split)
     parser.add_argument("--explain", action="store_true", help="print the plan: every choice and its reason")
     parser.add_argument("--backend", default="openvino", help="what executes the programs (openvino)")
     add_precision(parser)
@@ -160,10 +162,15 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--frames", type=int, metavar="N", help="1 is a still picture")
     group.add_argument("--fps", type=float, metavar="N", help="frames per second when played")
     group.add_argument("--size", type=parse_size, default=(None, None), metavar="WxH", help="in pixels; one that was compiled")
+    tells = "of the rule; may be repeated; a wrong name prints those there are"
+    skips = "skip most of the network where little changes: teacache or first_block; for a bundle compiled with --step-cache"
+    group.add_argument("--step-cache", default="", metavar="NAME", help=skips)
+    group.add_argument("--step-cache-option", type=parse_option, action="append", default=[], metavar="NAME=X", help=tells)
+    chooses = "draft, standard or best, in place of the six options below; `reelstep inspect` prints a bundle's"
+    group.add_argument("--quality", default="", metavar="NAME", help=chooses)
     group.add_argument("--steps", type=int, metavar="N", help="of the solver: more is better and slower")
     group.add_argument("--scale", type=float, metavar="S", help="guidance: 1 is none, higher follows the prompt more closely")
     group.add_argument("--guidance", default="", metavar="RULE", help="how the prompt steers: cfg, adaptive, ...; a wrong name prints those there are")
-    tells = "of the rule; may be repeated; a wrong name prints those there are"
     group.add_argument("--guidance-option", type=parse_option, action="append", default=[], metavar="NAME=X", help=tells)
     group.add_argument("--solver", default="", help="a wrong name prints those there are")
     group.add_argument("--schedule", default="", help="how the solver's times are spaced")
@@ -217,7 +224,10 @@ def run_compile(args: argparse.Namespace) -> None:
 
     out = args.out or Path(f"{args.model}.reel")
     precision = PRECISIONS.get(args.precision)
-    bundle = build_bundle(args.model, backend=args.backend, precision=precision, out=out, cache=cache_dir(args), fitted=args.fitted, progress=tell_stage)
+    bundle = build_bundle(
+        args.model, backend=args.backend, precision=precision, out=out, cache=cache_dir(args), fitted=args.fitted, step_cache=args.step_cache,
+        progress=tell_stage,
+    )  # fmt: skip
     if args.explain:
         print(bundle.plan.explain())
     print(f"{bundle.path}  {bundle.total_bytes / 1e6:.1f} MB, plan {bundle.plan.hash[:16]}")
@@ -226,9 +236,30 @@ def run_compile(args: argparse.Namespace) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     from reelstep.compiler.bundle import Bundle
     from reelstep.compiler.describe import describe, describe_json
+    from reelstep.engine.build import ServedModel
 
     bundle = Bundle.open(args.bundle)
-    print(json.dumps(describe_json(bundle), indent=2) if args.json else describe(bundle), end="\n" if args.json else "")
+    if args.json:
+        print(json.dumps(describe_json(bundle), indent=2))
+    else:
+        print(describe(bundle) + describe_menus(ServedModel.of(bundle)), end="")
+
+
+def describe_menus(model: Served) -> str:
+    """A line for each entry of a task's menu: what runs, and what was measured of it."""
+    from reelstep.engine.request import complete
+
+    lines = []
+    for task, defaults in model.settings.defaults.items():
+        for quality in defaults.qualities:
+            entry = defaults.menu[quality]
+            choice = complete(entry, task, defaults, model)
+            frechet = "" if entry.frechet is None else f", Frechet distance {entry.frechet:.4g}"
+            lines.append(
+                f"{task} {quality}: {choice.solver} on {choice.schedule}, {choice.steps} steps, {choice.guidance} at scale {choice.scale:g}; "
+                f"{entry.forwards:g} forwards, {entry.psnr_db:.2f} dB, SSIM {entry.ssim:.4f}{frechet} ({entry.command})\n"
+            )
+    return "".join(lines)
 
 
 def run_serve(args: argparse.Namespace) -> None:
@@ -294,6 +325,9 @@ def build_options(args: argparse.Namespace) -> Options:
         "schedule": args.schedule,
         "guidance": args.guidance,
         "guidance_options": dict(args.guidance_option),
+        "quality": args.quality,
+        "step_cache": args.step_cache,
+        "step_cache_options": dict(args.step_cache_option),
     }
 
 
@@ -334,6 +368,9 @@ def build_ask(args: argparse.Namespace) -> Ask:
         schedule=args.schedule,
         guidance=args.guidance,
         guidance_options=dict(args.guidance_option),
+        quality=args.quality,
+        step_cache=args.step_cache,
+        step_cache_options=dict(args.step_cache_option),
         image=read_picture(args.image) if args.image else None,
         media_type=options["media_type"] or "",
     )
@@ -365,9 +402,10 @@ def run_local(engine: Engine, ask: Ask) -> Iterator[ClientEvent]:
     for index, (frames, seed) in enumerate(zip(event.media.frames, event.media.seeds, strict=True)):
         data = encode(frames, event.media.frames_per_second, ask.media_type)
         artifacts.append(Artifact(f"artifacts/{index}", ask.media_type, data, request.width, request.height, len(frames), seed))
-    usage = Cost(event.usage.nfe, event.usage.forwards, event.usage.queue_s, event.usage.compute_s)
+    usage = Cost(event.usage.nfe, event.usage.forwards, event.usage.cached, event.usage.queue_s, event.usage.compute_s)
     yield Generation(
-        request.id, request.model, request.task, request.solver, request.schedule, request.steps, request.guidance, request.scale, tuple(artifacts), usage
+        request.id, request.model, request.task, request.solver, request.schedule, request.steps, request.guidance, request.scale, ask.quality,
+        request.step_cache, tuple(artifacts), usage,
     )  # fmt: skip
 
 
@@ -401,8 +439,11 @@ def report(args: argparse.Namespace, result: Generation) -> None:
         print(describe_artifact(path, artifact))
     usage = result.usage
     compute = ", ".join(f"{program} {spent:.2f} s" for program, spent in usage.compute_s.items())
-    print(f"{result.model} {result.task}: {result.solver} on {result.schedule}, {result.steps} steps, {result.guidance} at scale {result.scale:g}")
-    print(f"NFE {usage.nfe}, forwards {usage.forwards}; queue {usage.queue_s:.2f} s; compute {sum(usage.compute_s.values()):.2f} s ({compute})")
+    quality = f", {result.quality}" if result.quality else ""
+    cache, cached = (f", step cache {result.step_cache}", f", cached {usage.cached}") if result.step_cache else ("", "")
+    choice = f"{result.solver} on {result.schedule}, {result.steps} steps, {result.guidance} at scale {result.scale:g}{cache}"
+    print(f"{result.model} {result.task}{quality}: {choice}")
+    print(f"NFE {usage.nfe}, forwards {usage.forwards}{cached}; queue {usage.queue_s:.2f} s; compute {sum(usage.compute_s.values()):.2f} s ({compute})")
 
 
 def describe_artifact(path: Path, artifact: Artifact) -> str:

@@ -15,6 +15,8 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], None]] = Registry(
         "overhead": "reelstep.benchmarks.overhead:main",
         "animation": "reelstep.benchmarks.animation:main",
         "steps": "reelstep.benchmarks.steps:main",
+        "flash": "reelstep.benchmarks.flash:main",
+        "frechet": "reelstep.benchmarks.frechet:main",
     },
 )
 """Entry point of each benchmark: it takes the command line after its name."""

@@ -78,8 +78,8 @@ def report(name: str, rows: Sequence[Row], seed: int, path: Path | None, extra: 
 
 
 def shown(value: object) -> str:
-    """A number in four significant digits; anything else as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A number in four significant digits; nothing for None; anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 @dataclass(frozen=True)

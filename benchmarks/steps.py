@@ -1,15 +1,18 @@
 """What does each solver and each rule of guidance reach with how many velocities, and at what cost?
 
 The same prompts and seeds through the compiled engine, against the exact solution from the same noise: RK45 in float32 under full guidance. PSNR
-and SSIM of the videos, mean over samples with their deviation; forwards and seconds of a sample. Solvers are compared under full guidance;
-rules of guidance with the task's own solver. Writes a Markdown table and plots beside the JSON.
+and SSIM of the videos, mean over samples with their deviation; the Frechet distance to the exact videos as a set, with the jackknife's deviation;
+forwards and seconds of a sample. Solvers are compared under full guidance, stochastic ones, which go elsewhere by design, at the least and the greatest
+NFE alone. Rules of guidance run with the task's own solver and are also compared with its videos under full guidance. Writes a Markdown table and plots
+beside the JSON.
 Needs the `training` and `bench` extras.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +24,24 @@ from skimage.metrics import structural_similarity
 from reelstep.benchmarks.animation import psnr
 from reelstep.benchmarks.concurrency import run_all
 from reelstep.benchmarks.contact_sheet import sheet
+from reelstep.benchmarks.frechet import Array, features, frechet, frechet_sd, halves
 from reelstep.benchmarks.harness import Row, parser, report
 from reelstep.benchmarks.page import markdown
 from reelstep.engine.build import build_bundle
 from reelstep.engine.loop import Engine, open_engine
 from reelstep.engine.models import MODELS
 from reelstep.engine.pipelines.latent import to_pixels
-from reelstep.engine.request import Finished, Fit, Request
+from reelstep.engine.request import Finished, Fit, Request, choose
 from reelstep.engine.resolve import Ask, resolve
 from reelstep.engine.samplers.tables import SOLVERS
-from reelstep.errors import ReelstepError
+from reelstep.errors import ConfigError, ReelstepError
 from reelstep.training.field import solve
 from reelstep.training.fits import choose_prompts
 from reelstep.training.model_field import TASKS, ModelFields
 
 Frames = npt.NDArray[np.uint8]
 GROUP = 8  # requests at once
+FEWEST = 4  # samples: each half of them needs a covariance
 
 
 def ssim(a: Frames, b: Frames) -> float:
@@ -49,7 +54,7 @@ def references(fields: ModelFields, noise: torch.Tensor, tolerance: float) -> li
     """The exact videos [F, H, W, 3]."""
     decode, found = fields.programs["decode"].module, list[Frames]()
     for index in torch.arange(len(noise)).split(GROUP):
-        ends = solve(fields(index), noise[index], tolerance)
+        ends = solve(fields(index), noise[index], tolerance)[-1]
         with torch.no_grad():
             found += list(to_pixels(decode(ends).clamp(-1, 1)))
         print(f"exact solutions: {len(found)} of {len(noise)}", flush=True)
@@ -57,15 +62,15 @@ def references(fields: ModelFields, noise: torch.Tensor, tolerance: float) -> li
 
 
 def candidates(engine: Engine, ask: Ask, steps: Sequence[int]) -> list[Ask]:
-    """Every training-free solver under full guidance and every fitted one, at every NFE that it can spend; and the rules of guidance."""
+    """Every solver under full guidance, the training-free ones at every NFE that they can spend; then the rules of guidance."""
     (served,) = engine.models.values()
     found = []
     for name in served.solvers:
         if name in served.fits:
             found.append(replace(ask, solver=name, steps=None, scale=None))
             continue
-        each = SOLVERS[name].evaluations
-        found += [replace(ask, solver=name, steps=nfe // each) for nfe in steps if nfe % each == 0]
+        each, spent = SOLVERS[name].evaluations, (min(steps), max(steps)) if SOLVERS[name].stochastic else steps
+        found += [replace(ask, solver=name, steps=nfe // each) for nfe in spent if nfe % each == 0]
     for rule in served.guidance_rules:
         if rule in served.fits:
             found.append(replace(ask, guidance=rule, steps=None, scale=None))
@@ -74,8 +79,16 @@ def candidates(engine: Engine, ask: Ask, steps: Sequence[int]) -> list[Ask]:
     return found
 
 
-def measure(engine: Engine, ask: Ask, prompts: Sequence[str], truth: Sequence[Frames]) -> tuple[Row, list[Frames]] | None:
-    """One row and the videos; None for a choice that this task refuses."""
+@dataclass(frozen=True)
+class Truth:
+    """The exact videos, each [F, H, W, 3], and what the Frechet distance sees of them."""
+
+    videos: Sequence[Frames]
+    seen: Array
+
+
+def measure(engine: Engine, ask: Ask, prompts: Sequence[str], truth: Truth, full: dict[tuple[str, int], list[Frames]]) -> tuple[Row, list[Frames]] | None:
+    """One row and the videos; None for a choice that this task refuses. full: videos by solver and NFE under full guidance, to which these are added."""
     try:
         requests = [resolve(replace(ask, prompt=prompt, seed=k, request_id=f"{k}"), engine.models) for k, prompt in enumerate(prompts)]
     except ReelstepError as error:
@@ -88,30 +101,39 @@ def measure(engine: Engine, ask: Ask, prompts: Sequence[str], truth: Sequence[Fr
         seconds.append(spent / len(group))
         results += done
     videos = [done.media.frames[0] for done in results]
-    psnrs, ssims = ([compare(v, t) for v, t in zip(videos, truth, strict=True)] for compare in (psnr, ssim))
-    return row_of(requests[0], results, psnrs, ssims, seconds), videos
+    key = requests[0].solver, results[0].usage.nfe
+    if requests[0].guidance == "cfg":
+        full[key] = videos
+    return row_of(requests[0], results, videos, truth, full.get(key), seconds), videos
 
 
-def row_of(request: Request, results: Sequence[Finished], psnrs: Sequence[float], ssims: Sequence[float], seconds: Sequence[float]) -> Row:
+def row_of(
+    request: Request, results: Sequence[Finished], videos: list[Frames], truth: Truth, full: list[Frames] | None, seconds: Sequence[float]
+) -> Row:
+    psnrs, ssims = ([compare(v, t) for v, t in zip(videos, truth.videos, strict=True)] for compare in (psnr, ssim))
+    seen = features(videos)
     return {
         "solver": request.solver, "guidance": request.guidance, "nfe": results[0].usage.nfe,
         "forwards": float(np.mean([done.usage.forwards for done in results])),
         "psnr_db": float(np.mean(psnrs)), "psnr_sd_db": float(np.std(psnrs)), "ssim": float(np.mean(ssims)), "ssim_sd": float(np.std(ssims)),
+        "ssim_cfg": None if full is None else float(np.mean([ssim(v, f) for v, f in zip(videos, full, strict=True)])),
+        "frechet": frechet(seen, truth.seen), "frechet_sd": frechet_sd(seen, truth.seen),
         "seconds": float(np.median(seconds)), "seconds_sd": float(np.std(seconds)),
     }  # fmt: skip
 
 
-def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Quality over NFE by solver, and over forwards by rule of guidance."""
+def plot(path: Path, rows: Sequence[Row], own: str) -> None:
+    """Quality over NFE by solver, those fitted for one NFE each as one line, and over forwards by rule of guidance. own: the task's solver."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     by_solver, by_rule = figure.subplots(1, 2)
     lines: Mapping[Any, tuple[str, str, bool]] = {by_solver: ("solver", "nfe", True), by_rule: ("guidance", "forwards", False)}
     for axes, (label, x, full) in lines.items():
-        shown_rows = [row for row in rows if (row["guidance"] == "cfg") == full or (label == "guidance" and row["solver"] == rows[0]["solver"])]
-        for k, name in enumerate(dict.fromkeys(row[label] for row in shown_rows)):
-            mine = sorted((row[x], row["psnr_db"]) for row in shown_rows if row[label] == name)
+        shown_rows = [row for row in rows if (row["guidance"] == "cfg") == full or (label == "guidance" and row["solver"] == own)]
+        families = [re.sub(r"_\d+$", "", row[label]) for row in shown_rows]
+        for k, name in enumerate(dict.fromkeys(families)):
+            mine = sorted((row[x], row["psnr_db"]) for row, family in zip(shown_rows, families, strict=True) if family == name)
             axes.plot(*zip(*mine, strict=True), marker=".", linestyle="-" if k < 10 else "--", label=name)  # ten colours, then dashes
         axes.set_xlabel(x)
         axes.set_ylabel("PSNR to the exact solution, dB")
@@ -125,33 +147,42 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--task", default="text_to_video", choices=TASKS)
     options.add_argument("--scale", type=float, help="(the task's default)")
     options.add_argument("--nfe", type=int, nargs="+", default=[4, 6, 8, 10, 12, 16], metavar="N", help="(4 6 8 10 12 16)")
+    options.add_argument("--only", nargs="+", metavar="NAME", help="solvers and rules of guidance to compare (all)")
     options.add_argument("--samples", type=int, default=64, metavar="N", help="(%(default)s)")
     options.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (the model's own kind)")
     options.add_argument("--fitted", type=Path, action="append", default=[], metavar="FILE", help="made by `reelstep fit`; may be repeated")
     options.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="of the exact solution (%(default)g)")
     args = options.parse_args(argv)
+    if args.samples < FEWEST:
+        raise ConfigError(f"--samples {args.samples}: the Frechet distance and its noise floor need at least {FEWEST}")
     spec = MODELS[args.model]
     args.pairs = args.samples
     _, prompts = choose_prompts(args)  # the half that fits validate with: none was fitted to these
     defaults = spec.settings.defaults[args.task]
     scale = defaults.scale if args.scale is None else args.scale
     fit = Fit((args.task,), defaults.solver, defaults.schedule, defaults.steps, "cfg", {"rescale": 0.0}, scale)
-    fields = ModelFields.of(spec, spec.build(), fit, prompts)
-    truth = references(fields, fields.noise(0), args.tolerance)
     bundle = build_bundle(args.model, backend="openvino", precision=None, out=args.cache / "bench-steps.reel", cache=args.cache, fitted=args.fitted)
     engine = open_engine([bundle.path], cache=args.cache)
     ask = Ask("", scale=scale, frames=defaults.frames)
-    rows, shown_videos = list[Row](), [("the exact solution", truth[:4])]
-    for candidate in candidates(engine, ask, args.nfe):
-        if (found := measure(engine, candidate, prompts, truth)) is not None:
+    tried = candidates(engine, ask, args.nfe)
+    for name in args.only or ():
+        choose("solver or guidance", name, tuple(sorted({each.guidance or each.solver for each in tried})))
+    fields = ModelFields.of(spec, spec.build(), fit, prompts)
+    exact = references(fields, fields.noise(0), args.tolerance)
+    truth = Truth(exact, features(exact))
+    rows, shown_videos = list[Row](), [("the exact solution", exact[:4])]
+    full: dict[tuple[str, int], list[Frames]] = {}
+    for candidate in (each for each in tried if not args.only or (each.guidance or each.solver) in args.only):
+        if (found := measure(engine, candidate, prompts, truth, full)) is not None:
             row, videos = found
             rows.append(row)
             print(f"{row['solver']:>18} {row['guidance']:>12} NFE {row['nfe']:>3}  {row['psnr_db']:6.2f} dB  SSIM {row['ssim']:.3f}", flush=True)
             if row["nfe"] == 8:
                 shown_videos.append((f"{row['solver']}, {row['guidance']}, 8 NFE: {row['psnr_db']:.1f} dB", videos[:4]))
     engine.close(1.0)
-    report("steps", rows, args.seed, args.json, {"task": args.task, "scale": scale, "samples": args.samples, "reference": f"RK45 at {args.tolerance:g}"})
+    reference = {"reference": f"RK45 at {args.tolerance:g}", "frechet_between_its_halves": halves(truth.seen)}
+    report("steps", rows, args.seed, args.json, {"task": args.task, "scale": scale, "samples": args.samples, **reference})
     if args.json is not None:
         args.json.with_suffix(".md").write_text(markdown(rows, list(rows[0])) + "\n")
-        plot(args.json.with_suffix(".png"), rows)
+        plot(args.json.with_suffix(".png"), rows, defaults.solver)
         sheet([(words, [clip[::2] for clip in clips]) for words, clips in shown_videos], args.json.with_name(f"{args.json.stem}_sheet.png"))

@@ -18,16 +18,17 @@ from reelstep.compiler.compile import compile_model
 from reelstep.compiler.load import Progress, silent
 from reelstep.compiler.program import Precision
 from reelstep.engine.models import MODELS
-from reelstep.engine.models.spec import ModelSettings, ModelSpec
-from reelstep.engine.request import Fit
-from reelstep.engine.samplers.fitted import Fitted, RuleOptions
+from reelstep.engine.models.spec import GRID, ModelSettings, ModelSpec
+from reelstep.engine.request import Fit, Request, check_choice, complete, inert
+from reelstep.engine.samplers.fitted import Fitted, FittedRule, RuleOptions
 from reelstep.engine.samplers.guidance import GUIDANCE, Guidance, Rule
-from reelstep.engine.samplers.linear_ag import LinearAG
 from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import SCHEDULES
+from reelstep.engine.samplers.step_cache import PIECES, STEP_CACHES, CacheOptions
+from reelstep.engine.samplers.step_cache import Rule as CacheRule
 from reelstep.engine.samplers.tables import SOLVERS
-from reelstep.errors import ConfigError, NotFound
+from reelstep.errors import ConfigError, InvalidRequest, NotFound
 
 
 def table_name(solver: str, schedule: str, steps: int) -> str:
@@ -36,13 +37,21 @@ def table_name(solver: str, schedule: str, steps: int) -> str:
 
 
 def build_table(settings: ModelSettings, solver: str, schedule: str, steps: int) -> Table:
-    """A table made anew for this model's path."""
-    return SOLVERS[solver].build(SCHEDULES[schedule](steps), PATHS[settings.path])
+    """A table made anew for this model's path; of a distilled model on its grid, whatever the schedule. Raises ConfigError for steps that it has no grid of."""
+    times = SCHEDULES[schedule](steps) if settings.distilled is None else settings.distilled.times(steps)
+    return SOLVERS[solver].build(times, PATHS[settings.path])
 
 
 def default_tables(settings: ModelSettings) -> dict[str, Table]:
-    """The tables of a model's defaults, which go into its bundle."""
-    return {table_name(d.solver, d.schedule, d.steps): build_table(settings, d.solver, d.schedule, d.steps) for d in settings.defaults.values()}
+    """The tables of a model's defaults, or of all grids of a distilled one, which go into its bundle."""
+    grids = () if settings.distilled is None else settings.distilled.grids
+    choices = [(d.solver, d.schedule, steps) for d in settings.defaults.values() for steps in grids or (d.steps,)]
+    return {table_name(*choice): build_table(settings, *choice) for choice in choices}
+
+
+def schedules_of(settings: ModelSettings) -> tuple[str, ...]:
+    """All that can be asked for."""
+    return tuple(SCHEDULES) if settings.distilled is None else (GRID,)
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -56,18 +65,20 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def load_fitted(files: Sequence[Path], spec: ModelSpec, model_hash: str) -> dict[str, Any]:
-    """Artifacts by name, checked. Raises ConfigError naming the file that is not one, is for another model or has a name that is taken."""
+    """Artifacts by name, checked. Raises ConfigError naming the file that is not one, is for another model or has a name that is taken; any for a student."""
+    if files and spec.settings.distilled is not None:
+        raise ConfigError(f"{files[0]}: {spec.name!r} is a student of few steps and no velocity field, so nothing can be fitted to it; compile it without")
     found: dict[str, Any] = {}
     for file in files:
         try:
             fitted = Fitted.from_json(json.loads(file.read_bytes()))
             fitted.check_model(spec.name, model_hash)
-            if isinstance(fitted.artifact, LinearAG):
+            if isinstance(fitted.artifact, FittedRule):
                 fit = fitted.fit
                 fitted.artifact.check(build_table(spec.settings, fit.solver, fit.schedule, fit.steps), fit.scale)
         except (OSError, ValueError, NotFound) as error:  # of JSON and UTF-8 too; ConfigError is one
             raise ConfigError(f"{file}: {error}") from error
-        taken = (*found, *SOLVERS, *(name for name in GUIDANCE if not isinstance(fitted.artifact, RuleOptions)))
+        taken = (*found, *SOLVERS, *(name for name in GUIDANCE if not isinstance(fitted.artifact, RuleOptions | CacheOptions)))
         if fitted.name in taken:
             raise ConfigError(f"{file}: something called {fitted.name!r} is there already; fit it under another name")
         found[fitted.name] = fitted.to_json()
@@ -82,21 +93,32 @@ def build_bundle(
     out: Path,
     cache: Path | None,
     fitted: Sequence[Path] = (),
+    step_cache: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
-    """Compile the registered model `name` into the bundle `out`, with the artifacts `fitted`. Raises NotFound, ConfigError, CompileError, StorageError."""
+    """Compile the registered model `name` into the bundle `out`, with the artifacts `fitted`; step_cache: and with the pieces that step caches need.
+
+    Raises NotFound, ConfigError, CompileError, StorageError.
+    """
     spec = MODELS[name]
+    if step_cache and spec.pieces is None:
+        raise ConfigError(f"model {name!r} does not come in the pieces that a step cache needs; compile it without")
     module = spec.build()
     artifacts = load_fitted((*spec.fitted, *fitted), spec, hash_weights(module))
+    made = {key: Fitted.from_json(data) for key, data in artifacts.items()}
+    added = [*made.values()][len(spec.fitted) :]
+    if useless := [each.name for each in added if isinstance(each.artifact, CacheOptions) and not step_cache]:
+        raise ConfigError(f"{', '.join(useless)} is a fit of a step cache, which this bundle could not run; compile with --step-cache, or leave it out")
+    tables = default_tables(spec.settings) | menu_tables(ServedModel(spec.name, spec.version, spec.settings, schedules_of(spec.settings), {}, made))
     return compile_model(
         model=spec.name,
         version=spec.version,
         settings=spec.settings.to_json(),
-        programs=spec.programs(module),
+        programs=(*spec.programs(module), *(spec.pieces(module) if step_cache and spec.pieces else ())),
         backend=backend,
         precision=precision,
         out=out,
-        solvers={key: table.to_json() for key, table in default_tables(spec.settings).items()},
+        solvers={key: table.to_json() for key, table in tables.items()},
         fitted=artifacts,
         card=spec.card.read_text() if spec.card else f"# {spec.name}\n\nNo trained weights.\n",
         cache=cache,
@@ -106,7 +128,10 @@ def build_bundle(
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A loaded model, as clients see it. tables: the training-free ones of the bundle, by `table_name`; fitted: what was fitted to it."""
+    """A loaded model, as clients see it.
+
+    tables: the training-free ones of the bundle, by `table_name`; fitted: what was fitted to it; in_pieces: whether step caches can run.
+    """
 
     name: str
     version: str
@@ -114,24 +139,29 @@ class ServedModel:
     schedules: tuple[str, ...]
     tables: Mapping[str, Table]
     fitted: Mapping[str, Fitted] = field(default_factory=dict)
+    in_pieces: bool = False
 
     @property
     def solvers(self) -> tuple[str, ...]:
-        """All that can be asked for: the training-free ones and those fitted to this model."""
+        """All that can be asked for: the training-free ones and those fitted to this model; only its own of a distilled model."""
+        if self.settings.distilled is not None:
+            return tuple(dict.fromkeys(d.solver for d in self.settings.defaults.values()))
         return (*SOLVERS, *(name for name, fitted in self.fitted.items() if isinstance(fitted.artifact, Table)))
 
     @cached_property
     def fits(self) -> Mapping[str, Fit]:
         """What each fitted solver and guidance holds for."""
-        return {name: fitted.fit for name, fitted in self.fitted.items() if not isinstance(fitted.artifact, RuleOptions)}
+        return {name: fitted.fit for name, fitted in self.fitted.items() if not isinstance(fitted.artifact, RuleOptions | CacheOptions)}
 
     @cached_property
     def guidance_rules(self) -> Mapping[str, Mapping[str, float]]:
-        """All options of each rule: as calibrated for the model, else the rule's own. A fitted rule has none."""
+        """All options of each rule: as calibrated for the model, else the rule's own. A fitted rule has none. A distilled model takes no guidance."""
+        if self.settings.distilled is not None:
+            return {"none": GUIDANCE["none"].complete({})}
         artifacts = [fitted.artifact for fitted in self.fitted.values()]
         calibrated = {made.rule: made.options for made in artifacts if isinstance(made, RuleOptions)}
-        linear = {name: dict[str, float]() for name, fitted in self.fitted.items() if isinstance(fitted.artifact, LinearAG)}
-        return {name: rule.complete(calibrated.get(name, {})) for name, rule in GUIDANCE.items()} | linear
+        own = {name: dict[str, float]() for name, fitted in self.fitted.items() if isinstance(fitted.artifact, FittedRule)}
+        return {name: rule.complete(calibrated.get(name, {})) for name, rule in GUIDANCE.items()} | own
 
     def check_guidance(self, rule: str, scale: float, options: Mapping[str, float]) -> None:
         """Raises ConfigError or NotFound for what the rule does not take."""
@@ -142,14 +172,37 @@ class ServedModel:
         if name not in self.fitted or isinstance(self.fitted[name].artifact, RuleOptions):
             return GUIDANCE[name].build(scale, PATHS[self.settings.path], options)
         made = self.fitted[name].artifact
-        assert isinstance(made, LinearAG)
+        assert isinstance(made, FittedRule)
         return Guidance(name, lambda scale, path: made.rule()).build(scale, PATHS[self.settings.path], options)
+
+    @cached_property
+    def step_caches(self) -> Mapping[str, Mapping[str, float]]:
+        """All options of each step cache: as calibrated for the model, else the rule's own. None where the bundle has no pieces."""
+        artifacts = [fitted.artifact for fitted in self.fitted.values()]
+        calibrated = {made.rule: made.options for made in artifacts if isinstance(made, CacheOptions)}
+        return {name: cache.complete(calibrated.get(name, {})) for name, cache in STEP_CACHES.items()} if self.in_pieces else {}
+
+    def check_step_cache(self, request: Request) -> None:
+        """Raises ConfigError or NotFound for what the request's step cache does not take, or does not go with."""
+        self.step_cache(request)
+
+    def step_cache(self, request: Request) -> CacheRule | None:
+        """The rule of one request, None where nothing is to be skipped. Raises as `check_step_cache`."""
+        if not request.step_cache:
+            return None
+        if request.guidance in self.fits:
+            text = f"guidance {request.guidance!r} was fitted to the network's own outputs, which a step cache replaces; choose another, or no step cache"
+            raise ConfigError(text)
+        evaluations = request.steps * (1 if request.solver in self.fitted else SOLVERS[request.solver].evaluations)
+        return STEP_CACHES[request.step_cache].build(evaluations, GUIDANCE[request.guidance].measures, request.step_cache_options)
 
     @classmethod
     def of(cls, bundle: Bundle) -> ServedModel:
         tables = {key: Table.from_json(data) for key, data in bundle.solvers.items()}
         fitted = {name: Fitted.from_json(data) for name, data in bundle.fitted.items()}
-        return cls(bundle.plan.model, bundle.plan.version, ModelSettings.from_json(bundle.settings), tuple(SCHEDULES), tables, fitted)
+        in_pieces = {*PIECES} <= {program for program, _ in bundle.signatures}
+        settings = ModelSettings.from_json(bundle.settings)
+        return cls(bundle.plan.model, bundle.plan.version, settings, schedules_of(settings), tables, fitted, in_pieces)
 
     def table(self, solver: str, schedule: str, steps: int) -> Table:
         """The bundle's table where it has this one, else a new one. A fitted solver has times of its own, whatever the schedule."""
@@ -158,3 +211,24 @@ class ServedModel:
             assert isinstance(made, Table)
             return made
         return self.tables.get(table_name(solver, schedule, steps)) or build_table(self.settings, solver, schedule, steps)
+
+
+def menu_tables(served: ServedModel) -> dict[str, Table]:
+    """The training-free tables of all menus, which go into the bundle too.
+
+    Raises ConfigError for the first entry that no request could run: it names what is not in the bundle, or parts that do not go together.
+    """
+    found, student = dict[str, Table](), served.settings.distilled
+    for task, defaults in served.settings.defaults.items():
+        for quality in defaults.qualities:
+            try:
+                if student is not None and (bad := inert(defaults.menu[quality], defaults, student)):
+                    raise InvalidRequest(bad)
+                choice = complete(defaults.menu[quality], task, defaults, served)
+                check_choice(choice, served.settings.limits, served)
+                if choice.solver not in served.fitted:
+                    found[table_name(choice.solver, choice.schedule, choice.steps)] = served.table(choice.solver, choice.schedule, choice.steps)
+            except (ConfigError, NotFound, InvalidRequest) as error:
+                text = f"{quality!r} in the menu of {served.name!r} for {task}: {error}; add the fit that it names, or change it in the model's file"
+                raise ConfigError(text) from error
+    return found

@@ -68,10 +68,11 @@ class PreviewFile:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a result took. Seconds; see proto Usage for what NFE and forwards count."""
+    """What a result took. Seconds; see proto Usage for what NFE, forwards and cached count."""
 
     nfe: int
     forwards: int
+    cached: int
     queue_s: float
     compute_s: Mapping[str, float]  # by program
 
@@ -88,6 +89,8 @@ class Generation:
     steps: int
     guidance: str
     scale: float
+    quality: str  # that was asked for and chose the above; empty for none
+    step_cache: str  # empty for none
     artifacts: tuple[Artifact, ...]
     usage: Cost
 
@@ -118,6 +121,9 @@ class Options(TypedDict, total=False):
     schedule: str | None
     guidance: str | None  # a rule
     guidance_options: Mapping[str, float] | None  # of the rule
+    quality: str | None  # draft, standard or best, in place of steps, scale, solver, schedule and guidance
+    step_cache: str | None  # a rule
+    step_cache_options: Mapping[str, float] | None  # of that rule
     media_type: str | None
     preview_every: int | None  # steps between previews
     request_id: str | None  # a UUID
@@ -134,8 +140,9 @@ def build_request(prompt: str, options: Options) -> pb.GenerateRequest:
     set_field(request.preview, "every_steps", given.pop("preview_every", 0))
     if isinstance(image := given.get("image"), Path):
         given["image"] = read_image(image)
-    for option, value in given.pop("guidance_options", {}).items():
-        set_option(request.spec, option, value)
+    for field in ("guidance_options", "step_cache_options"):
+        for option, value in given.pop(field, {}).items():
+            set_option(request.spec, field, option, value)
     for name, value in {"prompt": prompt, **given}.items():
         set_field(request.spec, SPEC_NAMES.get(name, name), value)
     return request
@@ -150,11 +157,11 @@ def set_field(message: pb.GenerationSpec | pb.GenerateRequest | pb.PreviewPolicy
         raise InvalidRequest([FieldViolation(field, f"{value!r:.80} cannot be sent: {error}")]) from error
 
 
-def set_option(spec: pb.GenerationSpec, option: str, value: Any) -> None:
+def set_option(spec: pb.GenerationSpec, field: str, option: str, value: Any) -> None:
     try:
-        spec.guidance_options[option] = value
+        getattr(spec, field)[option] = value
     except (ValueError, TypeError) as error:
-        raise InvalidRequest([FieldViolation("guidance_options", f"{option!r:.80}: {value!r:.80} cannot be sent: {error}")]) from error
+        raise InvalidRequest([FieldViolation(field, f"{option!r:.80}: {value!r:.80} cannot be sent: {error}")]) from error
 
 
 def read_image(path: Path) -> bytes:
@@ -224,8 +231,10 @@ class Assembler:
             steps=job.spec.steps,
             guidance=usage.guidance_rule,
             scale=usage.guidance,
+            quality=usage.quality,
+            step_cache=usage.step_cache,
             artifacts=tuple(self._done),
-            usage=Cost(usage.nfe, usage.forwards, seconds(usage.queue), {name: seconds(span) for name, span in usage.compute.items()}),
+            usage=Cost(usage.nfe, usage.forwards, usage.cached, seconds(usage.queue), {name: seconds(span) for name, span in usage.compute.items()}),
         )
 
 

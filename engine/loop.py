@@ -177,7 +177,8 @@ class Engine:
         try:
             served = self.models[request.model]
             table = served.table(request.solver, request.schedule, request.steps)
-            job = Job(request, served.settings, table, served.rule(request.guidance, request.scale, request.guidance_options))
+            rule = served.rule(request.guidance, request.scale, request.guidance_options)
+            job = Job(request, served.settings, table, rule, served.step_cache(request))
             running.pipeline = PIPELINES[request.task](job, running.state)
             self._advance(running, None)
         except ReelstepError as error:
@@ -242,8 +243,8 @@ class Engine:
 
     def _finish(self, running: Running, media: Media) -> None:
         assert running.started is not None
-        runs = [run.guidance for run in running.state.runs]
-        usage = Usage(max(g.nfe for g in runs), max(g.forwards for g in runs), running.started - running.arrival, dict(running.compute_s))
+        most = max(running.state.runs, key=lambda run: run.forwards)
+        usage = Usage(most.guidance.nfe, most.forwards, most.cached, running.started - running.arrival, dict(running.compute_s))
         self._request_s = 0.8 * self._request_s + 0.2 * (time.monotonic() - running.started)
         self._forget(running)
         self._tell(running, Finished(media, usage))
@@ -312,20 +313,21 @@ def open_engine(
     engine = Engine(models, Inline(runners), max_running=max_running, max_queued=max_queued, on_batch=on_batch)
     for model in models.values():
         for task in model.settings.tasks:
-            warm_up(engine, model, task)
+            for step_cache in ("", *model.step_caches):
+                warm_up(engine, model, task, step_cache)
     return engine
 
 
-def warm_up(engine: Engine, model: ServedModel, task: str) -> None:
-    """One request of one step, at scale 2 so that both branches of guidance run."""
+def warm_up(engine: Engine, model: ServedModel, task: str, step_cache: str) -> None:
+    """One request at scale 2, so that both branches of guidance run: of one step, or with a step cache of three, of which it skips the second."""
     defaults, limits = model.settings.defaults[task], model.settings.limits
     width, height = limits.sizes[0]
     image = np.full((height, width, 3), 255, np.uint8) if task == "animate_sticker" else None
     request = Request(
         id=f"warm-up {model.name} {task}", model=model.name, task=task, prompt="warm up", negative_prompt="", seed=0, count=1,
-        width=width, height=height, frames=defaults.frames, frames_per_second=defaults.frames_per_second, steps=1, scale=2.0,
-        solver=defaults.solver, schedule=defaults.schedule, guidance="cfg", guidance_options={}, image=image, preview_every=0,
-        priority=0, deadline=math.inf,
+        width=width, height=height, frames=defaults.frames, frames_per_second=defaults.frames_per_second, steps=3 if step_cache else 1, scale=2.0,
+        solver=defaults.solver, schedule=defaults.schedule, guidance="cfg", guidance_options={}, step_cache=step_cache,
+        step_cache_options={"threshold": 10.0} if step_cache else {}, image=image, preview_every=0, priority=0, deadline=math.inf,
     )  # fmt: skip
     done = threading.Event()
     failures: list[ReelstepError] = []

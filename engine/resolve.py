@@ -1,4 +1,4 @@
-"""From what was asked to a complete Request: the one place where defaults are filled in, for the service and for `sample` alike."""
+"""From what was asked to a complete Request: the one place where that is done, for the service and for `sample` alike."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 from uuid import uuid4
 
 from reelstep.engine.media import ENCODERS, STILL_TYPES, decode_picture
-from reelstep.engine.request import Defaults, Event, Fit, Limits, Request, check, validate
-from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, NotFound, UnsupportedRequest, unknown
+from reelstep.engine.request import Asked, Defaults, Event, Limits, Offer, Request, Student, check_choice, choose, complete, given, inert, origin, validate
+from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, NotFound, UnsupportedRequest
 
 DEFAULT_MEDIA_TYPE = "video/mp4"
 DRAWN_SEED_BITS = 31  # short enough to be typed again
@@ -26,9 +26,12 @@ class Settings(Protocol):
     def limits(self) -> Limits: ...
     @property
     def defaults(self) -> Mapping[str, Defaults]: ...
+    @property
+    def distilled(self) -> Student | None:
+        """Of a student of few steps."""
 
 
-class Served(Protocol):
+class Served(Offer, Protocol):
     """A loaded model, as the edge sees it."""
 
     @property
@@ -38,19 +41,11 @@ class Served(Protocol):
     @property
     def settings(self) -> Settings: ...
     @property
-    def solvers(self) -> tuple[str, ...]: ...
-    @property
-    def schedules(self) -> tuple[str, ...]: ...
-    @property
-    def guidance_rules(self) -> Mapping[str, Mapping[str, float]]:
-        """All options of each rule, as this model has them where a request is silent."""
+    def step_caches(self) -> Mapping[str, Mapping[str, float]]:
+        """All options of each rule, as this model has them where a request is silent. Empty for a model that can run none."""
 
-    @property
-    def fits(self) -> Mapping[str, Fit]:
-        """What each fitted solver or guidance holds for. One that is not here holds for everything."""
-
-    def check_guidance(self, rule: str, scale: float, options: Mapping[str, float]) -> None:
-        """Raises ConfigError or NotFound for what the rule does not take."""
+    def check_step_cache(self, request: Request) -> None:
+        """Raises ConfigError or NotFound for what the rule does not take, or does not go with."""
 
 
 class Engine(Protocol):
@@ -88,6 +83,9 @@ class Ask:
     schedule: str = ""
     guidance: str = ""
     guidance_options: Mapping[str, float] = field(default_factory=dict)
+    quality: str = ""  # an entry of the model's menu, in place of the six choices above
+    step_cache: str = ""  # empty for none
+    step_cache_options: Mapping[str, float] = field(default_factory=dict)
     image: bytes | None = None
     media_type: str = ""
     preview_every: int = 0
@@ -98,18 +96,18 @@ class Ask:
 def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
     """Fill every open choice, decode the picture and check all of it. No network runs before this has passed.
 
-    Raises NotFound (model, solver, schedule), UnsupportedRequest (task), InvalidRequest (all other fields, all at once).
+    Raises NotFound (model, quality, solver, schedule, guidance, step cache), UnsupportedRequest (task, step cache), InvalidRequest (all other
+    fields, all at once).
     """
     check_text(ask)
     served = choose_model(ask.model, models)
     task = choose_task(ask, served)
     settings = served.settings
     defaults = settings.defaults[task]
-    named = [name for name in (ask.solver or defaults.solver, ask.guidance or defaults.guidance) if name in served.fits]
-    own = Fit((task,), defaults.solver, defaults.schedule, defaults.steps, defaults.guidance, {}, defaults.scale)
-    fit = served.fits[named[0]] if named else own
-    guidance = choose("guidance", ask.guidance or fit.guidance, tuple(served.guidance_rules))
+    check_inert(ask, defaults, settings.distilled)
+    choice = complete(from_menu(ask, task, served) if ask.quality else ask, task, defaults, served)
     width, height = choose_size(ask.width, ask.height, settings.limits)
+    step_cache, step_cache_options = choose_step_cache(ask, served)
     request = Request(
         id=ask.request_id or str(uuid4()),
         model=served.name,
@@ -122,36 +120,30 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
         height=height,
         frames=given(ask.frames, defaults.frames),
         frames_per_second=given(ask.frames_per_second, defaults.frames_per_second),
-        steps=given(ask.steps, fit.steps),
-        scale=given(ask.scale, 1.0 if guidance == "none" else fit.scale),
-        solver=choose("solver", ask.solver or fit.solver, served.solvers),
-        schedule=choose("schedule", ask.schedule or fit.schedule or defaults.schedule, served.schedules),
-        guidance=guidance,
-        guidance_options={**served.guidance_rules[guidance], **(fit.guidance_options if guidance == fit.guidance else {}), **ask.guidance_options},
+        steps=choice.steps,
+        scale=choice.scale,
+        solver=choice.solver,
+        schedule=choice.schedule,
+        guidance=choice.guidance,
+        guidance_options=choice.guidance_options,
+        step_cache=step_cache,
+        step_cache_options=step_cache_options,
         image=None,
         preview_every=ask.preview_every,
         priority=0,
         deadline=ask.deadline,
     )
     validate(request, settings.limits)
-    check_guidance(request, served)
-    for name in named:
-        check_fit(name, request, served.fits[name])
+    check_choice(choice, settings.limits, served)
+    check_step_cache(request, served)
     if ask.image is None:
         return request
     return replace(request, image=decode_picture(ask.image, settings.limits))
 
 
-T = TypeVar("T")
-
-
-def given(value: T | None, default: T) -> T:
-    return default if value is None else value
-
-
 def check_text(ask: Ask) -> None:
     """A lone surrogate is how Python holds bytes that were not UTF-8 (a command line, JSON); no tokenizer can take it."""
-    names = ("prompt", "negative_prompt", "model", "solver", "schedule", "guidance")
+    names = ("prompt", "negative_prompt", "model", "quality", "solver", "schedule", "guidance", "step_cache")
     bad = [FieldViolation(name, "is not UTF-8 text; send it as UTF-8") for name in names if not is_utf8(getattr(ask, name))]
     if ask.media_type and ask.media_type not in ENCODERS:
         bad.append(FieldViolation("output_media_type", f"{ask.media_type[:80]!r} cannot be written; one of: {', '.join(sorted(ENCODERS))}"))
@@ -161,12 +153,6 @@ def check_text(ask: Ask) -> None:
 
 def is_utf8(text: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def choose(kind: str, name: str, known: tuple[str, ...]) -> str:
-    if name not in known:
-        raise unknown(kind, name[:80], known)
-    return name
 
 
 def choose_model(name: str, models: Mapping[str, Served]) -> Served:
@@ -189,32 +175,60 @@ def choose_task(ask: Ask, served: Served) -> str:
     return task
 
 
-def check_guidance(request: Request, served: Served) -> None:
-    """Scale and options that a rule does not take, or that do not go together."""
-    try:
-        served.check_guidance(request.guidance, request.scale, request.guidance_options)
-    except (ConfigError, NotFound) as error:
-        raise InvalidRequest([FieldViolation("guidance_options" if isinstance(error, NotFound) else "guidance", str(error))]) from error
-
-
-def check_fit(name: str, request: Request, fit: Fit) -> None:
-    """What is fitted is for the field it was fitted to."""
-    asked = [
-        ("solver", request.solver, fit.solver),
-        ("schedule", request.schedule, fit.schedule or request.schedule),
-        ("steps", request.steps, fit.steps),
-        ("guidance", request.scale, fit.scale),
-        ("guidance_rule", request.guidance, fit.guidance),
-        ("guidance_options", request.guidance_options if request.guidance == fit.guidance else fit.guidance_options, fit.guidance_options),
-    ]
-    bad = [
-        FieldViolation(field, f"{wanted!r}, but {name!r} was fitted with {fitted!r}; leave it out, or choose something else than {name!r}")
-        for field, wanted, fitted in asked
-        if wanted != fitted
-    ]
-    check(bad, request.task in fit.tasks, "solver", f"{name!r} was fitted for {', '.join(fit.tasks)}, not for {request.task}; choose another")
+def check_inert(ask: Ask, defaults: Defaults, student: Student | None) -> None:
+    """Raises InvalidRequest for all that a student of few steps does not heed."""
+    if student is None:
+        return
+    bad = inert(ask, defaults, student)
+    if ask.negative_prompt:
+        text = f"{origin(student)} and never asks what it steers away from, so this is inert here; leave it out, or ask {student.teacher!r}"
+        bad.append(FieldViolation("negative_prompt", text))
+    if ask.step_cache:
+        text = f"{ask.step_cache[:80]!r}: {origin(student)}, and its few steps have too little in common to skip one; leave it out, or ask {student.teacher!r}"
+        bad.append(FieldViolation("step_cache", text))
     if bad:
         raise InvalidRequest(bad)
+
+
+def from_menu(ask: Ask, task: str, served: Served) -> Asked:
+    """The entry of the quality that was asked for. Raises InvalidRequest where the request also chooses what the entry does, NotFound where there is none."""
+    own = {
+        "solver": ask.solver,
+        "schedule": ask.schedule,
+        "steps": ask.steps,
+        "guidance": ask.scale,
+        "guidance_rule": ask.guidance,
+        "guidance_options": ask.guidance_options,
+    }
+    if chosen := [name for name, value in own.items() if value not in (None, "", {})]:
+        text = f"{ask.quality[:80]!r} chooses {', '.join(own)} by itself; leave quality out, or else {', '.join(chosen)}"
+        raise InvalidRequest([FieldViolation("quality", text)])
+    defaults = served.settings.defaults[task]
+    if ask.quality not in defaults.menu:
+        known = ", ".join(defaults.qualities) or "none"
+        raise NotFound(f"model {served.name!r} has no quality {ask.quality[:80]!r} for {task}; it has: {known}; without one, the task's defaults are used")
+    return defaults.menu[ask.quality]
+
+
+def choose_step_cache(ask: Ask, served: Served) -> tuple[str, Mapping[str, float]]:
+    """The rule and all its options; an empty name and none without a step cache."""
+    if not ask.step_cache:
+        if ask.step_cache_options:
+            raise InvalidRequest([FieldViolation("step_cache_options", "without a step cache; name one in step_cache, or leave them out")])
+        return "", {}
+    if not served.step_caches:
+        text = f"model {served.name!r} was compiled without what a step cache needs; leave step_cache out, or serve a bundle compiled with --step-cache"
+        raise UnsupportedRequest(text)
+    name = choose("step cache", ask.step_cache, tuple(served.step_caches))
+    return name, {**served.step_caches[name], **ask.step_cache_options}
+
+
+def check_step_cache(request: Request, served: Served) -> None:
+    """Options that a step cache does not take, and what it does not go with."""
+    try:
+        served.check_step_cache(request)
+    except (ConfigError, NotFound) as error:
+        raise InvalidRequest([FieldViolation("step_cache_options" if isinstance(error, NotFound) else "step_cache", str(error))]) from error
 
 
 def choose_size(width: int | None, height: int | None, limits: Limits) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from reelstep import __main__ as cli
-from reelstep.tests.engine.service.fake_engine import FakeEngine
+from reelstep.tests.engine.service.fake_engine import FakeEngine, FakeModel
 from reelstep.tests.engine.service.in_process import Served, served, wait_until
 
 
@@ -44,6 +44,40 @@ def test_generate_writes_the_file_and_prints_seed_and_cost(fake: Served, tmp_pat
     assert "NFE 6, forwards 12; queue 0.25 s; compute 2.00 s" in printed
 
 
+def test_generate_and_sample_take_a_quality_and_print_what_it_chose(
+    fake: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "load_engine", lambda *_, **__: FakeEngine())
+    out = str(tmp_path / "fox.webp")
+    for command in (["generate", "--server", fake.address], ["sample", "fake.reel"]):
+        assert cli.main([*command, "a fox", "-o", out, "--quality", "standard"]) == 0
+        assert "fake text_to_video, standard: heun on linear, 5 steps, gate at scale 3\n" in capsys.readouterr().out
+        assert cli.main([*command, "a fox", "-o", out, "--quality", "standard", "--guidance-option", "stop=0.5"]) == 2
+        assert "leave quality out, or else guidance_options" in capsys.readouterr().err
+
+
+def test_generate_and_sample_take_a_step_cache_and_print_what_it_skipped(
+    fake: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "load_engine", lambda *_, **__: FakeEngine())
+    out = str(tmp_path / "fox.webp")
+    for command in (["generate", "--server", fake.address], ["sample", "fake.reel"]):
+        assert cli.main([*command, "a fox", "-o", out, "--steps", "6", "--step-cache", "skip", "--step-cache-option", "threshold=0.5"]) == 0
+        printed = capsys.readouterr().out
+        assert "cfg at scale 3, step cache skip\n" in printed
+        assert "NFE 6, forwards 6, cached 6; queue" in printed
+        assert cli.main([*command, "a fox", "-o", out, "--step-cache", "skip", "--step-cache-option", "treshold=0.5"]) == 2
+        assert "unknown option ['treshold']" in capsys.readouterr().err
+
+
+def test_a_menu_is_printed_a_line_for_each_quality_with_what_was_measured() -> None:
+    assert cli.describe_menus(FakeModel()).splitlines()[:3] == [
+        "text_to_video draft: bns_6 on linear, 6 steps, cfg at scale 2.5; 12 forwards, 30.50 dB, SSIM 0.8750 (reelstep bench steps)",
+        "text_to_video standard: heun on linear, 5 steps, gate at scale 3; 14.5 forwards, 31.00 dB, SSIM 0.9000, Frechet distance 0.25 (the same)",
+        "text_to_video best: euler on quadratic, 50 steps, cfg at scale 4; 100 forwards, 40.00 dB, SSIM 0.9900, Frechet distance 0 (the same)",
+    ]
+
+
 def test_count_writes_numbered_files(fake: Served, tmp_path: Path) -> None:
     assert generate(fake, "a fox", "-o", str(tmp_path / "fox.png"), "--count", "3", "--seed", "1") == 0
     assert sorted(os.listdir(tmp_path)) == ["fox-0.png", "fox-1.png", "fox-2.png"]
@@ -61,6 +95,8 @@ def test_count_writes_numbered_files(fake: Served, tmp_path: Path) -> None:
         (["a fox", "-o", "out.mp4", "--scale", "nan"], "guidance: nan"),
         (["a fox", "-o", "out.mp4", "--size", "63x64"], "63x64 was not compiled"),
         (["a fox", "-o", "out.mp4", "--solver", "magic"], "known: bns_6, euler, heun"),
+        (["a fox", "-o", "out.mp4", "--quality", "magic"], "it has: draft, standard, best"),
+        (["a fox", "-o", "out.mp4", "--quality", "draft", "--steps", "3"], "leave quality out, or else steps"),
         (["a fox", "-o", "out.mp4", "--model", "magic"], "known: fake"),
         (["a fox", "-o", "out.mp4", "--image", "none.png"], "cannot read none.png"),
     ],

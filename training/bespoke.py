@@ -23,10 +23,8 @@ import torch
 from torch import Tensor
 
 from reelstep.engine.samplers.fold import Rule, fold
-from reelstep.engine.samplers.ns import Table, drive, sample, start
+from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import CONDOT
-from reelstep.engine.samplers.schedules import shifted
-from reelstep.engine.samplers.tables import SOLVERS
 from reelstep.errors import ConfigError
 from reelstep.training import checkpoint
 from reelstep.training.field import Field, Fields, Fit, Pairs, at_number, validate
@@ -156,6 +154,18 @@ class Paths:
         if sizes[0] != sizes[1] or sizes[0][0] != len(self.times):
             raise ConfigError(f"stored paths: {len(self.times)} times, states and velocities {sizes}; one of each at every time")
 
+    @classmethod
+    @torch.no_grad()
+    def of(cls, field: Field, states: Tensor) -> Paths:
+        """From exact states [P, B, ...] at equally spaced times, asking the field for the velocity at each, also at t = 1.
+
+        Raises ConfigError below 33 points, where interpolation would be what a fit sees.
+        """
+        if len(states) < 33:
+            raise ConfigError(f"{len(states)} points of a stored path; at least 33")
+        times = tuple(k / (len(states) - 1) for k in range(len(states)))
+        return cls(field, times, states, torch.stack([at_number(field, x.dtype, x, t).to(x.dtype) for x, t in zip(states, times, strict=True)]))
+
     def at(self, t: float) -> tuple[Tensor, Tensor]:
         """States and velocities [B, ...] at any time, by cubic Hermite interpolation: its error falls with the gap's 4th power, a line's with its 2nd."""
         k = min(bisect_right(self.times, t), len(self.times) - 1)
@@ -171,32 +181,6 @@ class Paths:
         held = t.detach()
         x, u = self.at(float(held))
         return x + (t - held) * u
-
-
-@torch.no_grad()
-def reference_paths(field: Field, noise: Tensor, points: int = 64) -> Paths:
-    """The way of each noise [B, ...] by classical Runge-Kutta through `points` times, twice as dense at the data as on average. Four velocities each.
-
-    The field is asked at t = 1 too. A path takes 2 points times the memory of its noise; for many, make batches, which `fit_bespoke` takes one by one.
-    Raises ConfigError below 40 points, where interpolation would be what a fit sees.
-    """
-    if points < 40:
-        raise ConfigError(f"points={points} of a reference path; at least 40")
-    times = shifted(points - 1, 0.5)
-    table = SOLVERS["rk4"].build(times, CONDOT)
-    state = start(table, noise)
-    states, velocities = [], []
-
-    def answer(x: Tensor, t: float) -> Tensor:
-        u = at_number(field, x.dtype, x, t)
-        if state.step % 4 == 0:
-            states.append(x)
-            velocities.append(u.to(x.dtype))
-        return u
-
-    end = drive(sample(table, state), answer)
-    last = at_number(field, end.dtype, end, 1.0).to(end.dtype)
-    return Paths(field, times, torch.stack([*states, end]), torch.stack([*velocities, last]))
 
 
 def weights(transform: ScaleTime[Tensor], lipschitz: float) -> list[Tensor]:
@@ -270,7 +254,7 @@ def fit_bespoke(
     """
     base = Bespoke.base(options.kind, options.steps)
     if not train:
-        raise ConfigError("a fit needs reference paths; make at least one batch of them with reference_paths()")
+        raise ConfigError("a fit needs reference paths; make at least one batch of them with Paths.of()")
     raw = torch.zeros(4, len(base.d_t), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([raw], lr=options.rate)
     if saved is not None and (found := checkpoint.load(saved)) is not None:

@@ -1,18 +1,21 @@
 """Bespoke non-stationary (BNS) solvers: all times and coefficients of a table, fitted to one velocity field.
 
 The loss is the mean over samples of the logarithm of their mean square error at the end of the rollout, so easy samples keep
-pulling; the gradient runs through every velocity. It starts from a midpoint or Euler table in the coordinates of a larger source
-(sigma_0), and gives back the iterate that validates best, the start among them. A last polish solves for the final row, in which the result is
-linear. Shaul et al. 2024, arXiv:2403.01329.
+pulling; the gradient runs through every velocity. A fit gives back the iterate that validates best, the start among them. A last polish solves for
+the final row, in which the result is linear. Shaul et al. 2024, arXiv:2403.01329.
+
+The paper starts from a midpoint or Euler table in the coordinates of a larger source (`initial_table`). `solve_rows` is ours: from the times of such a
+table it solves for one row after the other, and is so near to the end of a fit that a few tens of iterations do for a network.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path as File
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,18 +30,23 @@ from reelstep.training.field import Field, Fields, Fit, Pairs, validate
 from reelstep.training.learning_rate import learning_rate
 
 FLOOR = 1e-12  # of a mean square error, so that a perfect sample does not rule the mean of logarithms
-POLISH_ROUNDS = 5
+REWEIGHTINGS = 5
+HELD_BACK = 1e-6  # share of the greatest eigenvalue; below it lies what rounding does
 POLISHED = -1
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a fit runs. batch: pairs of one step; rows: of one forward and backward, to bound memory."""
+    """How a fit runs. batch: pairs of one step; rows: of one forward and backward, to bound memory.
+
+    rate: how far one step of Adam moves a state, as a share of the start's error. times_rate: how far it moves the logarithm of a gap between times.
+    """
 
     iterations: int = 400
     batch: int = 32
     rows: int = 8
-    rate: float = 3e-3
+    rate: float = 0.05
+    times_rate: float = 0.02
     validate_every: int = 20
     seed: int = 0
 
@@ -81,37 +89,133 @@ def initial_table(nfe: int, path: Path, sigma_0: float = 1.0) -> Table:
     return Table("bns", path.name, stages, tuple(t for t, *_ in at), a, b)
 
 
-class Solver(nn.Module):
-    """The free numbers of a table, float64: increments of its times through a softmax, so that they stay in order; a; b."""
+@torch.no_grad()
+def solve_rows(table: Table, fields: Fields, pairs: Pairs, rows: int) -> Table:
+    """A table of the same times, of which each row in turn brings the states nearest to the exact ones at the next time.
 
-    def __init__(self, table: Table) -> None:
+    From the states that the rows before it reach, so it makes good what they left. As many forwards as one run; no gradient.
+    """
+    x, basis, table_rows = pairs.noise, [pairs.noise], list[list[float]]()
+    for t, end in pairwise(table.times):
+        basis.append(evaluate(fields, x, torch.tensor(t, dtype=x.dtype), rows))
+        row = Moments.of(torch.stack(basis, 1), pairs.at(end)).nearest_row()
+        table_rows.append(row.tolist())
+        x = combine(row, basis)
+    return with_rows(replace(table, order=1), table_rows)
+
+
+def evaluate(fields: Fields, x: Tensor, t: Tensor, rows: int) -> Tensor:
+    """Velocities of all samples, `rows` at once."""
+    return torch.cat([fields(index)(x[index], t) for index in torch.arange(len(x)).split(rows)])
+
+
+def combine(row: Tensor, basis: Sequence[Tensor]) -> Tensor:
+    """The state that a row makes of (noise, u_0, u_1, ...), summed left to right in their dtype."""
+    weights = row.to(basis[0].dtype).unbind(0)
+    x = weights[0] * basis[0]
+    for weight, part in zip(weights[1:], basis[1:], strict=True):
+        x = x + weight * part
+    return x
+
+
+def with_rows(table: Table, rows: Sequence[Sequence[float]]) -> Table:
+    """The table with other coefficients: each row is a[i], b[i][0], ..., b[i][i]."""
+    return replace(table, a=tuple(row[0] for row in rows), b=tuple(tuple(row[1:]) for row in rows))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What least squares on one row needs, of each sample, mean over coordinates in float64. gram: [B, i + 2, i + 2] of (noise, u_0, ..., u_i)."""
+
+    gram: Tensor
+    target: Tensor  # [B, i + 2], with the wanted state
+    energy: Tensor  # [B], of the wanted state
+
+    @classmethod
+    def of(cls, basis: Tensor, wanted: Tensor) -> Moments:
+        """basis: [B, i + 2, ...]; wanted: [B, ...]."""
+        flat, ends = basis.flatten(2).double(), wanted.flatten(1).double()
+        count = ends.shape[1]
+        return cls(flat @ flat.mT / count, (flat @ ends[:, :, None])[:, :, 0] / count, ends.square().mean(1))
+
+    def errors(self, row: Tensor) -> Tensor:
+        """Mean square error of each sample, [B]."""
+        return (self.energy - 2 * self.target @ row + torch.einsum("i,bij,j->b", row, self.gram, row)).clamp_min(FLOOR)
+
+    def nearest_row(self) -> Tensor:
+        """[i + 2], of the least mean of logarithms of errors: least squares with each sample weighted by 1 / its error, a few times over.
+
+        Each round lowers that mean, since the logarithm lies under its tangent.
+        """
+        weight = torch.ones_like(self.energy)
+        for _ in range(1 + REWEIGHTINGS):
+            gram, target = (weight[:, None, None] * self.gram).sum(0), (weight[:, None] * self.target).sum(0)
+            row = torch.linalg.lstsq(gram, target, driver="gelsd").solution
+            weight = 1 / self.errors(row)
+        return row
+
+
+class Solver(nn.Module):
+    """The free numbers of a table, float64: increments of its times through a softmax, so that they stay in order; and its rows.
+
+    A row is a[i], b[i][0], ..., b[i][i]. Neighbouring velocities are nearly collinear, so that steps on the coefficients themselves would go nowhere:
+    free are moves from the table's rows, in coordinates where each changes the state by its own size, root mean square. scales: from moves to
+    coefficients, [i + 2, i + 2] for each row, of `scales`.
+    """
+
+    def __init__(self, table: Table, scales: Sequence[Tensor]) -> None:
         super().__init__()
         steps = [max(t - s, 1e-6) for s, t in pairwise(table.times)]
-        self.origin = table
+        self.origin, self.scales = table, scales
         self.increments = nn.Parameter(torch.tensor(steps, dtype=torch.float64).log())
-        self.a = nn.Parameter(torch.tensor(table.a, dtype=torch.float64))
-        self.b = nn.ParameterList(torch.tensor(row, dtype=torch.float64) for row in table.b)
+        self.moves = nn.ParameterList(torch.zeros(len(scale), dtype=torch.float64) for scale in scales)
 
     def times(self) -> Tensor:
         """[n + 1], from 0 to 1."""
         return torch.cat([torch.zeros(1, dtype=torch.float64), torch.softmax(self.increments, 0).cumsum(0)])
 
-    def forward(self, field: Field, noise: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The end of the rollout and the velocities on the way."""
-        times, x = self.times().to(noise.dtype), noise
-        velocities: list[Tensor] = []
-        for i, row in enumerate(self.b):
-            velocities.append(field(x, times[i]))
-            x = self.a[i].to(noise.dtype) * noise
-            for weight, u in zip(row.to(noise.dtype).unbind(0), velocities, strict=True):
-                x = x + weight * u
-        return x, velocities
+    def rows(self) -> list[Tensor]:
+        starts = (torch.tensor([a, *b], dtype=torch.float64) for a, b in zip(self.origin.a, self.origin.b, strict=True))
+        return [start + scale @ move for start, scale, move in zip(starts, self.scales, self.moves, strict=True)]
+
+    def forward(self, field: Field, noise: Tensor) -> Tensor:
+        """The end of the rollout."""
+        times, x, basis = self.times().to(noise.dtype), noise, [noise]
+        for t, row in zip(times, self.rows(), strict=False):
+            basis.append(field(x, t))
+            x = combine(row, basis)
+        return x
 
     def table(self) -> Table:
         """As it is now. The first and last time are exact."""
         times = self.times().detach().clamp(0, 1).tolist()
-        rows = tuple(tuple(row.tolist()) for row in self.b)
-        return Table(self.origin.name, self.origin.path, 1, (0.0, *times[1:-1], 1.0), tuple(self.a.tolist()), rows)
+        made = with_rows(self.origin, [row.tolist() for row in self.rows()])
+        return replace(made, order=1, times=(0.0, *times[1:-1], 1.0))
+
+
+@torch.no_grad()
+def scales(table: Table, fields: Fields, pairs: Pairs, rows: int) -> list[Tensor]:
+    """For each row, what turns moves into coefficients: over all samples of a run, a move of size 1 changes the state by 1, root mean square.
+
+    From the eigenvectors of the inner products of noise and velocities; directions in which these hardly differ are held back.
+    """
+    basis = run(table, fields, pairs.noise, rows)
+    gram = Moments.of(basis, pairs.noise).gram.mean(0).nan_to_num()  # a field that is not finite is told of at the first step, by its loss
+    found = []
+    for size in range(2, table.n + 2):
+        values, vectors = torch.linalg.eigh(gram[:size, :size])
+        found.append(vectors / values.clamp_min(HELD_BACK * float(values[-1])).sqrt())
+    return found
+
+
+@torch.no_grad()
+def run(table: Table, fields: Fields, noise: Tensor, rows: int) -> Tensor:
+    """Noise and the velocities of a run, [B, n + 1, ...]."""
+    x, basis = noise, [noise]
+    for t, a, b in zip(table.times, table.a, table.b, strict=False):
+        basis.append(evaluate(fields, x, torch.tensor(t, dtype=x.dtype), rows))
+        x = combine(torch.tensor([a, *b], dtype=torch.float64), basis)
+    return torch.stack(basis, 1)
 
 
 def log_error(x: Tensor, truth: Tensor) -> Tensor:
@@ -136,16 +240,22 @@ def fit_bns(
     if initial.noise or any(s >= t for s, t in pairwise(initial.times)) or initial.times[0] != 0 or initial.times[-1] != 1:
         raise ConfigError(f"table {initial.name!r} cannot be fitted: it needs times that increase from 0 to 1, and no fresh noise")
     fields, pairs = train
-    solver = Solver(initial)
-    optimizer = torch.optim.Adam(solver.parameters(), lr=options.rate)
     if saved is not None and (found := checkpoint.load(saved)) is not None:
+        solver = Solver(initial, found["scales"])
         solver.load_state_dict(found["solver"])
-        optimizer.load_state_dict(found["optimizer"])
         begin, fit = found["iteration"], Fit(**{**found["fit"], "solver": Table.from_json(found["fit"]["solver"])})
     else:
-        begin, fit = 0, Fit.of(solver.table(), validate(solver.table(), *validation, options.rows))
+        found = None
+        solver = Solver(initial, scales(initial, fields, pairs, options.rows))
+        begin, fit = 0, Fit.of(initial, validate(initial, *validation, options.rows))
+    rates = (options.times_rate, options.rate * 10 ** (-fit.start_db / 20))
+    groups: list[dict[str, Any]] = [{"params": [solver.increments]}, {"params": list(solver.moves)}]
+    optimizer = torch.optim.Adam(groups)
+    if found is not None:
+        optimizer.load_state_dict(found["optimizer"])
     for iteration in range(begin, options.iterations):
-        optimizer.param_groups[0]["lr"] = learning_rate(iteration, options.iterations, options.rate)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = learning_rate(iteration, options.iterations, rate)
         chosen = np.random.default_rng((options.seed, iteration)).choice(len(pairs.noise), min(options.batch, len(pairs.noise)), replace=False)
         loss = step(solver, optimizer, fields, pairs, torch.from_numpy(chosen), options.rows)
         if not math.isfinite(loss):
@@ -153,8 +263,8 @@ def fit_bns(
         if (iteration + 1) % options.validate_every == 0 or iteration + 1 == options.iterations:
             fit = fit.after(iteration + 1, solver.table(), validate(solver.table(), *validation, options.rows))
             if saved is not None:
-                state = {"iteration": iteration + 1, "solver": solver.state_dict(), "optimizer": optimizer.state_dict(), "fit": asdict(fit)}
-                checkpoint.save(saved, state)
+                parts = {"solver": solver.state_dict(), "scales": list(solver.scales), "optimizer": optimizer.state_dict()}
+                checkpoint.save(saved, {"iteration": iteration + 1, "fit": asdict(fit), **parts})
         progress(iteration + 1, loss, fit.best_db)
     polished = polish(fit.solver, fields, pairs, options.rows)
     return fit.better(POLISHED, polished, validate(polished, *validation, options.rows))
@@ -165,36 +275,15 @@ def step(solver: Solver, optimizer: torch.optim.Optimizer, fields: Fields, pairs
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for index in chosen.split(rows):
-        x, _ = solver(fields(index), pairs.noise[index])
-        loss = log_error(x, pairs.ends[index]).sum() / len(chosen)
+        loss = log_error(solver(fields(index), pairs.noise[index]), pairs.ends[index]).sum() / len(chosen)
         loss.backward()
         total += loss.item()
     if math.isfinite(total):
-        nn.utils.clip_grad_norm_(solver.parameters(), 1.0)
         optimizer.step()
     return total
 
 
-@torch.no_grad()
 def polish(table: Table, fields: Fields, pairs: Pairs, rows: int) -> Table:
-    """The same table with its last row solved for: a and b enter the result linearly there.
-
-    Least squares with each sample weighted by 1 / its mean square error, a few times over: each round lowers the mean of
-    logarithms, since the logarithm lies under its tangent. Normal equations in float64; no gradient, one rollout.
-    """
-    solver = Solver(table)
-    grams, targets, energies = [], [], []
-    for index in torch.arange(len(pairs.noise)).split(rows):
-        _, velocities = solver(fields(index), pairs.noise[index])
-        basis = torch.stack([pairs.noise[index], *velocities], 1).flatten(2).double()  # [B, n + 1, coordinates]
-        ends = pairs.ends[index].flatten(1).double()
-        grams.append(basis @ basis.mT / ends.shape[1])
-        targets.append((basis @ ends[:, :, None])[:, :, 0] / ends.shape[1])
-        energies.append(ends.square().mean(1))
-    gram, target, energy = torch.cat(grams), torch.cat(targets), torch.cat(energies)
-    row = torch.tensor([table.a[-1], *table.b[-1]], dtype=torch.float64)
-    for _ in range(POLISH_ROUNDS):
-        error = energy - 2 * target @ row + torch.einsum("i,bij,j->b", row, gram, row)
-        weight = 1 / error.clamp_min(FLOOR)
-        row = torch.linalg.lstsq((weight[:, None, None] * gram).sum(0), (weight[:, None] * target).sum(0), driver="gelsd").solution
-    return Table(table.name, table.path, table.order, table.times, (*table.a[:-1], float(row[0])), (*table.b[:-1], tuple(row[1:].tolist())))
+    """The same table with its last row solved for: a and b enter the result linearly there. One run, no gradient."""
+    last = Moments.of(run(table, fields, pairs.noise, rows), pairs.ends).nearest_row()
+    return with_rows(table, [*([a, *b] for a, b in zip(table.a[:-1], table.b[:-1], strict=True)), last.tolist()])

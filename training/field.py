@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.integrate import solve_ivp
+from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from reelstep.engine.samplers.ns import Table, drive, sample, start
@@ -34,11 +35,26 @@ Networks = Callable[[Tensor], Network]
 
 @dataclass(frozen=True)
 class Pairs:
-    """noise x0 and exact ends x1, each [N, ...]."""
+    """noise x0 and exact ends x1, each [N, ...]. between: [P, N, ...], where known, exact states at P equally spaced times from 0 to 1."""
 
     noise: Tensor
     ends: Tensor
+    between: Tensor | None = None
 
+    def at(self, t: float) -> Tensor:
+        """Exact states [N, ...] at any time, by a cubic spline. Raises InternalError where none between the ends is known."""
+        if t == 1:
+            return self.ends
+        if self.between is None:
+            raise InternalError("these pairs were solved for their ends alone; solve them with points")
+        times = np.linspace(0, 1, len(self.between))
+        near = max(0, min(int(t * (len(times) - 1)) - SPLINE // 2 + 1, len(times) - SPLINE))
+        piece = self.between[near : near + SPLINE].double().flatten(1).numpy()
+        x = CubicSpline(times[near : near + SPLINE], piece)(t)
+        return torch.from_numpy(x).to(self.noise.dtype).view_as(self.noise)
+
+
+SPLINE = 8  # points around a time that its spline goes through
 
 S = TypeVar("S")
 
@@ -73,18 +89,21 @@ def score_db(x: Tensor, truth: Tensor) -> Tensor:
     return -10 * (x - truth).square().flatten(1).mean(1).clamp_min(1e-30).log10()
 
 
-def solve(field: Field, noise: Tensor, tolerance: float = 1e-5) -> Tensor:
-    """The end of the path from `noise` at t = 0 to t = 1, by scipy's adaptive RK45 with this relative and absolute tolerance."""
+def solve(field: Field, noise: Tensor, tolerance: float = 1e-5, points: int = 2) -> Tensor:
+    """States [points, ...] at equally spaced times of the path from `noise` at t = 0 to t = 1, the ends alone if there are 2.
+
+    By scipy's adaptive RK45 with this relative and absolute tolerance.
+    """
 
     def slope(t: float, x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         u = field(torch.from_numpy(x).to(noise.dtype).view_as(noise), torch.tensor(t, dtype=noise.dtype))
         return u.double().numpy().ravel()
 
     with torch.no_grad():
-        found = solve_ivp(slope, (0.0, 1.0), noise.double().numpy().ravel(), rtol=tolerance, atol=tolerance, t_eval=(1.0,))
+        found = solve_ivp(slope, (0.0, 1.0), noise.double().numpy().ravel(), rtol=tolerance, atol=tolerance, t_eval=np.linspace(0, 1, points))
     if not found.success:
         raise InternalError(f"the reference solve failed: {found.message}")
-    return torch.from_numpy(found.y[:, -1].copy()).to(noise.dtype).view_as(noise)
+    return torch.from_numpy(found.y.T.copy()).to(noise.dtype).view(points, *noise.shape)
 
 
 @torch.no_grad()

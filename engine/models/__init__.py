@@ -9,6 +9,7 @@ MODELS: Registry[ModelSpec] = Registry(
     "model",
     {
         "reel-tiny": "reelstep.engine.models.reel_tiny:SPEC",
+        "reel-tiny-flash": "reelstep.engine.models.reel_tiny_flash:SPEC",
         "dit-mid": "reelstep.engine.models.dit_mid:SPEC",
         "movie-gen-30b": "reelstep.engine.models.movie_gen:SPEC_30B",
     },

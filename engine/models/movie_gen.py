@@ -7,7 +7,7 @@ P values of a patch. Tags say where a size comes from: the paper (notes), a re-i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +114,11 @@ class Block(nn.Module):
         y = modulate(self.norm2(x), shift2, scale2)
         return x + gate2[:, None] * self.ffn(y)
 
+    def modulated_input(self, x: Tensor, positions: Tensor, modulation: Tensor) -> Tensor:
+        """What `forward` hands to self-attention, [B, L, D]: it changes with x and with time, and knows no text."""
+        shift, scale, *_ = (modulation + self.table).unbind(1)
+        return modulate(self.norm1(x + positions), shift, scale)
+
 
 class TimeEmbedding(nn.Module):
     """t [B] -> modulation [B, 7, D]: the six shared adaLN vectors, then the embedding itself for the head.
@@ -177,18 +182,36 @@ class MovieGenTransformer(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, condition: Tensor | None, context: Tensor) -> Tensor:
         """x, condition: [B, C, F, H, W]; modulation: [B, 7, D] of `time`; context: [B, S, D] of `text`."""
+        grid = self.grid(x)
+        tokens = self.embed(x, condition)
+        tokens = self.through(self.blocks, tokens, grid, modulation, context)
+        return self.head(tokens, grid, modulation)
+
+    def grid(self, x: Tensor) -> tuple[int, int, int]:
+        """Tokens of a latent [B, C, F, H, W] along F, H, W."""
         pt, ph, pw = self.config.patch
-        f, h, w = x.shape[2] // pt, x.shape[3] // ph, x.shape[4] // pw
+        return x.shape[2] // pt, x.shape[3] // ph, x.shape[4] // pw
+
+    def embed(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """x, condition: [B, C, F, H, W] -> tokens [B, L, D]."""
+        pt, ph, pw = self.config.patch
         if condition is not None:
             x = torch.cat([x, condition], dim=1)
-        x = self.patch_in(rearrange(x, "B C (F p) (H q) (W r) -> B (F H W) (C p q r)", p=pt, q=ph, r=pw))
-        positions = self.position_grid(f, h, w)
-        six, embedding = modulation[:, :6], modulation[:, 6]
-        for block in self.blocks:
-            x = block(x, positions, six, context)
-        shift, scale = (embedding[:, None] + self.table).unbind(1)
-        x = self.patch_out(modulate(self.norm(x), shift, scale))
-        return rearrange(x, "B (F H W) (C p q r) -> B C (F p) (H q) (W r)", F=f, H=h, W=w, p=pt, q=ph, r=pw)
+        return self.patch_in(rearrange(x, "B C (F p) (H q) (W r) -> B (F H W) (C p q r)", p=pt, q=ph, r=pw))
+
+    def through(self, blocks: Iterable[nn.Module], tokens: Tensor, grid: tuple[int, int, int], modulation: Tensor, context: Tensor) -> Tensor:
+        """Tokens [B, L, D] after some of the blocks."""
+        positions = self.position_grid(*grid)
+        for block in blocks:
+            tokens = block(tokens, positions, modulation[:, :6], context)
+        return tokens
+
+    def head(self, tokens: Tensor, grid: tuple[int, int, int], modulation: Tensor) -> Tensor:
+        """Tokens [B, L, D] after the last block -> velocity [B, C, F, H, W]."""
+        (f, h, w), (pt, ph, pw) = grid, self.config.patch
+        shift, scale = (modulation[:, 6, None] + self.table).unbind(1)
+        tokens = self.patch_out(modulate(self.norm(tokens), shift, scale))
+        return rearrange(tokens, "B (F H W) (C p q r) -> B C (F p) (H q) (W r)", F=f, H=h, W=w, p=pt, q=ph, r=pw)
 
 
 class Unconditioned(nn.Module):
@@ -200,6 +223,61 @@ class Unconditioned(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
         return self.transformer(x, modulation, None, context)
+
+
+class Embed(nn.Module):
+    """`denoise_embed`: the tokens, on their grid [B, f, h, w, D], and the first block's modulated input, which tells how much the network's work changes."""
+
+    def __init__(self, transformer: MovieGenTransformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, x: Tensor, modulation: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        grid = self.transformer.grid(x)
+        tokens = self.transformer.embed(x, condition)
+        first = self.transformer.blocks[0]
+        assert isinstance(first, Block)
+        signal = first.modulated_input(tokens, self.transformer.position_grid(*grid), modulation[:, :6])
+        return tokens.unflatten(1, grid), signal.unflatten(1, grid)
+
+
+class First(nn.Module):
+    """`denoise_first`: tokens [B, f, h, w, D] after the first block."""
+
+    def __init__(self, transformer: MovieGenTransformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, hidden: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
+        _, f, h, w, _ = hidden.shape
+        tokens = self.transformer.through(self.transformer.blocks[:1], hidden.flatten(1, 3), (f, h, w), modulation, context)
+        return tokens.unflatten(1, (f, h, w))
+
+
+class Rest(nn.Module):
+    """`denoise_rest`: from the tokens after the first block what the other blocks add to them, [B, f, h, w, D], and the velocity."""
+
+    def __init__(self, transformer: MovieGenTransformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, hidden: Tensor, modulation: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        _, f, h, w, _ = hidden.shape
+        begun = hidden.flatten(1, 3)
+        tokens = self.transformer.through(self.transformer.blocks[1:], begun, (f, h, w), modulation, context)
+        return (tokens - begun).unflatten(1, (f, h, w)), self.transformer.head(tokens, (f, h, w), modulation)
+
+
+class Last(nn.Module):
+    """`denoise_last`: the velocity from tokens and what blocks added to such tokens before, each [B, f, h, w, D]."""
+
+    def __init__(self, transformer: MovieGenTransformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, hidden: Tensor, residual: Tensor, modulation: Tensor) -> Tensor:
+        _, f, h, w, _ = hidden.shape
+        return self.transformer.head((hidden + residual).flatten(1, 3), (f, h, w), modulation)
 
 
 class Encode(nn.Module):
@@ -233,21 +311,55 @@ def time_program(transformer: MovieGenTransformer, max_batch: int) -> Program:
     )  # fmt: skip
 
 
+def latent_edge(config: MovieGenConfig, name: str) -> TensorSpec:
+    """x and velocity."""
+    return TensorSpec(name, "float32", ("B", config.latent_channels, "F", "H", "W"))
+
+
+def condition_edges(config: MovieGenConfig) -> tuple[TensorSpec, ...]:
+    """The condition latents, where the transformer has any."""
+    return (TensorSpec("condition", "float32", ("B", config.condition_channels, "F", "H", "W")),) if config.condition_channels else ()
+
+
+def modulation_edge(config: MovieGenConfig) -> TensorSpec:
+    return TensorSpec("modulation", "float32", ("B", 7, config.width))
+
+
+def context_edge(config: MovieGenConfig, text_tokens: int) -> TensorSpec:
+    return TensorSpec("context", "float32", ("B", text_tokens, config.width))
+
+
 def denoise_program(transformer: MovieGenTransformer, text_tokens: int, profiles: Sequence[Profile]) -> Program:
     """The network call that a sampler asks for. Profiles give F, H, W of the latent."""
     config = transformer.config
-    latent = ("B", config.latent_channels, "F", "H", "W")
-    condition = (TensorSpec("condition", "float32", ("B", config.condition_channels, "F", "H", "W")),) if config.condition_channels else ()
+    condition = condition_edges(config)
     return Program(
         "denoise", transformer if condition else Unconditioned(transformer),
-        (
-            TensorSpec("x", "float32", latent),
-            TensorSpec("modulation", "float32", ("B", 7, config.width)),
-            *condition,
-            TensorSpec("context", "float32", ("B", text_tokens, config.width)),
-        ),
-        (TensorSpec("velocity", "float32", latent),), tuple(profiles),
+        (latent_edge(config, "x"), modulation_edge(config), *condition, context_edge(config, text_tokens)), (latent_edge(config, "velocity"),),
+        tuple(profiles),
     )  # fmt: skip
+
+
+def split_programs(transformer: MovieGenTransformer, text_tokens: int, profiles: Sequence[Profile]) -> tuple[Program, ...]:
+    """`denoise` in the pieces that a step cache needs; run one after another they give its velocity. Weights are those of `denoise`.
+
+    Profiles as there. Raises ConfigError for a transformer of one block, of which nothing is left to skip.
+    """
+    config = transformer.config
+    if config.layers < 2:
+        raise ConfigError("a transformer of 1 layer has nothing behind its first block for a step cache to skip; leave its split programs out")
+    hidden, signal, residual = (TensorSpec(name, "float32", ("B", "f", "h", "w", config.width)) for name in ("hidden", "signal", "residual"))
+    modulation, context = modulation_edge(config), context_edge(config, text_tokens)
+    velocity, (pt, ph, pw) = latent_edge(config, "velocity"), config.patch
+    grids = tuple(
+        Profile(p.name, {**p.sizes, "f": p.sizes["F"] // pt, "h": p.sizes["H"] // ph, "w": p.sizes["W"] // pw}, p.max_batch) for p in profiles
+    )
+    return (
+        Program("denoise_embed", Embed(transformer), (latent_edge(config, "x"), modulation, *condition_edges(config)), (hidden, signal), grids),
+        Program("denoise_first", First(transformer), (hidden, modulation, context), (hidden,), grids),
+        Program("denoise_rest", Rest(transformer), (hidden, modulation, context), (residual, velocity), grids),
+        Program("denoise_last", Last(transformer), (hidden, residual, modulation), (velocity,), grids),
+    )
 
 
 CONFIG_30B = MovieGenConfig(

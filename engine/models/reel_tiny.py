@@ -12,10 +12,19 @@ from torch import Tensor, nn
 
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.engine.models.byte_text import ByteTextConfig, ByteTextEncoder
-from reelstep.engine.models.movie_gen import Decode, Encode, MovieGenConfig, MovieGenTransformer, TextProjection, denoise_program, time_program
+from reelstep.engine.models.movie_gen import (
+    Decode,
+    Encode,
+    MovieGenConfig,
+    MovieGenTransformer,
+    TextProjection,
+    denoise_program,
+    split_programs,
+    time_program,
+)
 from reelstep.engine.models.spec import ModelSettings, ModelSpec
 from reelstep.engine.models.tae import TAE, TAEConfig
-from reelstep.engine.request import Defaults, Limits
+from reelstep.engine.request import Choice, Defaults, Limits
 
 TEXT_CONFIG = ByteTextConfig(length=128, width=160, layers=3, heads=4)
 TAE_CONFIG = TAEConfig(
@@ -28,6 +37,21 @@ DENOISER_CONFIG = MovieGenConfig(
 )  # fmt: skip
 WEIGHTS = Path(__file__).parent / "weights"
 SIDE, FRAMES = 64, 8
+FITTED = ("bns_4", "bns_6", "bns_8", "bns_10", "bns_12", "bns_16", "linear_ag_12", "adaptive")
+"""Of `reelstep fit`, for videos from words at the default scale."""
+PROFILES = tuple(
+    Profile(name, {"F": latent_frames, "H": SIDE // TAE_CONFIG.spatial_stride, "W": SIDE // TAE_CONFIG.spatial_stride}, 64)
+    for name, latent_frames in (("video", TAE_CONFIG.latent_frames(FRAMES)), ("image", 1))
+)
+"""Of the denoiser."""
+
+MEASURED = "reelstep bench steps"
+MENU = {
+    "draft": Choice(solver="bns_4", forwards=8, psnr_db=31.63, ssim=0.9493, frechet=0.4399, command=MEASURED),
+    "standard": Choice(solver="bns_8", forwards=16, psnr_db=42.75, ssim=0.9944, frechet=0.0365, command=MEASURED),
+    "best": Choice(solver="bns_16", forwards=32, psnr_db=50.01, ssim=0.9976, frechet=0.0047, command=MEASURED),
+}
+"""For videos from words: rows of benchmarks/results/steps.json."""
 
 
 class Text(nn.Module):
@@ -67,12 +91,9 @@ def load_weights(module: nn.Module, file: Path, prefix: str = "") -> None:
 def programs(model: nn.Module) -> tuple[Program, ...]:
     """encode_text, encode_image, embed_time, denoise, decode; a video and an image profile where frames matter."""
     assert isinstance(model, ReelTiny)
-    channels, side = TAE_CONFIG.latent_channels, SIDE // TAE_CONFIG.spatial_stride
-    frames, stride = TAE_CONFIG.latent_frames(FRAMES), TAE_CONFIG.temporal_stride
-    video = Profile("video", {"F": frames, "H": side, "W": side}, 64)
-    image = Profile("image", {"F": 1, "H": side, "W": side}, 64)
+    channels, side, stride = TAE_CONFIG.latent_channels, SIDE // TAE_CONFIG.spatial_stride, TAE_CONFIG.temporal_stride
     context = TensorSpec("context", "float32", ("B", TEXT_CONFIG.length, DENOISER_CONFIG.width))
-    tiles = tuple(Profile(p.name, {**p.sizes, "frames": p.sizes["F"] * stride, "height": SIDE, "width": SIDE}, 16) for p in (video, image))
+    tiles = tuple(Profile(p.name, {**p.sizes, "frames": p.sizes["F"] * stride, "height": SIDE, "width": SIDE}, 16) for p in PROFILES)
     return (
         Program(
             "encode_text", Text(model.text, model.denoiser.text), (TensorSpec("tokens", "int64", ("B", TEXT_CONFIG.length)),), (context,),
@@ -83,12 +104,18 @@ def programs(model: nn.Module) -> tuple[Program, ...]:
             (TensorSpec("latent", "float32", ("B", channels, 1, side, side)),), (Profile("image", {}, 16),),
         ),
         time_program(model.denoiser, 256),
-        denoise_program(model.denoiser, TEXT_CONFIG.length, (video, image)),
+        denoise_program(model.denoiser, TEXT_CONFIG.length, PROFILES),
         Program(
             "decode", Decode(model.tae), (TensorSpec("latent", "float32", ("B", channels, "F", "H", "W")),),
             (TensorSpec("video", "float32", ("B", 3, "frames", "height", "width")),), tiles,
         ),
     )  # fmt: skip
+
+
+def pieces(model: nn.Module) -> tuple[Program, ...]:
+    """`denoise` split."""
+    assert isinstance(model, ReelTiny)
+    return split_programs(model.denoiser, TEXT_CONFIG.length, PROFILES)
 
 
 SPEC = ModelSpec(
@@ -98,8 +125,8 @@ SPEC = ModelSpec(
         tasks=("text_to_image", "text_to_video", "animate_sticker"),
         limits=Limits(sizes=((SIDE, SIDE),), frames=(1, FRAMES), max_steps=250, max_scale=20.0, max_count=16, max_prompt_bytes=TEXT_CONFIG.length - 1),
         defaults={
-            "text_to_image": Defaults("euler", "linear", 16, 3.0, 1, 8.0),
-            "text_to_video": Defaults("euler", "linear", 16, 3.0, FRAMES, 8.0),
+            "text_to_image": Defaults("ab2", "linear", 12, 3.0, 1, 8.0),
+            "text_to_video": Defaults("ab2", "linear", 12, 3.0, FRAMES, 8.0, menu=MENU),
             "animate_sticker": Defaults("euler", "linear", 6, 1.0, FRAMES, 8.0),
         },
         path="condot",
@@ -115,4 +142,6 @@ SPEC = ModelSpec(
     build=build,
     programs=programs,
     card=WEIGHTS / "reel-tiny.md",
+    fitted=tuple(WEIGHTS / f"reel-tiny.{name}.json" for name in FITTED),
+    pieces=pieces,
 )

@@ -5,20 +5,57 @@ Settings travel in the bundle, so that a server never builds the model's class.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from reelstep.compiler.program import Program
-from reelstep.engine.request import Defaults, Limits
+from reelstep.engine.request import Choice, Defaults, Limits
+from reelstep.errors import ConfigError
+
+GRID = "grid"
+"""What a distilled model calls its schedule: the times that belong to its number of steps."""
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a student of few steps is tied to. Its few-step map is no velocity field, so it holds at these times and nowhere between them.
+
+    grids: from a number of steps to its times [steps + 1], from 0 (noise) to 1 (data). scale: of guidance, that the teacher was run with; it is in the
+    weights now. teacher: its name. Raises ConfigError for no grid, for times that do not increase from 0 to 1 in so many steps, and a scale below 1.
+    """
+
+    grids: Mapping[int, tuple[float, ...]]
+    scale: float
+    teacher: str
+
+    def __post_init__(self) -> None:
+        if not self.grids:
+            raise ConfigError(f"a student of {self.teacher!r} without a grid; give it the times of at least one number of steps")
+        for steps, times in self.grids.items():
+            if steps < 1 or len(times) != steps + 1 or (times[0], times[-1]) != (0, 1) or not all(s < t for s, t in pairwise(times)):
+                raise ConfigError(f"grid of {steps} steps {list(times)}; so many steps have one time more, increasing from 0 (noise) to 1 (data)")
+        if not 1 <= self.scale < math.inf:
+            raise ConfigError(f"teacher's scale {self.scale}; at least 1, which is without guidance")
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """Raises ConfigError for a number of steps without a grid."""
+        if steps not in self.grids:
+            raise ConfigError(f"{steps} steps of a student that was distilled for {', '.join(map(str, sorted(self.grids)))}; take one of these")
+        return self.grids[steps]
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """All that runs a compiled model needs beside its programs. Plain values; JSON both ways."""
+    """All that runs a compiled model needs beside its programs. Plain values; JSON both ways.
+
+    Raises ConfigError for a distilled model whose defaults no request could ask for.
+    """
 
     tasks: tuple[str, ...]  # pipelines; empty for a model that is only benchmarked
     limits: Limits
@@ -32,6 +69,17 @@ class ModelSettings:
     text_length: int  # tokens of the text encoder, in bytes
     tile_frames: int  # latent frames that one decode call takes
     tile_overlap: int
+    distilled: Distilled | None = None  # of a student of few steps; None for a velocity field
+
+    def __post_init__(self) -> None:
+        if self.distilled is None:
+            return
+        for task, d in self.defaults.items():
+            if d.steps not in self.distilled.grids or (d.schedule, d.guidance, d.scale) != (GRID, "none", 1.0):
+                raise ConfigError(
+                    f"defaults of {task}: {d.steps} steps on {d.schedule!r}, guidance {d.guidance!r} at scale {d.scale:g}; a distilled model has a number of "
+                    f"steps out of {', '.join(map(str, sorted(self.distilled.grids)))}, schedule {GRID!r}, guidance 'none' and scale 1"
+                )
 
     def latent_shape(self, frames: int, width: int, height: int) -> tuple[int, int, int, int]:
         """[C, F, H, W] of a video in pixels."""
@@ -43,8 +91,13 @@ class ModelSettings:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSettings:
         limits = {**data["limits"], "sizes": tuple(map(tuple, data["limits"]["sizes"])), "frames": tuple(data["limits"]["frames"])}
-        defaults = {task: Defaults(**d) for task, d in data["defaults"].items()}
-        return cls(**{**data, "tasks": tuple(data["tasks"]), "limits": Limits(**limits), "defaults": defaults})
+        menus = {task: {name: Choice(**entry) for name, entry in d.get("menu", {}).items()} for task, d in data["defaults"].items()}
+        defaults = {task: Defaults(**{**d, "menu": menus[task]}) for task, d in data["defaults"].items()}
+        distilled = None
+        if data.get("distilled"):  # JSON has no numbers for keys
+            grids = {int(steps): tuple(times) for steps, times in data["distilled"]["grids"].items()}
+            distilled = Distilled(**{**data["distilled"], "grids": grids})
+        return cls(**{**data, "tasks": tuple(data["tasks"]), "limits": Limits(**limits), "defaults": defaults, "distilled": distilled})
 
 
 @dataclass(frozen=True)
@@ -58,3 +111,4 @@ class ModelSpec:
     programs: Callable[[nn.Module], tuple[Program, ...]]
     card: Path | None  # model card, Markdown
     fitted: tuple[Path, ...] = ()  # artifacts of fits that go into its bundle
+    pieces: Callable[[nn.Module], tuple[Program, ...]] | None = None  # `denoise` split for step caches, on the same weights

@@ -5,10 +5,10 @@ count outputs of one request, C channels, F H W latent frames and sides, S text 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from reelstep.engine.samplers.convert import TO_VELOCITY, velocity_to_x1
 from reelstep.engine.samplers.guidance import Guided, Query, Rule, guided
 from reelstep.engine.samplers.ns import Table, sample, start
 from reelstep.engine.samplers.paths import PATHS
+from reelstep.engine.samplers.step_cache import Evaluation, Outcome, whole
+from reelstep.engine.samplers.step_cache import Rule as CacheRule
 from reelstep.errors import InternalError
 
 Outputs = Mapping[str, Tensor]
@@ -34,12 +36,13 @@ Pipeline = Generator[tuple[Call, ...], Answers, Media]
 
 @dataclass(frozen=True)
 class Job:
-    """What a pipeline is handed beside its state. table, rule: the solver and the guidance that the request asked for."""
+    """What a pipeline is handed beside its state. table, rule, cache: the solver, the guidance and the step cache that the request asked for."""
 
     request: Request
     settings: ModelSettings
     table: Table
     rule: Rule
+    cache: CacheRule | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -109,9 +112,12 @@ def denoise(job: Job, state: PipelineState) -> Generator[tuple[Call, ...], Answe
     while queries:
         state.step = min(run.sampler.step for run in state.runs)
         yield from maybe_preview(job, state)
-        calls = {k: denoise_calls(job, state, k, query) for k, query in queries.items()}
-        outputs = iter((yield tuple(call for each in calls.values() for call in each)))
-        answers = {k: tuple(to_velocity(out["velocity"], q.x, q.t, path) for out in islice(outputs, len(calls[k]))) for k, q in queries.items()}
+        outcomes = yield from side_by_side(
+            job.profile, {(k, branch): evaluate(job, state, k, query, branch) for k, query in queries.items() for branch in query.branches}
+        )
+        for (k, branch), outcome in outcomes.items():  # only now: what was saved between the calls of a query asks for all of it again
+            remember(state.runs[k], branch, outcome)
+        answers = {k: tuple(to_velocity(outcomes[k, branch].velocity, q.x, q.t, path) for branch in q.branches) for k, q in queries.items()}
         queries = {k: query for k, answer in answers.items() if (query := advance(loops[k], answer)) is not None}
     state.step = state.steps
 
@@ -124,19 +130,43 @@ def advance(loop: Guided, answer: tuple[Tensor, ...] | None) -> Query | None:
         return None
 
 
-def denoise_calls(job: Job, state: PipelineState, output: int, query: Query) -> tuple[Call, ...]:
-    """One call for each branch of guidance: "bare" is without words and without picture."""
+def evaluate(job: Job, state: PipelineState, output: int, query: Query, branch: str) -> Evaluation:
+    """One branch of guidance at a query's point: "bare" is without words and without picture."""
     assert state.modulations is not None
-    node = job.table.times.index(query.t)
-    shared = {"x": query.x, "modulation": state.modulations[node : node + 1]}
-    condition = None if state.condition is None else state.condition[output : output + 1]
-    calls = []
-    for branch in query.branches:
-        inputs = {**shared, "context": state.contexts["null" if branch == "bare" else branch]}
-        if condition is not None:
-            inputs["condition"] = torch.zeros_like(condition) if branch == "bare" else condition
-        calls.append(Call("denoise", job.profile, inputs))
-    return tuple(calls)
+    run, node = state.runs[output], job.table.times.index(query.t)
+    inputs = {"x": query.x, "modulation": state.modulations[node : node + 1], "context": state.contexts["null" if branch == "bare" else branch]}
+    if state.condition is not None:
+        condition = state.condition[output : output + 1]
+        inputs["condition"] = torch.zeros_like(condition) if branch == "bare" else condition
+    if job.cache is None:
+        return whole(inputs)
+    return job.cache.evaluate(inputs, run.guidance.nfe, len(query.branches), run.memories.get(branch))
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def side_by_side(profile: str, evaluations: Mapping[Key, Evaluation]) -> Generator[tuple[Call, ...], Answers, dict[Key, Outcome]]:
+    """Run evaluations to their ends; what they ask for at one time are calls that may run together."""
+    outcomes: dict[Key, Outcome] = {}
+    pieces = {key: next(evaluation) for key, evaluation in evaluations.items()}
+    while pieces:
+        outputs = yield tuple(Call(piece.program, profile, piece.inputs) for piece in pieces.values())
+        answers = dict(zip(pieces, outputs, strict=True))
+        pieces = {}
+        for key, answer in answers.items():
+            try:
+                pieces[key] = evaluations[key].send(answer)
+            except StopIteration as done:
+                outcomes[key] = done.value
+    return outcomes
+
+
+def remember(run: Run, branch: str, outcome: Outcome) -> None:
+    """Keep what the branch's next evaluation needs, and count what was skipped."""
+    others = {name: memory for name, memory in run.memories.items() if name != branch}
+    run.memories = others if outcome.memory is None else {**others, branch: outcome.memory}
+    run.cached += outcome.cached
 
 
 def maybe_preview(job: Job, state: PipelineState) -> Generator[tuple[Call, ...], Answers, None]:

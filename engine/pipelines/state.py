@@ -13,14 +13,25 @@ from torch import Tensor
 
 from reelstep.engine.samplers.guidance import GuidanceState
 from reelstep.engine.samplers.ns import SamplerState
+from reelstep.engine.samplers.step_cache import Memory
 
 
 @dataclass
 class Run:
-    """One output on its way from noise to data. Its sampler's x is [1, C, F, h, w]."""
+    """One output on its way from noise to data. Its sampler's x is [1, C, F, h, w].
+
+    memories: of the step cache, by branch of guidance. cached: branches that it answered with the blocks skipped.
+    """
 
     sampler: SamplerState
     guidance: GuidanceState = field(default_factory=GuidanceState)
+    memories: dict[str, Memory] = field(default_factory=dict)
+    cached: int = 0
+
+    @property
+    def forwards(self) -> int:
+        """Branches for which the network ran whole."""
+        return self.guidance.forwards - self.cached
 
 
 @dataclass

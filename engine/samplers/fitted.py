@@ -1,6 +1,6 @@
 """Artifacts of fits: what belongs to one model, and the conditions under which it was fitted and holds.
 
-A fitted solver or LinearAG follows one velocity field. Another scale, rule of guidance or model is another field, on which it may be worse than
+A fitted solver or rule of guidance follows one velocity field. Another scale, rule of guidance or model is another field, on which it may be worse than
 anything plain: it is refused there, not tried. A calibration is only what a rule's options are where a request is silent.
 """
 
@@ -12,8 +12,10 @@ from typing import Any
 
 from reelstep.engine.request import Fit
 from reelstep.engine.samplers.guidance import GUIDANCE
+from reelstep.engine.samplers.guidance_policy import GuidancePolicy
 from reelstep.engine.samplers.linear_ag import LinearAG
 from reelstep.engine.samplers.ns import Table
+from reelstep.engine.samplers.step_cache import CacheOptions
 from reelstep.errors import ConfigError, NotFound
 
 VERSION = 1
@@ -37,7 +39,18 @@ class RuleOptions:
         return cls(**data)
 
 
-KINDS: Mapping[str, type[Table | LinearAG | RuleOptions]] = {"solver": Table, "guidance": LinearAG, "options": RuleOptions}
+FittedRule = LinearAG | GuidancePolicy
+"""Guidance of one table and scale."""
+
+Artifact = Table | FittedRule | RuleOptions | CacheOptions
+
+KINDS: Mapping[str, type[Artifact]] = {
+    "solver": Table,
+    "guidance": LinearAG,
+    "policy": GuidancePolicy,
+    "options": RuleOptions,
+    "step_cache": CacheOptions,
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class Fitted:
     model: str
     model_hash: str  # `hash_weights` of the model it was fitted to
     fit: Fit
-    artifact: Table | LinearAG | RuleOptions
+    artifact: Artifact
     conditions: Mapping[str, Any]
     scores_db: Mapping[str, float]
 
@@ -60,10 +73,10 @@ class Fitted:
         made = self.artifact
         if isinstance(made, Table) and (self.fit.solver, self.fit.steps) != (self.name, made.n):
             raise ConfigError(f"fitted solver {self.name!r} of {made.n} evaluations says that it is {self.fit.solver!r} of {self.fit.steps}")
-        if isinstance(made, LinearAG) and (self.fit.guidance, self.fit.scale) != (self.name, made.scale):
+        if isinstance(made, FittedRule) and (self.fit.guidance, self.fit.scale) != (self.name, made.scale):
             raise ConfigError(f"fitted guidance {self.name!r} of scale {made.scale:g} says that it is {self.fit.guidance!r} of scale {self.fit.scale:g}")
-        if isinstance(made, RuleOptions) and made.rule != self.name:
-            raise ConfigError(f"options of guidance {made.rule!r} are called {self.name!r}; they have the rule's name")
+        if isinstance(made, RuleOptions | CacheOptions) and made.rule != self.name:
+            raise ConfigError(f"options of {made.rule!r} are called {self.name!r}; they have the rule's name")
         if self.name not in self.scores_db:
             raise ConfigError(f"the fit {self.name!r} holds no score of its own; fit it again")
 

@@ -181,7 +181,7 @@ def finished(job: Job, end: Finished, artifacts: list[pb.Artifact]) -> pb.Job:
         artifacts=artifacts,
         priority=job.request.priority,
         attempt=1,
-        usage=messages.to_usage(job.request, end.usage),
+        usage=messages.to_usage(job.request, end.usage, job.call.spec.quality),
     )
 
 

@@ -56,6 +56,9 @@ def to_ask(request: pb.GenerateRequest, deadline: float) -> Ask:
         schedule=spec.schedule,
         guidance=spec.guidance_rule,
         guidance_options=dict(spec.guidance_options),
+        quality=spec.quality,
+        step_cache=spec.step_cache,
+        step_cache_options=dict(spec.step_cache_options),
         image=spec.image or None,
         media_type=spec.output_media_type,
         preview_every=request.preview.every_steps,
@@ -106,13 +109,16 @@ def to_spec(request: core.Request, media_type: str) -> pb.GenerationSpec:
         schedule=request.schedule,
         guidance_rule=request.guidance,
         guidance_options=request.guidance_options,
+        step_cache=request.step_cache,
+        step_cache_options=request.step_cache_options,
     )
 
 
-def to_usage(request: core.Request, usage: core.Usage) -> pb.Usage:
+def to_usage(request: core.Request, usage: core.Usage, quality: str) -> pb.Usage:
     return pb.Usage(
         nfe=usage.nfe,
         forwards=usage.forwards,
+        cached=usage.cached,
         queue=duration(usage.queue_s),
         compute={program: duration(seconds) for program, seconds in usage.compute_s.items()},
         solver=request.solver,
@@ -120,6 +126,8 @@ def to_usage(request: core.Request, usage: core.Usage) -> pb.Usage:
         guidance=request.scale,
         task=request.task,
         guidance_rule=request.guidance,
+        quality=quality,
+        step_cache=request.step_cache,
     )
 
 
@@ -159,8 +167,9 @@ def to_model(model: Served) -> pb.Model:
         max_prompt_bytes=limits.max_prompt_bytes,
         max_image_bytes=limits.max_image_bytes,
         guidance_rules=[pb.Model.GuidanceRule(name=name, options=options) for name, options in model.guidance_rules.items()],
+        step_caches=[pb.Model.StepCache(name=name, options=options) for name, options in model.step_caches.items()],
         fits=[to_fit(name, fit) for name, fit in model.fits.items()],
-        defaults={task: to_defaults(defaults) for task, defaults in model.settings.defaults.items()},
+        defaults={task: to_defaults(task, model) for task in model.settings.defaults},
     )
 
 
@@ -177,7 +186,8 @@ def to_fit(name: str, fit: core.Fit) -> pb.Model.Fit:
     )
 
 
-def to_defaults(defaults: core.Defaults) -> pb.Model.Defaults:
+def to_defaults(task: str, model: Served) -> pb.Model.Defaults:
+    defaults = model.settings.defaults[task]
     return pb.Model.Defaults(
         solver=defaults.solver,
         schedule=defaults.schedule,
@@ -186,4 +196,26 @@ def to_defaults(defaults: core.Defaults) -> pb.Model.Defaults:
         frames=defaults.frames,
         frames_per_second=defaults.frames_per_second,
         guidance_rule=defaults.guidance,
+        menu=[to_choice(quality, task, model) for quality in defaults.qualities],
+    )
+
+
+def to_choice(quality: str, task: str, model: Served) -> pb.Model.Choice:
+    """The entry with all that it leaves open filled in."""
+    defaults = model.settings.defaults[task]
+    entry = defaults.menu[quality]
+    choice = core.complete(entry, task, defaults, model)
+    return pb.Model.Choice(
+        quality=quality,
+        solver=choice.solver,
+        schedule=choice.schedule,
+        steps=choice.steps,
+        guidance_rule=choice.guidance,
+        guidance_options=choice.guidance_options,
+        guidance=choice.scale,
+        forwards=entry.forwards,
+        psnr_db=entry.psnr_db,
+        ssim=entry.ssim,
+        frechet=entry.frechet,
+        command=entry.command,
     )

@@ -23,17 +23,17 @@ def test_ssim_is_one_for_equal_clips_and_near_zero_for_noise():
 
 
 SERVED = SimpleNamespace(
-    solvers=("euler", "midpoint", "rk4", "bns_6"),
+    solvers=("euler", "midpoint", "rk4", "lcm", "bns_6"),
     fits={"bns_6": Fit(("text_to_video",), "bns_6", "", 6, "cfg", {}, 3.0)},
     guidance_rules={"none": {}, "cfg": {}, "delta_hold": {"stop": 0.5}},
 )
 
 
-def test_every_solver_spends_exactly_the_nfe_that_it_is_compared_at():
-    tried = [(ask.solver, ask.guidance, ask.steps) for ask in candidates(SimpleNamespace(models={"toy": SERVED}), Ask(""), [4, 6])]
+def test_every_solver_spends_exactly_the_nfe_that_it_is_compared_at_and_stochastic_ones_only_the_least_and_the_greatest():
+    tried = [(ask.solver, ask.guidance, ask.steps) for ask in candidates(SimpleNamespace(models={"toy": SERVED}), Ask(""), [4, 6, 8])]
     assert tried == [
-        ("euler", "", 4), ("euler", "", 6), ("midpoint", "", 2), ("midpoint", "", 3), ("rk4", "", 1), ("bns_6", "", None),
-        ("", "delta_hold", 4), ("", "delta_hold", 6),
+        ("euler", "", 4), ("euler", "", 6), ("euler", "", 8), ("midpoint", "", 2), ("midpoint", "", 3), ("midpoint", "", 4), ("rk4", "", 1), ("rk4", "", 2),
+        ("lcm", "", 4), ("lcm", "", 8), ("bns_6", "", None), ("", "delta_hold", 4), ("", "delta_hold", 6), ("", "delta_hold", 8),
     ]  # fmt: skip
 
 
@@ -41,5 +41,5 @@ def test_a_table_and_plots_are_made_of_rows(tmp_path):
     base = {"solver": "euler", "guidance": "cfg", "nfe": 4, "forwards": 8.0, "psnr_db": 20.0, "psnr_sd_db": 1.0, "ssim": 0.9, "ssim_sd": 0.01, "seconds": 0.1}
     rows = [base, {**base, "nfe": 8, "forwards": 16.0, "psnr_db": 26.0}, {**base, "guidance": "adaptive", "forwards": 6.5}]
     assert markdown(rows, list(base)).splitlines()[2].startswith("| euler | cfg | 4 | 8 | 20 |")
-    plot(tmp_path / "rows.png", rows)
+    plot(tmp_path / "rows.png", rows, "euler")
     assert (tmp_path / "rows.png").stat().st_size > 5000

@@ -26,6 +26,7 @@ from reelstep.engine.samplers.linear_ag import LinearAG
 from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import linear
+from reelstep.engine.samplers.step_cache import CacheOptions
 from reelstep.engine.samplers.tables import SOLVERS
 
 TARGET, NULL_TARGET = 0.5, -0.25
@@ -47,6 +48,7 @@ LINEAR = Fitted(
 )  # fmt: skip
 """Its estimate is the prompt's velocity less the last known difference."""
 CALIBRATED = Fitted("adaptive", "adaptive-guidance", "toy", "0" * 64, LINEAR.fit, RuleOptions("adaptive", {"threshold": 0.7}), {}, {"adaptive": 1.0})
+SKIPPING = Fitted("first_block", "step-cache", "toy", "0" * 64, LINEAR.fit, CacheOptions("first_block", {"threshold": 0.2}), {}, {"first_block": 1.0})
 FITTED = Fitted(
     "bns_2", "bns", "toy", "0" * 64, Fit(("text_to_video",), "bns_2", "", 2, "cfg", {"rescale": 0.0}, 2.0),
     Table("bns", "condot", 1, (0.0, 0.4, 1.0), (1.0, 1.0), ((0.4,), (0.4, 0.6))), {"seed": 0}, {"bns_2": 40.0},
@@ -70,6 +72,33 @@ def denoise(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"velocity": (target - inputs["x"]) / (1 - t[:, None, None, None, None])}
 
 
+def denoise_embed(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tokens [B, 7, F, 2, 2]: x, a channel that the first block fills, the condition."""
+    x, t = inputs["x"], inputs["modulation"][:, 0, 0]
+    hidden = torch.cat([x, torch.zeros_like(x[:, :1]), inputs["condition"]], 1)
+    return {"hidden": hidden, "signal": hidden * (1 + t[:, None, None, None, None])}
+
+
+def denoise_first(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first block adds what it knows of text and time."""
+    added = torch.zeros_like(inputs["hidden"])
+    added[:, 3] = (1 + inputs["context"][:, 0, 0] + inputs["modulation"][:, 0, 0])[:, None, None, None]
+    return {"hidden": inputs["hidden"] + added}
+
+
+def denoise_rest(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`denoise`, and what must be added to x for it."""
+    hidden = inputs["hidden"]
+    velocity = denoise({**inputs, "x": hidden[:, :3], "condition": hidden[:, 4:]})["velocity"]
+    residual = torch.zeros_like(hidden)
+    residual[:, :3] = velocity - hidden[:, :3]
+    return {"residual": residual, "velocity": velocity}
+
+
+def denoise_last(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"velocity": (inputs["hidden"] + inputs["residual"])[:, :3]}
+
+
 def decode(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     z = inputs["latent"]
     return {"video": z.repeat_interleave(2, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)}
@@ -82,11 +111,12 @@ def encode_image(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 PROGRAMS = {
     ("encode_text", "any"): encode_text, ("embed_time", "any"): embed_time, ("encode_image", "image"): encode_image,
     ("denoise", "video"): denoise, ("denoise", "image"): denoise, ("decode", "video"): decode, ("decode", "image"): decode,
+    **{(piece.__name__, profile): piece for piece in (denoise_embed, denoise_first, denoise_rest, denoise_last) for profile in ("video", "image")},
 }  # fmt: skip
 
 
 def make_model(name: str = "toy") -> ServedModel:
-    return ServedModel(name, "1", SETTINGS, ("linear", "linear_quadratic"), {}, {each.name: each for each in (FITTED, LINEAR, CALIBRATED)})
+    return ServedModel(name, "1", SETTINGS, ("linear", "linear_quadratic"), {}, {each.name: each for each in (FITTED, LINEAR, CALIBRATED, SKIPPING)}, True)
 
 
 def make_runner(**replaced: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> Runner:
@@ -102,7 +132,7 @@ def make_request(**changed: object) -> Request:
     base = Request(
         id=f"request {next(NUMBERS)}", model="toy", task="text_to_video", prompt="a cat", negative_prompt="", seed=1, count=1, width=16,
         height=16, frames=8, frames_per_second=8.0, steps=4, scale=1.0, solver="euler", schedule="linear", guidance="cfg",
-        guidance_options={}, image=None, preview_every=0, priority=0, deadline=math.inf,
+        guidance_options={}, step_cache="", step_cache_options={}, image=None, preview_every=0, priority=0, deadline=math.inf,
     )  # fmt: skip
     return replace(base, **changed)  # type: ignore[arg-type]
 

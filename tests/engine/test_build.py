@@ -1,20 +1,28 @@
 """Every registered model becomes a bundle, and the shipped one runs as its modules do."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.load import load
+from reelstep.compiler.program import Profile, Program, TensorSpec
+from reelstep.engine import build
 from reelstep.engine.build import ServedModel, build_bundle, default_tables, hash_weights, table_name
 from reelstep.engine.models import MODELS
-from reelstep.engine.models.spec import ModelSettings
-from reelstep.engine.request import Fit
+from reelstep.engine.models.spec import ModelSettings, ModelSpec
+from reelstep.engine.request import Choice, Fit
+from reelstep.engine.resolve import Ask, resolve
 from reelstep.engine.samplers.fitted import Fitted
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import linear
+from reelstep.engine.samplers.step_cache import PIECES, STEP_CACHES
 from reelstep.engine.samplers.tables import SOLVERS
+from reelstep.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,8 @@ def bundles(tmp_path_factory, artifact):
         if name not in made:
             out = tmp_path_factory.mktemp("bundles") / f"{name}.reel"
             fitted = [artifact] if name == "reel-tiny" else []
-            made[name] = build_bundle(name, backend="null", precision=None, out=out, cache=None, fitted=fitted)
+            step_cache = MODELS[name].pieces is not None
+            made[name] = build_bundle(name, backend="null", precision=None, out=out, cache=None, fitted=fitted, step_cache=step_cache)
         return made[name]
 
     return bundle
@@ -68,18 +77,92 @@ def test_the_30b_plan_states_its_tokens_work_and_weights(bundles):
 
 def test_default_tables_travel_with_the_bundle_and_are_used(bundles):
     served = ServedModel.of(bundles("reel-tiny"))
-    assert set(served.tables) == set(default_tables(served.settings))
+    assert set(served.tables) >= set(default_tables(served.settings))
     d = served.settings.defaults["text_to_video"]
     assert served.table(d.solver, d.schedule, d.steps) is served.tables[table_name(d.solver, d.schedule, d.steps)]
     assert served.table("midpoint", "linear", 3).n == 6
 
 
+def test_step_caches_are_offered_by_a_bundle_that_holds_the_denoiser_in_pieces(bundles):
+    served = ServedModel.of(bundles("reel-tiny"))
+    assert {*served.step_caches} == {*STEP_CACHES}
+    assert ServedModel.of(bundles("dit-mid")).step_caches == {}
+    programs = bundles("reel-tiny").manifest["programs"]
+    stored = {name: {w for entry in profiles.values() for w in entry["weights"].values()} for name, profiles in programs.items()}
+    assert set().union(*(stored[piece] for piece in PIECES)) == stored["denoise"], "no weight is stored twice"
+
+
+def test_pieces_are_refused_for_a_model_that_does_not_come_in_any(tmp_path):
+    with pytest.raises(ConfigError, match="'dit-mid' does not come in the pieces"):
+        build_bundle("dit-mid", backend="null", precision=None, out=tmp_path / "b.reel", cache=None, step_cache=True)
+
+
 def test_a_fitted_solver_travels_with_the_bundle_and_is_offered(bundles, artifact):
     served = ServedModel.of(bundles("reel-tiny"))
     fitted = Fitted.from_json(json.loads(artifact.read_text()))
-    assert served.fits == {"bns_2": fitted.fit}
+    assert served.fits["bns_2"] == fitted.fit
     assert "bns_2" in served.solvers
     assert served.table("bns_2", "linear_quadratic", 2) == fitted.artifact
+
+
+MEASURED = {"psnr_db": 30.0, "ssim": 0.9, "frechet": None, "command": "none: these are for a test"}
+
+
+@pytest.fixture
+def build_with_menu(monkeypatch, tmp_path, closed_form):
+    """Builds the bundle of a model of one linear map, with a menu for its videos and a fitted solver beside it."""
+    settings, _, _ = closed_form
+
+    def built(menu, *, fitted=True):
+        defaults = {task: replace(d, menu=menu) for task, d in settings.defaults.items()}
+        torch.manual_seed(0)
+        module = nn.Linear(3, 3)
+        edges = (TensorSpec("x", "float32", ("B", 3)),), (TensorSpec("velocity", "float32", ("B", 3)),)
+        programs = (Program("denoise", module, *edges, (Profile("video", {}, 2),)),)
+        spec = ModelSpec("toy", "1", replace(settings, defaults=defaults), lambda: module, lambda _: programs, None)
+        monkeypatch.setattr(build, "MODELS", {"toy": spec})
+        table, fit = SOLVERS["midpoint"].build(linear(1), PATHS["condot"]), Fit(("text_to_video",), "bns_2", "", 2, "cfg", {"rescale": 0.0}, 3.0)
+        file = tmp_path / "bns_2.json"
+        file.write_text(json.dumps(Fitted("bns_2", "bns", "toy", hash_weights(module), fit, table, {}, {"bns_2": 1.0}).to_json()))
+        return build_bundle("toy", backend="null", precision=None, out=tmp_path / "toy.reel", cache=None, fitted=[file] if fitted else [])
+
+    return built
+
+
+def test_a_menu_travels_with_the_bundle_with_the_tables_that_it_names(build_with_menu):
+    plain = Choice(solver="ab2", schedule="linear_quadratic", steps=8, guidance="apg", guidance_options={"eta": 0.5}, scale=2.0, forwards=16.0, **MEASURED)
+    served = ServedModel.of(build_with_menu({"draft": Choice(solver="bns_2", forwards=4.0, **MEASURED), "best": plain}))
+    assert served.settings.defaults["text_to_video"].qualities == ("draft", "best")
+    assert table_name("ab2", "linear_quadratic", 8) in served.tables
+    assert not any(name.startswith("bns_2") for name in served.tables), "that is among the fits"
+    draft, best = (resolve(Ask("a cat", quality=quality), {"toy": served}) for quality in ("draft", "best"))
+    assert (draft.solver, draft.steps, draft.scale) == ("bns_2", 2, 3.0)
+    assert (best.solver, best.schedule, best.steps, best.guidance, best.scale, best.guidance_options["eta"]) == ("ab2", "linear_quadratic", 8, "apg", 2.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"solver": "bns_8"}, "unknown solver 'bns_8'; known: ab2, bns_2, "),
+        ({"guidance": "linear_8"}, "unknown guidance 'linear_8'; known: "),
+        ({"schedule": "wavy"}, "unknown schedule 'wavy'; known: "),
+        ({"steps": 0}, "steps: 0 is not in 1..100"),
+        ({"scale": 21.0}, "guidance: 21.0 is not in 0..20"),
+        ({"guidance": "cfg", "guidance_options": {"treshold": 0.5}}, "guidance_options: unknown option of guidance 'cfg' 'treshold'; known: rescale"),
+        ({"guidance": "none", "scale": 2.0}, "guidance: "),
+        ({"solver": "bns_2", "steps": 8}, "steps: 8, but 'bns_2' was fitted with 2"),
+        ({"solver": "bns_2", "scale": 1.0}, "guidance: 1.0, but 'bns_2' was fitted with 3.0"),
+    ],
+)
+def test_an_entry_that_no_request_could_run_is_found_before_anything_is_compiled(build_with_menu, tmp_path, entry, says):
+    with pytest.raises(ConfigError, match=re.escape(f"'standard' in the menu of 'toy' for text_to_video: {says}")):
+        build_with_menu({"standard": Choice(forwards=8.0, **entry, **MEASURED)})
+    assert not (tmp_path / "toy.reel").exists()
+
+
+def test_an_entry_whose_fit_was_left_out_of_the_bundle_is_found_too(build_with_menu):
+    with pytest.raises(ConfigError, match=r"unknown solver 'bns_2'.*add the fit that it names"):
+        build_with_menu({"draft": Choice(solver="bns_2", forwards=4.0, **MEASURED)}, fitted=False)
 
 
 @torch.no_grad()

@@ -30,6 +30,27 @@ def test_a_generation_has_its_files_seeds_and_cost(fake: Served) -> None:
     assert (got.usage.nfe, got.usage.forwards, got.usage.queue_s, got.usage.compute_s) == (5, 10, 0.25, {"denoise": 1.5, "decode": 0.5})
 
 
+def test_a_generation_says_which_quality_it_was_and_what_that_chose(fake: Served) -> None:
+    with Client(fake.address) as client:
+        got = client.generate("a fox", quality="draft")
+        assert (got.quality, got.solver, got.steps, got.guidance, got.scale) == ("draft", "bns_6", 6, "cfg", 2.5)
+        assert client.generate("a fox").quality == ""
+        with pytest.raises(InvalidRequest, match=r"leave quality out, or else solver, guidance$"):
+            client.generate("a fox", quality="draft", solver="heun", scale=1.0)
+        with pytest.raises(NotFound, match="it has: draft, standard, best"):
+            client.generate("a fox", quality="ultra")
+
+
+def test_a_generation_says_which_step_cache_ran_and_what_it_skipped(fake: Served) -> None:
+    with Client(fake.address) as client:
+        got = client.generate("a fox", steps=5, step_cache="skip", step_cache_options={"threshold": 0.5})
+        assert (got.step_cache, got.usage.forwards, got.usage.cached) == ("skip", 5, 5)
+        plain = client.generate("a fox", steps=5)
+        assert (plain.step_cache, plain.usage.forwards, plain.usage.cached) == ("", 10, 0)
+        with pytest.raises(InvalidRequest, match=r"step_cache_options: 'threshold': 'high' cannot be sent"):
+            client.generate("a fox", step_cache="skip", step_cache_options={"threshold": "high"})  # type: ignore[dict-item]
+
+
 def test_asyncio_gives_the_same_as_plain_code(fake: Served) -> None:
     async def run() -> tuple[Generation, list[pb.Model]]:
         async with AsyncClient(fake.address) as client:

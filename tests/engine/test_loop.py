@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from reelstep.engine.request import Preview, Progress, Queued
 from reelstep.engine.resolve import Ask, resolve
-from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Overloaded, Unavailable
+from reelstep.engine.samplers.step_cache import STEP_CACHES
+from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Overloaded, Unavailable, UnsupportedRequest
 
 
 def pixel(value: float) -> int:
@@ -159,6 +161,120 @@ def test_what_is_fitted_is_offered_with_what_it_holds_for(make_toy):
     with pytest.raises(InvalidRequest) as caught:
         resolve(Ask("a cat", guidance="linear_4", solver="bns_2"), {"toy": served})
     assert {v.field for v in caught.value.violations} == {"guidance_rule"}
+
+
+def rows_by_program(toy):
+    found = {}
+    for batch in toy.batches:
+        found[batch.key[1]] = found.get(batch.key[1], 0) + batch.rows
+    return found
+
+
+def test_a_step_cache_skips_calls_and_usage_says_how_many_ran(toy):
+    """The first block adds 1 + text + t, so after it ran whole at t' the network does so again where t - t' >= 0.19 (1 + text + t')."""
+    usage = toy.submit(steps=8, scale=2.0, step_cache="first_block", step_cache_options={"threshold": 0.19}).result().usage
+    whole = 2  # the last evaluation of each branch
+    for text in (0, 1):
+        last = -8
+        for j in range(7):
+            if (j - last) / 8 >= 0.19 * (1 + text + last / 8):
+                last, whole = j, whole + 1
+    assert whole == 7, "text at 0 and 4, null at 0, 2 and 4"
+    ran = rows_by_program(toy)
+    assert (ran["denoise_embed"], ran["denoise_rest"], ran["denoise"]) == (14, whole - 2, 2)
+    assert ran["denoise_last"] == 16 - whole
+    assert (usage.nfe, usage.forwards, usage.cached) == (8, whole, 16 - whole)
+
+
+@pytest.mark.parametrize("step_cache", list(STEP_CACHES))
+def test_threshold_0_is_no_step_cache_and_one_that_is_never_reached_changes_no_pixel(step_cache, toy):
+    plain = toy.submit(steps=5, scale=2.0).result()
+    toy.batches.clear()
+    off = toy.submit(steps=5, scale=2.0, step_cache=step_cache, step_cache_options={"threshold": 0.0}).result()
+    assert {name for name in rows_by_program(toy) if name.startswith("denoise")} == {"denoise"}
+    never = toy.submit(steps=5, scale=2.0, step_cache=step_cache, step_cache_options={"threshold": 1e-30}).result()
+    assert rows_by_program(toy)["denoise_rest"] == 8
+    for other in (off, never):
+        assert np.array_equal(other.media.frames, plain.media.frames)
+        assert (other.usage.forwards, other.usage.cached) == (10, 0)
+
+
+def test_adaptive_guidance_measures_fresh_branches_and_caches_after_it_has_let_go(make_toy):
+    options = {"steps": 12, "scale": 3.0, "guidance": "adaptive", "guidance_options": {"threshold": -1.0, "guided": 6.0}}
+    toy = make_toy({"denoise_rest": lambda inputs: {"velocity": -inputs["hidden"][:, :3], "residual": torch.zeros_like(inputs["hidden"])}})
+    cache = {"step_cache": "first_block", "step_cache_options": {"threshold": 10.0}}
+    usage = toy.submit(**options, **cache).result().usage
+    assert (usage.nfe, usage.forwards, usage.cached) == (12, 13, 5), "6 guided evaluations run both branches; of the 6 others all but the last are skipped"
+    plain = toy.submit(steps=12, scale=3.0, guidance="cfg", **cache).result().usage
+    assert (plain.forwards, plain.cached) == (4, 20)
+
+
+def test_requests_with_different_step_caches_share_batches_and_each_gets_what_it_gets_alone(make_toy):
+    toy = make_toy({"denoise": fall})
+    kinds = [
+        {"step_cache": "teacache", "step_cache_options": {"threshold": 0.5}, "scale": 2.0},
+        {"step_cache": "first_block", "step_cache_options": {"threshold": 0.3}, "scale": 3.0, "count": 2},
+        {"step_cache": "first_block", "step_cache_options": {"threshold": 0.1}, "guidance": "delta_hold", "scale": 2.0},
+        {"scale": 2.0},
+    ]
+    alone = [toy.submit(seed=k, steps=7, **kind).result() for k, kind in enumerate(kinds)]
+    toy.batches.clear()
+    together = [heard.result() for heard in [toy.submit(seed=k, steps=7, **kind) for k, kind in enumerate(kinds)]]
+    assert max(b.rows for b in toy.batches if b.key[1] == "denoise_embed") > 4, "they did share batches"
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one.media.frames, other.media.frames)
+        assert (one.usage.forwards, one.usage.cached) == (other.usage.forwards, other.usage.cached)
+    assert all(done.usage.cached > 0 for done in alone[:3])
+
+
+def test_each_output_of_a_count_is_cached_on_its_own(make_toy):
+    """TeaCache's signal depends on the noise, so outputs skip at different steps; usage is that of the one that ran most."""
+    toy = make_toy({"denoise": fall})
+    options = {"steps": 6, "step_cache": "teacache", "step_cache_options": {"threshold": 0.3}}
+    alone = [toy.submit(seed=s, **options).result() for s in range(30, 34)]
+    together = toy.submit(seed=30, count=4, **options).result()
+    assert len({done.usage.cached for done in alone}) > 1
+    assert together.usage.forwards == max(done.usage.forwards for done in alone)
+    assert all(np.array_equal(together.media.frames[k], done.media.frames[0]) for k, done in enumerate(alone))
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "message"),
+    [
+        ({"steps": 1}, "step_cache", "there are 1; take more steps"),
+        ({"steps": 2}, "step_cache", "there are 2; take more steps"),
+        ({"solver": "heun", "steps": 1}, "step_cache", "there are 2; take more steps"),
+        ({"step_cache_options": {"threshold": -1.0}}, "step_cache", "is -1.0; 0 to 10"),
+        ({"step_cache_options": {"c1": 1.0}}, "step_cache_options", "known: first, last, threshold"),
+        ({"guidance": "linear_4"}, "step_cache", "'linear_4' was fitted to the network's own outputs"),
+    ],
+)
+def test_what_a_step_cache_does_not_take_is_refused_before_any_compute(asked, field, message, toy):
+    with pytest.raises(InvalidRequest) as caught:
+        resolve(Ask("a cat", step_cache="first_block", **asked), toy.engine.models)
+    assert [violation.field for violation in caught.value.violations] == [field]
+    assert message in str(caught.value)
+    assert toy.batches == []
+
+
+def test_a_step_cache_has_the_options_that_were_calibrated_and_goes_with_a_fitted_solver(toy):
+    request = resolve(Ask("a cat", step_cache="first_block", step_cache_options={"last": 0.0}, solver="heun", steps=2), toy.engine.models)
+    assert (request.step_cache, request.step_cache_options) == ("first_block", {"threshold": 0.2, "first": 1.0, "last": 0.0})
+    assert toy.engine.models["toy"].step_caches["teacache"]["threshold"] == STEP_CACHES["teacache"].options["threshold"].default
+    assert toy.engine.models["toy"].step_cache(request).evaluations == 4, "of heun, two a step"
+    fitted = resolve(Ask("a cat", step_cache="first_block", step_cache_options={"last": 0.0}, solver="bns_2"), toy.engine.models)
+    assert toy.engine.models["toy"].step_cache(fitted).evaluations == 2
+    assert resolve(Ask("a cat"), toy.engine.models).step_cache == ""
+
+
+def test_a_model_without_pieces_and_an_unknown_step_cache_are_refused(toy):
+    served = toy.engine.models["toy"]
+    with pytest.raises(UnsupportedRequest, match="'toy' was compiled without what a step cache needs; leave step_cache out"):
+        resolve(Ask("a cat", step_cache="first_block"), {"toy": replace(served, in_pieces=False)})
+    with pytest.raises(NotFound, match="unknown step cache 'magic'; known: first_block, teacache"):
+        resolve(Ask("a cat", step_cache="magic"), {"toy": served})
+    with pytest.raises(InvalidRequest, match="without a step cache; name one"):
+        resolve(Ask("a cat", step_cache_options={"threshold": 0.1}), {"toy": served})
 
 
 def test_cancelling_stops_between_calls(make_toy, closed_form):

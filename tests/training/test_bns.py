@@ -13,9 +13,9 @@ from reelstep.engine.samplers.ns import drive, sample, start
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import linear, shifted
 from reelstep.engine.samplers.tables import SOLVERS
-from reelstep.errors import ConfigError
+from reelstep.errors import ConfigError, InternalError
 from reelstep.training import bns, checkpoint
-from reelstep.training.bns import Options, fit_bns, initial_table, polish
+from reelstep.training.bns import Options, fit_bns, initial_table, polish, solve_rows
 from reelstep.training.field import Pairs, score_db
 
 MEANS = torch.tensor([[2, 0], [-2, 0], [0, 2], [0, -2]], dtype=torch.float64)
@@ -31,13 +31,13 @@ def velocity(x, t):
     return (weight * (MEANS + (t * STD**2 - s) / variance * off)).sum(1)
 
 
-def reference(noise):
+def reference(noise, end=1.0):
     """By DOP853 at rtol 1e-9."""
 
     def field(t, y):
         return velocity(torch.from_numpy(y).view_as(noise), torch.tensor(t, dtype=torch.float64)).numpy().ravel()
 
-    y = solve_ivp(field, (0, 1), noise.numpy().ravel(), method="DOP853", rtol=1e-9, atol=1e-9).y[:, -1]
+    y = solve_ivp(field, (0, end), noise.numpy().ravel(), method="DOP853", rtol=1e-9, atol=1e-9).y[:, -1]
     return torch.from_numpy(y.copy()).view_as(noise)
 
 
@@ -150,3 +150,30 @@ def loss_of(table, data):
 def test_a_table_that_cannot_be_fitted_is_refused(data, solver):
     with pytest.raises(ConfigError, match="cannot be fitted"):
         fit_bns(SOLVERS[solver].build(linear(2), PATHS["condot"]), *data, options())
+
+
+def test_solved_rows_are_exact_where_one_number_a_row_suffices():
+    """x' = c x: every state is exp(c t) of the noise, whatever the times."""
+    noise = pairs(5, 40).noise
+    at = torch.linspace(0, 1, 33, dtype=torch.float64)
+    known = Pairs(noise, math.exp(0.7) * noise, torch.exp(0.7 * at)[:, None, None] * noise)
+    table = solve_rows(initial_table(5, PATHS["condot"], 3.0), lambda index: lambda x, t: 0.7 * x, known, 16)
+    end = drive(sample(table, start(table, noise)), lambda x, t: 0.7 * x)
+    assert float((end - known.ends).abs().max()) < 1e-9
+    assert float((known.at(0.3712) - math.exp(0.7 * 0.3712) * noise).abs().max()) < 1e-9, "between the stored states"
+
+
+def test_solved_rows_begin_far_above_the_solver_whose_times_they_have(data):
+    noise = data[0][1].noise
+    known = Pairs(noise, data[0][1].ends, torch.stack([noise, *(reference(noise, t) for t in np.linspace(0, 1, 33)[1:])]))
+    plain = initial_table(8, PATHS["condot"])
+    solved = solve_rows(plain, fields, known, 130)
+    held_out = data[1][1]
+    dbs = [float(score_db(run(table, held_out.noise), held_out.ends).mean()) for table in (plain, solved)]
+    assert dbs[1] > dbs[0] + 3
+    assert solved.times == plain.times
+
+
+def test_rows_cannot_be_solved_for_without_states_between():
+    with pytest.raises(InternalError, match="ends alone"):
+        solve_rows(initial_table(4, PATHS["condot"]), fields, pairs(5, 10), 10)

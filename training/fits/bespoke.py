@@ -24,19 +24,20 @@ examples:
 def main(arguments: Sequence[str]) -> None:
     made = solver_parser("bespoke", TEXT)
     made.add_argument("--kind", choices=bespoke.KINDS, default="rk2", help="base solver: rk2 has half as many steps as NFE (%(default)s)")
-    made.add_argument("--iterations", type=int, default=100, metavar="N", help="(%(default)s)")
+    made.add_argument("--iterations", type=int, default=60, metavar="N", help="(%(default)s)")
     made.add_argument("--rate", type=float, default=1e-2, metavar="X", help="of Adam (%(default)g)")
     args = made.parse_args(arguments)
     each = bespoke.KINDS[args.kind]
     if args.nfe < each or args.nfe % each:
         raise ConfigError(f"--nfe {args.nfe} with {args.kind}, which spends {each} velocities a step; a multiple of {each}, or the other kind")
-    options = bespoke.Options(args.kind, args.nfe // each, iterations=args.iterations, rate=args.rate, validate_every=10, rows=ROWS, seed=args.seed)
+    options = bespoke.Options(args.kind, args.nfe // each, iterations=args.iterations, rate=args.rate, validate_every=20, rows=ROWS, seed=args.seed)
     bespoke.Bespoke.base(options.kind, options.steps).table(MODELS[args.model].settings.path)
-    subject, (_, validation), folder = prepare_solver(args)
+    subject, (train, validation), folder = prepare_solver(args)
+    assert train.between is not None
     began = time.monotonic()
     paths = []
     for index in torch.arange(args.pairs).split(ROWS):
-        paths.append(bespoke.reference_paths(subject.train(index), subject.noises[0][index]))
+        paths.append(bespoke.Paths.of(subject.train(index), train.between[:, index]))
         print(f"reference paths: {int(index[-1]) + 1} of {args.pairs}", flush=True)
     saved = folder / f"bespoke_{args.kind}_{args.nfe}_{args.rate:g}_{args.iterations}.pt"
     with progress_bar(options.iterations) as progress:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     scores = {name: fit.best_db, "start": fit.start_db, **baselines(subject, validation)}
     conditions = {
         **fit.solver.to_json(), "lipschitz": options.lipschitz, "reference": f"RK45 at {args.tolerance:g}", "pairs": args.pairs,
-        "iterations": args.iterations, "best_iteration": fit.iteration, "rate": args.rate, "seed": args.seed, "dtype": "float32",
+        "iterations": args.iterations, "best_iteration": fit.iteration, "rate": args.rate, "seed": args.seed, "dtype": "bfloat16 products",
         "seconds": round(seconds), "note": fit.note,
     }  # fmt: skip
     table = fit.solver.table(subject.spec.settings.path)

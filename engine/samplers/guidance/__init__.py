@@ -58,6 +58,17 @@ class Option:
     meaning: str
 
 
+def complete(what: str, options: Mapping[str, Option], given: Mapping[str, float]) -> dict[str, float]:
+    """All options, in order. Raises NotFound for one that `what` does not have, ConfigError for one out of range."""
+    for name, value in given.items():
+        if name not in options:
+            raise unknown(f"option of {what}", name[:80], options)
+        low, high = options[name].low, options[name].high
+        if not low <= value <= high:  # NaN is not
+            raise ConfigError(f"option {name!r} of {what} is {value}; {low:g} to {high:g}: {options[name].meaning}")
+    return {name: given.get(name, option.default) for name, option in options.items()}
+
+
 @dataclass(frozen=True)
 class Guidance:
     """A rule by name, before it knows a request. rule: (scale, path, *options in order) -> Rule."""
@@ -66,6 +77,7 @@ class Guidance:
     rule: Callable[..., Rule]
     options: Mapping[str, Option] = field(default_factory=dict)
     is_field: bool = False  # the velocity depends on x and t alone, not on what came before, so that a solver can be fitted to it
+    measures: bool = False  # decides by comparing branches, so while it asks for several no step cache may stand in for the network
 
     def build(self, scale: float, path: Path, given: Mapping[str, float]) -> Rule:
         """The rule of one request. Raises ConfigError for a scale, and as `complete` does for options."""
@@ -74,14 +86,8 @@ class Guidance:
         return self.rule(scale, path, *self.complete(given).values())
 
     def complete(self, given: Mapping[str, float]) -> dict[str, float]:
-        """All options, in order. Raises NotFound for one that the rule does not have, ConfigError for one out of range."""
-        for name, value in given.items():
-            if name not in self.options:
-                raise unknown(f"option of guidance {self.name!r}", name[:80], self.options)
-            low, high = self.options[name].low, self.options[name].high
-            if not low <= value <= high:  # NaN is not
-                raise ConfigError(f"option {name!r} of guidance {self.name!r} is {value}; {low:g} to {high:g}: {self.options[name].meaning}")
-        return {name: given.get(name, option.default) for name, option in self.options.items()}
+        """All options, as `complete` gives and refuses them."""
+        return complete(f"guidance {self.name!r}", self.options, given)
 
 
 def text_only(x: Tensor, t: float, state: GuidanceState) -> Guided:

@@ -61,5 +61,5 @@ OPTIONS = {
     "threshold": Option(0.99, -1.0, 2.0, "cosine of the branches from which on guidance is off; above 1 it never is. Calibrate it for the model"),
     "guided": Option(1.0, 1.0, 1000.0, "evaluations that are guided in any case"),
 }
-GUIDANCE = Guidance("adaptive", adaptive, OPTIONS)
-GUIDANCE_X1 = Guidance("adaptive_x1", adaptive_x1, OPTIONS)
+GUIDANCE = Guidance("adaptive", adaptive, OPTIONS, measures=True)
+GUIDANCE_X1 = Guidance("adaptive_x1", adaptive_x1, OPTIONS, measures=True)

@@ -31,8 +31,15 @@ JOB_STATE_CANCELLED: JobState
 JOB_STATE_EXPIRED: JobState
 
 class GenerationSpec(_message.Message):
-    __slots__ = ("model", "prompt", "negative_prompt", "seed", "count", "width", "height", "frames", "frames_per_second", "steps", "guidance", "assets", "output_media_type", "extra", "solver", "schedule", "image", "guidance_rule", "guidance_options")
+    __slots__ = ("model", "prompt", "negative_prompt", "seed", "count", "width", "height", "frames", "frames_per_second", "steps", "guidance", "assets", "output_media_type", "extra", "solver", "schedule", "image", "guidance_rule", "guidance_options", "quality", "step_cache", "step_cache_options")
     class GuidanceOptionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class StepCacheOptionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +65,9 @@ class GenerationSpec(_message.Message):
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_RULE_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    STEP_CACHE_FIELD_NUMBER: _ClassVar[int]
+    STEP_CACHE_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
     negative_prompt: str
@@ -77,7 +87,10 @@ class GenerationSpec(_message.Message):
     image: bytes
     guidance_rule: str
     guidance_options: _containers.ScalarMap[str, float]
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., seed: _Optional[int] = ..., count: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., frames: _Optional[int] = ..., frames_per_second: _Optional[float] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., assets: _Optional[_Iterable[str]] = ..., output_media_type: _Optional[str] = ..., extra: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., image: _Optional[bytes] = ..., guidance_rule: _Optional[str] = ..., guidance_options: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    quality: str
+    step_cache: str
+    step_cache_options: _containers.ScalarMap[str, float]
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., seed: _Optional[int] = ..., count: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., frames: _Optional[int] = ..., frames_per_second: _Optional[float] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., assets: _Optional[_Iterable[str]] = ..., output_media_type: _Optional[str] = ..., extra: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., image: _Optional[bytes] = ..., guidance_rule: _Optional[str] = ..., guidance_options: _Optional[_Mapping[str, float]] = ..., quality: _Optional[str] = ..., step_cache: _Optional[str] = ..., step_cache_options: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class PreviewPolicy(_message.Message):
     __slots__ = ("every_steps", "max_bytes", "media_type")
@@ -90,7 +103,7 @@ class PreviewPolicy(_message.Message):
     def __init__(self, every_steps: _Optional[int] = ..., max_bytes: _Optional[int] = ..., media_type: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("nfe", "forwards", "queue", "compute", "solver", "schedule", "guidance", "task", "guidance_rule")
+    __slots__ = ("nfe", "forwards", "queue", "compute", "solver", "schedule", "guidance", "task", "guidance_rule", "quality", "cached", "step_cache")
     class ComputeEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +120,9 @@ class Usage(_message.Message):
     GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_RULE_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    STEP_CACHE_FIELD_NUMBER: _ClassVar[int]
     nfe: int
     forwards: int
     queue: _duration_pb2.Duration
@@ -116,7 +132,10 @@ class Usage(_message.Message):
     guidance: float
     task: str
     guidance_rule: str
-    def __init__(self, nfe: _Optional[int] = ..., forwards: _Optional[int] = ..., queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compute: _Optional[_Mapping[str, _duration_pb2.Duration]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., guidance: _Optional[float] = ..., task: _Optional[str] = ..., guidance_rule: _Optional[str] = ...) -> None: ...
+    quality: str
+    cached: int
+    step_cache: str
+    def __init__(self, nfe: _Optional[int] = ..., forwards: _Optional[int] = ..., queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compute: _Optional[_Mapping[str, _duration_pb2.Duration]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., guidance: _Optional[float] = ..., task: _Optional[str] = ..., guidance_rule: _Optional[str] = ..., quality: _Optional[str] = ..., cached: _Optional[int] = ..., step_cache: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("name", "state", "spec", "create_time", "start_time", "end_time", "expire_time", "queue_position", "steps_done", "steps_total", "artifacts", "error", "priority", "attempt", "labels", "usage")
@@ -282,7 +301,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "tasks", "max_width", "max_height", "max_frames", "max_steps", "max_count", "output_media_types", "capabilities", "sizes", "frames", "solvers", "schedules", "max_guidance", "max_prompt_bytes", "max_image_bytes", "defaults", "guidance_rules", "fits")
+    __slots__ = ("name", "version", "tasks", "max_width", "max_height", "max_frames", "max_steps", "max_count", "output_media_types", "capabilities", "sizes", "frames", "solvers", "schedules", "max_guidance", "max_prompt_bytes", "max_image_bytes", "defaults", "guidance_rules", "fits", "step_caches")
     class Size(_message.Message):
         __slots__ = ("width", "height")
         WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -290,8 +309,42 @@ class Model(_message.Message):
         width: int
         height: int
         def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
+    class Choice(_message.Message):
+        __slots__ = ("quality", "solver", "schedule", "steps", "guidance_rule", "guidance_options", "guidance", "forwards", "psnr_db", "ssim", "frechet", "command")
+        class GuidanceOptionsEntry(_message.Message):
+            __slots__ = ("key", "value")
+            KEY_FIELD_NUMBER: _ClassVar[int]
+            VALUE_FIELD_NUMBER: _ClassVar[int]
+            key: str
+            value: float
+            def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+        QUALITY_FIELD_NUMBER: _ClassVar[int]
+        SOLVER_FIELD_NUMBER: _ClassVar[int]
+        SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+        STEPS_FIELD_NUMBER: _ClassVar[int]
+        GUIDANCE_RULE_FIELD_NUMBER: _ClassVar[int]
+        GUIDANCE_OPTIONS_FIELD_NUMBER: _ClassVar[int]
+        GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+        FORWARDS_FIELD_NUMBER: _ClassVar[int]
+        PSNR_DB_FIELD_NUMBER: _ClassVar[int]
+        SSIM_FIELD_NUMBER: _ClassVar[int]
+        FRECHET_FIELD_NUMBER: _ClassVar[int]
+        COMMAND_FIELD_NUMBER: _ClassVar[int]
+        quality: str
+        solver: str
+        schedule: str
+        steps: int
+        guidance_rule: str
+        guidance_options: _containers.ScalarMap[str, float]
+        guidance: float
+        forwards: float
+        psnr_db: float
+        ssim: float
+        frechet: float
+        command: str
+        def __init__(self, quality: _Optional[str] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_rule: _Optional[str] = ..., guidance_options: _Optional[_Mapping[str, float]] = ..., guidance: _Optional[float] = ..., forwards: _Optional[float] = ..., psnr_db: _Optional[float] = ..., ssim: _Optional[float] = ..., frechet: _Optional[float] = ..., command: _Optional[str] = ...) -> None: ...
     class Defaults(_message.Message):
-        __slots__ = ("solver", "schedule", "steps", "guidance", "frames", "frames_per_second", "guidance_rule")
+        __slots__ = ("solver", "schedule", "steps", "guidance", "frames", "frames_per_second", "guidance_rule", "menu")
         SOLVER_FIELD_NUMBER: _ClassVar[int]
         SCHEDULE_FIELD_NUMBER: _ClassVar[int]
         STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -299,6 +352,7 @@ class Model(_message.Message):
         FRAMES_FIELD_NUMBER: _ClassVar[int]
         FRAMES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
         GUIDANCE_RULE_FIELD_NUMBER: _ClassVar[int]
+        MENU_FIELD_NUMBER: _ClassVar[int]
         solver: str
         schedule: str
         steps: int
@@ -306,8 +360,23 @@ class Model(_message.Message):
         frames: int
         frames_per_second: float
         guidance_rule: str
-        def __init__(self, solver: _Optional[str] = ..., schedule: _Optional[str] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., frames: _Optional[int] = ..., frames_per_second: _Optional[float] = ..., guidance_rule: _Optional[str] = ...) -> None: ...
+        menu: _containers.RepeatedCompositeFieldContainer[Model.Choice]
+        def __init__(self, solver: _Optional[str] = ..., schedule: _Optional[str] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., frames: _Optional[int] = ..., frames_per_second: _Optional[float] = ..., guidance_rule: _Optional[str] = ..., menu: _Optional[_Iterable[_Union[Model.Choice, _Mapping]]] = ...) -> None: ...
     class GuidanceRule(_message.Message):
+        __slots__ = ("name", "options")
+        class OptionsEntry(_message.Message):
+            __slots__ = ("key", "value")
+            KEY_FIELD_NUMBER: _ClassVar[int]
+            VALUE_FIELD_NUMBER: _ClassVar[int]
+            key: str
+            value: float
+            def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        OPTIONS_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        options: _containers.ScalarMap[str, float]
+        def __init__(self, name: _Optional[str] = ..., options: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    class StepCache(_message.Message):
         __slots__ = ("name", "options")
         class OptionsEntry(_message.Message):
             __slots__ = ("key", "value")
@@ -374,6 +443,7 @@ class Model(_message.Message):
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_RULES_FIELD_NUMBER: _ClassVar[int]
     FITS_FIELD_NUMBER: _ClassVar[int]
+    STEP_CACHES_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     tasks: _containers.RepeatedScalarFieldContainer[str]
@@ -394,4 +464,5 @@ class Model(_message.Message):
     defaults: _containers.MessageMap[str, Model.Defaults]
     guidance_rules: _containers.RepeatedCompositeFieldContainer[Model.GuidanceRule]
     fits: _containers.RepeatedCompositeFieldContainer[Model.Fit]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_width: _Optional[int] = ..., max_height: _Optional[int] = ..., max_frames: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_count: _Optional[int] = ..., output_media_types: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., sizes: _Optional[_Iterable[_Union[Model.Size, _Mapping]]] = ..., frames: _Optional[_Iterable[int]] = ..., solvers: _Optional[_Iterable[str]] = ..., schedules: _Optional[_Iterable[str]] = ..., max_guidance: _Optional[float] = ..., max_prompt_bytes: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., defaults: _Optional[_Mapping[str, Model.Defaults]] = ..., guidance_rules: _Optional[_Iterable[_Union[Model.GuidanceRule, _Mapping]]] = ..., fits: _Optional[_Iterable[_Union[Model.Fit, _Mapping]]] = ...) -> None: ...
+    step_caches: _containers.RepeatedCompositeFieldContainer[Model.StepCache]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_width: _Optional[int] = ..., max_height: _Optional[int] = ..., max_frames: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_count: _Optional[int] = ..., output_media_types: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., sizes: _Optional[_Iterable[_Union[Model.Size, _Mapping]]] = ..., frames: _Optional[_Iterable[int]] = ..., solvers: _Optional[_Iterable[str]] = ..., schedules: _Optional[_Iterable[str]] = ..., max_guidance: _Optional[float] = ..., max_prompt_bytes: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., defaults: _Optional[_Mapping[str, Model.Defaults]] = ..., guidance_rules: _Optional[_Iterable[_Union[Model.GuidanceRule, _Mapping]]] = ..., fits: _Optional[_Iterable[_Union[Model.Fit, _Mapping]]] = ..., step_caches: _Optional[_Iterable[_Union[Model.StepCache, _Mapping]]] = ...) -> None: ...

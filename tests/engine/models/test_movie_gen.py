@@ -7,9 +7,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from reelstep.compiler.compile import compile_model
+from reelstep.compiler.load import load
+from reelstep.compiler.program import Profile
 from reelstep.engine.models import MODELS
-from reelstep.engine.models.movie_gen import CONFIG_30B, MovieGenConfig, MovieGenTransformer, build_30b
+from reelstep.engine.models.movie_gen import (
+    CONFIG_30B,
+    MovieGenConfig,
+    MovieGenTransformer,
+    build_30b,
+    denoise_program,
+    split_programs,
+)
 from reelstep.engine.models.reel_tiny import DENOISER_CONFIG
+from reelstep.engine.samplers.step_cache import PIECES
 from reelstep.errors import ConfigError
 
 
@@ -135,6 +146,91 @@ def test_rows_of_a_batch_do_not_see_each_other():
     for i in range(3):
         row = slice(i, i + 1)
         assert torch.allclose(model(x[row], modulation[row], condition[row], context[row]), together[row], atol=1e-12)
+
+
+def in_pieces(run, x, modulation, condition, context):
+    """denoise_embed, denoise_first and denoise_rest one after another, and denoise_last for the same point: everything that came out, by name."""
+    given = {"x": x, "modulation": modulation, "context": context, **({} if condition is None else {"condition": condition})}
+    embedded = run("denoise_embed", {name: given[name] for name in given if name != "context"})
+    first = run("denoise_first", {"hidden": embedded["hidden"], "modulation": modulation, "context": context})
+    rest = run("denoise_rest", {"hidden": first["hidden"], "modulation": modulation, "context": context})
+    residual = first["hidden"] - embedded["hidden"] + rest["residual"]
+    last = run("denoise_last", {"hidden": embedded["hidden"], "residual": residual, "modulation": modulation})
+    return {**embedded, "tokens": first["hidden"] + rest["residual"], "velocity": rest["velocity"], "again": last["velocity"]}
+
+
+def sizes(f, h, w):
+    return (Profile("video", {"F": f, "H": h, "W": w}, 4),)
+
+
+def runner(model, profiles, text_tokens):
+    programs = {program.name: program for program in split_programs(model, text_tokens, profiles)}
+    assert {*programs} == {*PIECES}
+
+    def run(name, inputs):
+        outputs = programs[name].module(*(inputs[edge.name] for edge in programs[name].inputs))
+        return dict(zip((edge.name for edge in programs[name].outputs), outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
+
+    return run
+
+
+@pytest.mark.parametrize("channels", [0, 2])
+@torch.no_grad()
+def test_the_pieces_one_after_another_are_the_whole_network(channels):
+    model = tiny(condition_channels=channels, qk_norm=True)
+    x, modulation, context = torch.randn(2, 3, 3, 4, 6).double(), model.time(torch.tensor([0.1, 0.7]).double()), torch.randn(2, 5, 32).double()
+    condition = torch.randn(2, 2, 3, 4, 6).double() if channels else None
+    got = in_pieces(runner(model, sizes(3, 4, 6), 5), x, modulation, condition, context)
+    assert torch.equal(got["velocity"], model(x, modulation, condition, context)), "to the bit"
+    assert torch.allclose(got["again"], got["velocity"], rtol=1e-12, atol=1e-12), "from the residual"
+    assert got["hidden"].shape == got["tokens"].shape == got["signal"].shape == (2, 3, 2, 3, 32)
+
+
+@torch.no_grad()
+def test_the_signal_is_what_the_first_blocks_self_attention_takes():
+    model = tiny()
+    x, condition = torch.randn(2, 3, 2, 4, 4).double(), torch.randn(2, 2, 2, 4, 4).double()
+    modulation, context = torch.randn(2, 7, 32).double(), torch.randn(2, 5, 32).double()
+    taken = []
+    model.blocks[0].self_attention.register_forward_pre_hook(lambda module, arguments: taken.append(arguments[0]))
+    model(x, modulation, condition, context)
+    got = in_pieces(runner(model, sizes(2, 4, 4), 5), x, modulation, condition, context)
+    assert torch.equal(got["signal"].flatten(1, 3), taken[0])
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """A small model and its bundle with the pieces."""
+    model, profiles = tiny(condition_channels=0).float(), sizes(2, 4, 4)
+    bundle = compile_model(
+        model="tiny", version="1", settings={}, programs=[denoise_program(model, 5, profiles), *split_programs(model, 5, profiles)], backend="openvino",
+        precision="float32", out=tmp_path_factory.mktemp("split") / "tiny.reel", solvers={}, card="",
+    )  # fmt: skip
+    return model, bundle
+
+
+def test_the_pieces_bring_no_weights_of_their_own_into_a_bundle(split):
+    bundle = split[1]
+    stored = {name: {*entry["video"]["weights"].values()} for name, entry in bundle.manifest["programs"].items()}
+    assert stored["denoise"] == {*bundle.tensors} == set().union(*(stored[piece] for piece in PIECES))
+
+
+@torch.no_grad()
+def test_a_backend_runs_the_pieces_as_the_whole(split):
+    model, bundle = split
+    engines = load(bundle, None)
+    x, modulation, context = torch.randn(3, 3, 2, 4, 4), torch.randn(3, 7, 32), torch.randn(3, 5, 32)
+    got = in_pieces(lambda name, inputs: engines[name, "video"](inputs), x, modulation, None, context)
+    expected = model(x, modulation, None, context)
+    for name in ("velocity", "again"):
+        assert torch.allclose(got[name], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())), name
+    whole = engines["denoise", "video"]({"x": x, "modulation": modulation, "context": context})
+    assert torch.allclose(got["velocity"], whole["velocity"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_transformer_of_one_block_has_no_pieces():
+    with pytest.raises(ConfigError, match="1 layer has nothing behind its first block"):
+        split_programs(tiny(layers=1), 5, sizes(2, 4, 4))
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():

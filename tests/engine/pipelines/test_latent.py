@@ -12,6 +12,7 @@ from reelstep.engine.pipelines.state import PipelineState
 from reelstep.engine.samplers.guidance import GUIDANCE
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import SCHEDULES
+from reelstep.engine.samplers.step_cache import STEP_CACHES
 from reelstep.engine.samplers.tables import SOLVERS
 
 
@@ -32,7 +33,9 @@ def run(pipeline, programs, saves=None, state=None):
 
 def job_for(request, settings):
     table = SOLVERS[request.solver].build(SCHEDULES[request.schedule](request.steps), PATHS[settings.path])
-    return Job(request, settings, table, GUIDANCE[request.guidance].build(request.scale, PATHS[settings.path], request.guidance_options))
+    guidance = GUIDANCE[request.guidance]
+    cache = STEP_CACHES[request.step_cache].build(table.n, guidance.measures, request.step_cache_options) if request.step_cache else None
+    return Job(request, settings, table, guidance.build(request.scale, PATHS[settings.path], request.guidance_options), cache)
 
 
 @pytest.mark.parametrize("task", list(PIPELINES))
@@ -47,6 +50,40 @@ def test_a_pipeline_resumed_from_any_saved_state_continues_bit_for_bit(task, clo
         again, _ = run(PIPELINES[task](job, saved), programs)
         assert np.array_equal(again.frames, whole.frames)
         assert [vars(run.guidance) for run in saved.runs] == [vars(run.guidance) for run in state.runs]
+
+
+def counts(state):
+    return [(each.guidance.nfe, each.forwards, each.cached) for each in state.runs]
+
+
+@pytest.mark.parametrize("step_cache", list(STEP_CACHES))
+@pytest.mark.parametrize("guidance", list(GUIDANCE))
+def test_a_run_with_a_step_cache_resumed_between_any_two_calls_continues_bit_for_bit(step_cache, guidance, closed_form, request_for):
+    settings, programs, _ = closed_form
+    scale = 1.0 if guidance == "none" else 3.0
+    request = request_for(steps=5, scale=scale, guidance=guidance, count=2, step_cache=step_cache, step_cache_options={"threshold": 0.9})
+    job, state, saves = job_for(request, settings), PipelineState(), []
+    whole, seen = run(PIPELINES["text_to_video"](job, state), programs, saves, state)
+    assert {name for name, _ in seen} >= {"denoise", "denoise_embed", "denoise_first", "denoise_rest"}
+    assert all(each.cached > 0 for each in state.runs) or GUIDANCE[guidance].measures, "it does skip"
+    for saved in saves:
+        again, _ = run(PIPELINES["text_to_video"](job, saved), programs)
+        assert np.array_equal(again.frames, whole.frames)
+        assert counts(saved) == counts(state)
+
+
+@pytest.mark.parametrize("step_cache", list(STEP_CACHES))
+def test_every_branch_of_every_output_has_a_memory_of_its_own_and_the_last_evaluation_frees_it(step_cache, closed_form, request_for):
+    settings, programs, _ = closed_form
+    request = request_for(steps=6, scale=2.0, count=2, step_cache=step_cache, step_cache_options={"threshold": 0.3, "last": 2})
+    state, saves = PipelineState(), []
+    run(PIPELINES["text_to_video"](job_for(request, settings), state), programs, saves, state)
+    kept = [[{name: memory.residual for name, memory in each.memories.items()} for each in saved.runs] for saved in saves]
+    first = next(runs for runs in kept if runs and all(runs))
+    assert [set(memories) for memories in first] == [{"text", "null"}] * 2
+    residuals = [residual for memories in first for residual in memories.values()]
+    assert all(not torch.equal(a, b) for k, a in enumerate(residuals) for b in residuals[:k])
+    assert kept[-1] == [{}, {}]
 
 
 def test_an_image_uses_the_image_profile_and_a_video_the_video_profile(closed_form, request_for):

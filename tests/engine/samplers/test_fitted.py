@@ -11,6 +11,7 @@ from reelstep.engine.request import Fit
 from reelstep.engine.samplers.fitted import Fitted, RuleOptions
 from reelstep.engine.samplers.linear_ag import LinearAG
 from reelstep.engine.samplers.ns import Table
+from reelstep.engine.samplers.step_cache import CacheOptions
 from reelstep.errors import ConfigError
 
 TABLE = Table("bns", "condot", 1, (0.0, 1 / 3, 1.0), (1.0, 1 + 2e-16), ((1 / 3,), (0.1, 0.2)))
@@ -23,7 +24,10 @@ LINEAR = Fitted(
 OPTIONS = Fitted("adaptive", "adaptive-guidance", "toy", "abc", FIT, RuleOptions("adaptive", {"threshold": 0.9, "guided": 2.0}), {}, {"adaptive": 30.0})
 
 
-@pytest.mark.parametrize("fitted", [FITTED, LINEAR, OPTIONS])
+SKIPPING = Fitted("teacache", "step-cache", "toy", "abc", FIT, CacheOptions("teacache", {"threshold": 0.1, "c1": 1 / 3}), {}, {"teacache": 33.0})
+
+
+@pytest.mark.parametrize("fitted", [FITTED, LINEAR, OPTIONS, SKIPPING])
 def test_an_artifact_is_the_same_after_json(fitted):
     assert Fitted.from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
 
@@ -36,6 +40,9 @@ def test_an_artifact_is_the_same_after_json(fitted):
         (OPTIONS, lambda data: data["artifact"]["options"].update(threshold=3.0)),
         (OPTIONS, lambda data: data["artifact"].update(rule="gone")),
         (OPTIONS, lambda data: data["artifact"].update(rule="adaptive_x1")),
+        (SKIPPING, lambda data: data["artifact"]["options"].update(threshold=-1.0)),
+        (SKIPPING, lambda data: data["artifact"].update(rule="first_block")),
+        (SKIPPING, lambda data: data.update(kind="options")),
     ],
 )
 def test_damaged_guidance_is_refused(fitted, damage):

@@ -10,10 +10,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from reelstep.engine.request import Defaults, Event, Failed, Finished, Fit, Limits, Media, Preview, Progress, Queued, Request, Usage
+from reelstep.engine.models.spec import Distilled
+from reelstep.engine.request import Choice, Defaults, Event, Failed, Finished, Fit, Limits, Media, Preview, Progress, Queued, Request, Usage
 from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, NotFound, Overloaded
 
-VIDEO = Defaults(solver="euler", schedule="linear", steps=4, scale=3.0, frames=8, frames_per_second=8.0)
+MENU = {
+    "draft": Choice(solver="bns_6", forwards=12.0, psnr_db=30.5, ssim=0.875, frechet=None, command="reelstep bench steps"),
+    "standard": Choice(
+        solver="heun", steps=5, guidance="gate", guidance_options={"stop": 0.25}, forwards=14.5, psnr_db=31.0, ssim=0.9, frechet=0.25, command="the same"
+    ),
+    "best": Choice(schedule="quadratic", steps=50, scale=4.0, forwards=100.0, psnr_db=40.0, ssim=0.99, frechet=0.0, command="the same"),
+}
+VIDEO = Defaults(solver="euler", schedule="linear", steps=4, scale=3.0, frames=8, frames_per_second=8.0, menu=MENU)
 IMAGE = Defaults(solver="euler", schedule="linear", steps=4, scale=3.0, frames=1, frames_per_second=8.0)
 LIMITS = Limits(
     sizes=((64, 64), (512, 384)), frames=(1, 8), max_steps=100, max_scale=20.0, max_count=4, max_image_bytes=100_000, max_image_pixels=1_000_000
@@ -25,6 +33,7 @@ class FakeSettings:
     tasks: tuple[str, ...] = ("text_to_image", "text_to_video", "animate_sticker")
     limits: Limits = LIMITS
     defaults: dict[str, Defaults] = field(default_factory=lambda: {"text_to_image": IMAGE, "text_to_video": VIDEO, "animate_sticker": VIDEO})
+    distilled: Distilled | None = None
 
 
 @dataclass(frozen=True)
@@ -36,12 +45,19 @@ class FakeModel:
     schedules: tuple[str, ...] = ("linear", "quadratic")
     fits: dict[str, Fit] = field(default_factory=lambda: {"bns_6": Fit(("text_to_video",), "bns_6", "", 6, "cfg", {"rescale": 0.0}, 2.5)})
     guidance_rules: dict[str, dict[str, float]] = field(default_factory=lambda: {"none": {}, "cfg": {"rescale": 0.0}, "gate": {"stop": 0.5}})
+    step_caches: dict[str, dict[str, float]] = field(default_factory=lambda: {"skip": {"threshold": 0.25, "last": 1.0}})
 
     def check_guidance(self, rule: str, scale: float, options: Mapping[str, float]) -> None:
         if unknown_options := options.keys() - self.guidance_rules[rule]:
             raise NotFound(f"unknown option {sorted(unknown_options)}")
         if rule == "none" and scale != 1:
             raise ConfigError("no scale")
+
+    def check_step_cache(self, request: Request) -> None:
+        if unknown_options := request.step_cache_options.keys() - self.step_caches.get(request.step_cache, {}):
+            raise NotFound(f"unknown option {sorted(unknown_options)}")
+        if request.step_cache and request.steps < 3:
+            raise ConfigError("take more steps")
 
 
 def frames_of(request: Request, index: int) -> npt.NDArray[np.uint8]:
@@ -103,5 +119,6 @@ class FakeEngine:
                 listener(Preview(step, frames_of(request, 0)[None]))
         frames = np.stack([frames_of(request, k) for k in range(request.count)])
         seeds = tuple(request.seed + k for k in range(request.count))
-        usage = Usage(nfe=request.steps, forwards=2 * request.steps, queue_s=0.25, compute_s={"denoise": 1.5, "decode": 0.5})
+        cached = request.steps if request.step_cache else 0
+        usage = Usage(nfe=request.steps, forwards=2 * request.steps - cached, cached=cached, queue_s=0.25, compute_s={"denoise": 1.5, "decode": 0.5})
         return Finished(Media(frames, seeds, request.frames_per_second), usage)

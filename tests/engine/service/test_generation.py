@@ -118,6 +118,9 @@ def test_previews_fit_their_limit_however_large_the_video(channel: grpc.Channel)
         ("guidance", {"guidance": 1e30}),
         ("guidance", {"guidance": 7.0, "guidance_rule": "none"}),
         ("guidance_options", {"guidance_options": {"treshold": 0.9}}),
+        ("step_cache_options", {"step_cache": "skip", "step_cache_options": {"treshold": 0.9}}),
+        ("step_cache_options", {"step_cache_options": {"threshold": 0.9}}),
+        ("step_cache", {"step_cache": "skip", "steps": 2}),
         ("frames_per_second", {"frames_per_second": 0.0}),
         ("frames_per_second", {"frames_per_second": math.nan}),
         ("seed", {"seed": -1}),
@@ -150,6 +153,32 @@ def test_a_rule_of_guidance_and_its_options_reach_the_engine_and_come_back(fake:
     assert "cfg, gate, none" in message
 
 
+def test_a_step_cache_and_its_options_reach_the_engine_come_back_and_are_counted_apart(fake: Served, channel: grpc.Channel) -> None:
+    job = call(channel, request("a fox", steps=6, step_cache="skip", step_cache_options={"last": 2.0}))[-1].event.finished
+    asked = fake.engine.requests[-1]
+    assert (asked.step_cache, asked.step_cache_options) == ("skip", {"threshold": 0.25, "last": 2.0}), "what was silent is the model's choice"
+    assert (job.spec.step_cache, dict(job.spec.step_cache_options), job.usage.step_cache) == ("skip", {"threshold": 0.25, "last": 2.0}, "skip")
+    assert (job.usage.nfe, job.usage.forwards, job.usage.cached) == (6, 6, 6)
+    plain = call(channel, request("a fox"))[-1].event.finished
+    assert (fake.engine.requests[-1].step_cache, plain.usage.step_cache, plain.usage.cached) == ("", "", 0), "off unless asked for"
+    code, message, _ = refused(channel, request("a fox", step_cache="gone"))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert "known: skip" in message
+
+
+def test_a_model_without_step_caches_lists_none_and_refuses_them(fake: Served) -> None:
+    method = f"/{SERVICE}/ListModels", pb.ListModelsRequest.SerializeToString, pb.ListModelsResponse.FromString
+    with grpc.insecure_channel(fake.address) as channel:
+        (model,) = channel.unary_unary(*method)(pb.ListModelsRequest()).models
+        assert [(cache.name, dict(cache.options)) for cache in model.step_caches] == [("skip", {"threshold": 0.25, "last": 1.0})]
+    with served(FakeEngine(FakeModel(step_caches={}))) as other, grpc.insecure_channel(other.address) as channel:
+        (model,) = channel.unary_unary(*method)(pb.ListModelsRequest()).models
+        assert list(model.step_caches) == []
+        code, message, _ = refused(channel, request("a fox", step_cache="skip"))
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "leave step_cache out" in message
+
+
 def test_a_fitted_solver_brings_its_own_choices_and_refuses_others(fake: Served, channel: grpc.Channel) -> None:
     job = call(channel, request("a fox", solver="bns_6"))[-1].event.finished
     asked = fake.engine.requests[-1]
@@ -160,6 +189,41 @@ def test_a_fitted_solver_brings_its_own_choices_and_refuses_others(fake: Served,
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert list(violations) == [field]
         assert "bns_6" in message
+
+
+def test_a_quality_chooses_what_runs_and_the_answer_says_so_and_can_be_sent_again(fake: Served, channel: grpc.Channel) -> None:
+    first = call(channel, request("a fox", quality="standard", frames=8, output_media_type="image/png"))[-1].event.finished
+    asked = fake.engine.requests[-1]
+    assert (asked.solver, asked.steps, asked.guidance, asked.guidance_options, asked.scale) == ("heun", 5, "gate", {"stop": 0.25}, 3.0)
+    assert (first.usage.quality, first.usage.solver, first.usage.guidance_rule) == ("standard", "heun", "gate")
+    assert (first.spec.quality, first.spec.solver, first.spec.steps, dict(first.spec.guidance_options)) == ("", "heun", 5, {"stop": 0.25})
+    again = call(channel, pb.GenerateRequest(spec=first.spec, inline_artifacts=True))[-1].event.finished
+    assert again.artifacts[0].sha256 == first.artifacts[0].sha256
+    assert again.usage.quality == ""
+
+
+def test_a_quality_is_refused_beside_a_choice_and_where_the_menu_lacks_it(fake: Served, channel: grpc.Channel) -> None:
+    before = len(fake.engine.requests)
+    code, _, violations = refused(channel, request("a fox", quality="draft", steps=0, guidance_rule="cfg"))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert list(violations) == ["quality"]
+    assert violations["quality"].endswith("leave quality out, or else steps, guidance_rule")
+    code, message, _ = refused(channel, request("a fox", quality="ultra"))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert "it has: draft, standard, best" in message
+    assert len(fake.engine.requests) == before
+
+
+def test_the_menu_is_listed_in_order_of_cost_complete_and_with_what_was_measured(channel: grpc.Channel) -> None:
+    method = channel.unary_unary(f"/{SERVICE}/ListModels", pb.ListModelsRequest.SerializeToString, pb.ListModelsResponse.FromString)
+    (model,) = method(pb.ListModelsRequest()).models
+    assert list(model.defaults["text_to_image"].menu) == []
+    draft, standard, best = model.defaults["text_to_video"].menu
+    assert [entry.quality for entry in (draft, standard, best)] == ["draft", "standard", "best"]
+    assert (draft.solver, draft.schedule, draft.steps, draft.guidance_rule, draft.guidance) == ("bns_6", "linear", 6, "cfg", 2.5)
+    assert (draft.forwards, draft.psnr_db, draft.ssim, draft.HasField("frechet"), draft.command) == (12.0, 30.5, 0.875, False, "reelstep bench steps")
+    assert (standard.guidance_rule, dict(standard.guidance_options), standard.guidance, standard.frechet) == ("gate", {"stop": 0.25}, 3.0, 0.25)
+    assert best.HasField("frechet"), "zero was measured"
 
 
 def test_all_bad_fields_are_named_at_once(channel: grpc.Channel) -> None:

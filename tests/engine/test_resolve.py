@@ -1,0 +1,130 @@
+"""From what was asked to what runs: the menu of qualities, defaults, and what is fitted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from reelstep.engine.models.spec import ModelSettings
+from reelstep.engine.request import Choice, Defaults, Fit, Request
+from reelstep.engine.resolve import Ask, resolve
+from reelstep.errors import ConfigError, InvalidRequest, NotFound
+from reelstep.tests.engine.service.fake_engine import IMAGE, MENU, VIDEO, FakeModel, FakeSettings
+
+
+def resolved(model: FakeModel | None = None, **asked: object) -> Request:
+    return resolve(Ask("a fox", **asked), {"fake": model or FakeModel()})  # type: ignore[arg-type]
+
+
+def sampling(request: Request) -> tuple[object, ...]:
+    return request.solver, request.schedule, request.steps, request.guidance, request.guidance_options, request.scale
+
+
+@pytest.mark.parametrize(
+    ("quality", "expected"),
+    [
+        ("draft", ("bns_6", "linear", 6, "cfg", {"rescale": 0.0}, 2.5)),  # all of it from the fit
+        ("standard", ("heun", "linear", 5, "gate", {"stop": 0.25}, 3.0)),  # schedule and scale from the task's defaults
+        ("best", ("euler", "quadratic", 50, "cfg", {"rescale": 0.0}, 4.0)),
+        ("", ("euler", "linear", 4, "cfg", {"rescale": 0.0}, 3.0)),
+    ],
+)
+def test_a_quality_is_what_its_entry_says_and_what_that_leaves_open_is_the_fits_or_the_tasks(quality: str, expected: tuple[object, ...]) -> None:
+    assert sampling(resolved(quality=quality)) == expected
+
+
+def test_a_quality_leaves_all_that_is_not_sampling_to_the_request() -> None:
+    request = resolved(quality="draft", seed=3, count=2, frames_per_second=12.0, preview_every=2, negative_prompt="a dog")
+    assert (request.seed, request.count, request.frames_per_second, request.preview_every, request.negative_prompt) == (3, 2, 12.0, 2, "a dog")
+
+
+@pytest.mark.parametrize(
+    ("field", "asked"),
+    [
+        ("solver", {"solver": "euler"}),
+        ("solver", {"solver": "bns_6"}),  # even what the entry has
+        ("schedule", {"schedule": "linear"}),
+        ("steps", {"steps": 6}),
+        ("steps", {"steps": 0}),
+        ("guidance", {"scale": 2.5}),
+        ("guidance", {"scale": 0.0}),
+        ("guidance_rule", {"guidance": "cfg"}),
+        ("guidance_options", {"guidance_options": {"rescale": 0.0}}),
+        ("steps, guidance", {"steps": 6, "scale": 2.0}),
+    ],
+)
+def test_a_quality_beside_a_choice_of_its_own_is_refused_and_says_what_to_leave_out(field: str, asked: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        resolved(quality="draft", **asked)
+    (violation,) = caught.value.violations
+    assert violation.field == "quality"
+    assert violation.description.endswith(f"leave quality out, or else {field}")
+
+
+def test_a_quality_that_the_menu_lacks_is_refused_with_those_that_it_has_in_order_of_cost() -> None:
+    for quality in ("ultra", "Draft"):
+        with pytest.raises(NotFound, match=rf"'fake' has no quality '{quality}' for text_to_video; it has: draft, standard, best;"):
+            resolved(quality=quality)
+    with pytest.raises(NotFound, match="no quality 'draft' for text_to_image; it has: none;"):
+        resolved(quality="draft", frames=1)
+    few = FakeModel(settings=FakeSettings(defaults={"text_to_video": replace(VIDEO, menu={"best": MENU["best"], "draft": MENU["draft"]})}))
+    with pytest.raises(NotFound, match="it has: draft, best;"):
+        resolved(few, quality="standard")
+
+
+def test_a_quality_that_is_not_utf8_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="quality: is not UTF-8"):
+        resolved(quality="caf\udce9")
+
+
+def test_explicit_choices_and_defaults_are_as_they_were_on_a_model_with_a_menu() -> None:
+    assert sampling(resolved(solver="heun", steps=7)) == ("heun", "linear", 7, "cfg", {"rescale": 0.0}, 3.0)
+    assert sampling(resolved(guidance="none"))[-1] == 1.0
+    assert sampling(resolved(solver="bns_6")) == ("bns_6", "linear", 6, "cfg", {"rescale": 0.0}, 2.5)
+
+
+def test_a_fit_that_is_asked_for_leads_over_one_that_is_the_default() -> None:
+    fits = {
+        "bns_6": Fit(("text_to_video",), "bns_6", "", 6, "cfg", {"rescale": 0.0}, 2.5),
+        "linear_8": Fit(("text_to_video",), "heun", "quadratic", 8, "linear_8", {}, 3.5),
+    }
+    rules: dict[str, dict[str, float]] = {"none": {}, "cfg": {"rescale": 0.0}, "linear_8": {}}
+    settings = FakeSettings(defaults={"text_to_video": replace(VIDEO, solver="bns_6", steps=6, scale=2.5)})
+    model = FakeModel(settings=settings, fits=fits, guidance_rules=rules)
+    assert sampling(resolved(model)) == ("bns_6", "linear", 6, "cfg", {"rescale": 0.0}, 2.5)
+    assert sampling(resolved(model, guidance="linear_8")) == ("heun", "quadratic", 8, "linear_8", {}, 3.5)
+    with pytest.raises(InvalidRequest, match="guidance_rule: 'linear_8', but 'bns_6' was fitted with 'cfg'"):
+        resolved(model, solver="bns_6", guidance="linear_8")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"forwards": 0.0}, {"psnr_db": float("inf")}, {"ssim": 1.5}, {"ssim": float("nan")}, {"frechet": -1.0}, {"frechet": float("nan")}, {"command": " "}],
+)
+def test_an_entry_of_numbers_that_nobody_can_have_measured_is_refused(changed: dict[str, float | str]) -> None:
+    with pytest.raises(ConfigError, match="measured"):
+        replace(MENU["draft"], **changed)  # type: ignore[arg-type]
+
+
+def test_a_menu_has_the_three_names_and_rises_in_cost() -> None:
+    with pytest.raises(ConfigError, match="entries for turbo; what it may have is: draft, standard, best"):
+        replace(IMAGE, menu={"turbo": MENU["draft"]})
+    with pytest.raises(ConfigError, match="draft, best cost 100, 12 forwards"):
+        replace(IMAGE, menu={"draft": MENU["best"], "best": MENU["draft"]})
+    assert replace(IMAGE, menu={"best": MENU["draft"], "draft": MENU["draft"]}).qualities == ("draft", "best"), "an equal cost is in order"
+
+
+def test_a_menu_survives_json_that_sorts_its_names() -> None:
+    entry = Choice(solver="bns_6", guidance_options={"rescale": 0.5}, forwards=12.0, psnr_db=31.25, ssim=0.9, frechet=None, command="a bench")
+    full = Choice(solver="ab2", schedule="shifted", steps=9, scale=2.0, forwards=18.5, psnr_db=36.0, ssim=1.0, frechet=0.0, command="a bench")
+    defaults = {"text_to_video": Defaults("euler", "linear", 4, 1.0, 8, 8.0, menu={"standard": full, "draft": entry}), "text_to_image": IMAGE}
+    settings = ModelSettings(
+        tasks=("text_to_video",), limits=FakeSettings().limits, defaults=defaults, path="condot", prediction="velocity", latent_channels=3,
+        condition_channels=3, spatial_stride=8, temporal_stride=2, text_length=32, tile_frames=2, tile_overlap=1,
+    )  # fmt: skip
+    again = ModelSettings.from_json(json.loads(json.dumps(settings.to_json(), sort_keys=True)))
+    assert again == settings
+    assert again.defaults["text_to_video"].qualities == ("draft", "standard")
+    assert again.defaults["text_to_video"].menu["draft"].frechet is None
