@@ -351,9 +351,7 @@ def split_programs(transformer: MovieGenTransformer, text_tokens: int, profiles:
     hidden, signal, residual = (TensorSpec(name, "float32", ("B", "f", "h", "w", config.width)) for name in ("hidden", "signal", "residual"))
     modulation, context = modulation_edge(config), context_edge(config, text_tokens)
     velocity, (pt, ph, pw) = latent_edge(config, "velocity"), config.patch
-    grids = tuple(
-        Profile(p.name, {**p.sizes, "f": p.sizes["F"] // pt, "h": p.sizes["H"] // ph, "w": p.sizes["W"] // pw}, p.max_batch) for p in profiles
-    )
+    grids = tuple(Profile(p.name, {**p.sizes, "f": p.sizes["F"] // pt, "h": p.sizes["H"] // ph, "w": p.sizes["W"] // pw}, p.max_batch) for p in profiles)
     return (
         Program("denoise_embed", Embed(transformer), (latent_edge(config, "x"), modulation, *condition_edges(config)), (hidden, signal), grids),
         Program("denoise_first", First(transformer), (hidden, modulation, context), (hidden,), grids),

@@ -20,7 +20,7 @@ from reelstep.engine.resolve import Ask, resolve
 from reelstep.engine.samplers.fitted import Fitted
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import linear
-from reelstep.engine.samplers.step_cache import PIECES, STEP_CACHES
+from reelstep.engine.samplers.step_cache import PIECES
 from reelstep.engine.samplers.tables import SOLVERS
 from reelstep.errors import ConfigError
 
@@ -44,8 +44,7 @@ def bundles(tmp_path_factory, artifact):
         if name not in made:
             out = tmp_path_factory.mktemp("bundles") / f"{name}.reel"
             fitted = [artifact] if name == "reel-tiny" else []
-            step_cache = MODELS[name].pieces is not None
-            made[name] = build_bundle(name, backend="null", precision=None, out=out, cache=None, fitted=fitted, step_cache=step_cache)
+            made[name] = build_bundle(name, backend="null", precision=None, out=out, cache=None, fitted=fitted)
         return made[name]
 
     return bundle
@@ -83,13 +82,17 @@ def test_default_tables_travel_with_the_bundle_and_are_used(bundles):
     assert served.table("midpoint", "linear", 3).n == 6
 
 
-def test_step_caches_are_offered_by_a_bundle_that_holds_the_denoiser_in_pieces(bundles):
-    served = ServedModel.of(bundles("reel-tiny"))
-    assert {*served.step_caches} == {*STEP_CACHES}
+def test_a_bundle_compiled_without_pieces_offers_no_step_cache(bundles):
     assert ServedModel.of(bundles("dit-mid")).step_caches == {}
-    programs = bundles("reel-tiny").manifest["programs"]
-    stored = {name: {w for entry in profiles.values() for w in entry["weights"].values()} for name, profiles in programs.items()}
-    assert set().union(*(stored[piece] for piece in PIECES)) == stored["denoise"], "no weight is stored twice"
+
+
+def test_the_pieces_of_every_model_that_has_some_are_those_that_step_caches_ask_for():
+    for spec in MODELS.values():
+        if spec.pieces is not None:
+            module = spec.build()
+            denoise, *pieces = (next(p for p in spec.programs(module) if p.name == "denoise"), *spec.pieces(module))
+            assert [piece.name for piece in pieces] == [*PIECES]
+            assert all([(p.name, p.max_batch) for p in piece.profiles] == [(p.name, p.max_batch) for p in denoise.profiles] for piece in pieces)
 
 
 def test_pieces_are_refused_for_a_model_that_does_not_come_in_any(tmp_path):

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reelstep.compiler.compile import compile_model
 from reelstep.compiler.load import load
 from reelstep.compiler.program import Profile
+from reelstep.engine.build import ServedModel
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.movie_gen import (
     CONFIG_30B,
@@ -20,7 +21,7 @@ from reelstep.engine.models.movie_gen import (
     split_programs,
 )
 from reelstep.engine.models.reel_tiny import DENOISER_CONFIG
-from reelstep.engine.samplers.step_cache import PIECES
+from reelstep.engine.samplers.step_cache import PIECES, STEP_CACHES
 from reelstep.errors import ConfigError
 
 
@@ -160,7 +161,7 @@ def in_pieces(run, x, modulation, condition, context):
 
 
 def sizes(f, h, w):
-    return (Profile("video", {"F": f, "H": h, "W": w}, 4),)
+    return (Profile("video", {"F": f, "H": h, "W": w}, 1),)
 
 
 def runner(model, profiles, text_tokens):
@@ -202,9 +203,10 @@ def test_the_signal_is_what_the_first_blocks_self_attention_takes():
 def split(tmp_path_factory):
     """A small model and its bundle with the pieces."""
     model, profiles = tiny(condition_channels=0).float(), sizes(2, 4, 4)
+    programs, settings = [denoise_program(model, 5, profiles), *split_programs(model, 5, profiles)], MODELS["reel-tiny"].settings.to_json()
     bundle = compile_model(
-        model="tiny", version="1", settings={}, programs=[denoise_program(model, 5, profiles), *split_programs(model, 5, profiles)], backend="openvino",
-        precision="float32", out=tmp_path_factory.mktemp("split") / "tiny.reel", solvers={}, card="",
+        model="tiny", version="1", settings=settings, programs=programs, backend="openvino", precision="float32",
+        out=tmp_path_factory.mktemp("split") / "tiny.reel", solvers={}, card="",
     )  # fmt: skip
     return model, bundle
 
@@ -215,11 +217,15 @@ def test_the_pieces_bring_no_weights_of_their_own_into_a_bundle(split):
     assert stored["denoise"] == {*bundle.tensors} == set().union(*(stored[piece] for piece in PIECES))
 
 
+def test_a_bundle_with_the_pieces_offers_every_step_cache(split):
+    assert {*ServedModel.of(split[1]).step_caches} == {*STEP_CACHES}
+
+
 @torch.no_grad()
 def test_a_backend_runs_the_pieces_as_the_whole(split):
     model, bundle = split
     engines = load(bundle, None)
-    x, modulation, context = torch.randn(3, 3, 2, 4, 4), torch.randn(3, 7, 32), torch.randn(3, 5, 32)
+    x, modulation, context = torch.randn(1, 3, 2, 4, 4), torch.randn(1, 7, 32), torch.randn(1, 5, 32)
     got = in_pieces(lambda name, inputs: engines[name, "video"](inputs), x, modulation, None, context)
     expected = model(x, modulation, None, context)
     for name in ("velocity", "again"):
