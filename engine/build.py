@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -64,11 +63,11 @@ def hash_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_fitted(files: Sequence[Path], spec: ModelSpec, model_hash: str) -> dict[str, Any]:
+def load_fitted(files: Sequence[Path], spec: ModelSpec, model_hash: str) -> dict[str, Fitted]:
     """Artifacts by name, checked. Raises ConfigError naming the file that is not one, is for another model or has a name that is taken; any for a student."""
     if files and spec.settings.distilled is not None:
         raise ConfigError(f"{files[0]}: {spec.name!r} is a student of few steps and no velocity field, so nothing can be fitted to it; compile it without")
-    found: dict[str, Any] = {}
+    found: dict[str, Fitted] = {}
     for file in files:
         try:
             fitted = Fitted.from_json(json.loads(file.read_bytes()))
@@ -81,7 +80,7 @@ def load_fitted(files: Sequence[Path], spec: ModelSpec, model_hash: str) -> dict
         taken = (*found, *SOLVERS, *(name for name in GUIDANCE if not isinstance(fitted.artifact, RuleOptions | CacheOptions)))
         if fitted.name in taken:
             raise ConfigError(f"{file}: something called {fitted.name!r} is there already; fit it under another name")
-        found[fitted.name] = fitted.to_json()
+        found[fitted.name] = fitted
     return found
 
 
@@ -104,8 +103,7 @@ def build_bundle(
     if step_cache and spec.pieces is None:
         raise ConfigError(f"model {name!r} does not come in the pieces that a step cache needs; compile it without")
     module = spec.build()
-    artifacts = load_fitted((*spec.fitted, *fitted), spec, hash_weights(module))
-    made = {key: Fitted.from_json(data) for key, data in artifacts.items()}
+    made = load_fitted((*spec.fitted, *fitted), spec, hash_weights(module))
     added = [*made.values()][len(spec.fitted) :]
     if useless := [each.name for each in added if isinstance(each.artifact, CacheOptions) and not step_cache]:
         raise ConfigError(f"{', '.join(useless)} is a fit of a step cache, which this bundle could not run; compile with --step-cache, or leave it out")
@@ -119,7 +117,7 @@ def build_bundle(
         precision=precision,
         out=out,
         solvers={key: table.to_json() for key, table in tables.items()},
-        fitted=artifacts,
+        fitted={key: each.to_json() for key, each in made.items()},
         card=spec.card.read_text() if spec.card else f"# {spec.name}\n\nNo trained weights.\n",
         cache=cache,
         progress=progress,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -275,6 +275,18 @@ class Asked(Protocol):
     def scale(self) -> float | None: ...
 
 
+def parts(asked: Asked) -> dict[str, Any]:
+    """The six choices by the names of their fields in the API."""
+    return {
+        "solver": asked.solver,
+        "schedule": asked.schedule,
+        "steps": asked.steps,
+        "guidance": asked.scale,
+        "guidance_rule": asked.guidance,
+        "guidance_options": asked.guidance_options,
+    }
+
+
 class Offer(Protocol):
     """What one model has to sample with."""
 
@@ -345,18 +357,18 @@ def inert(asked: Asked, defaults: Defaults, student: Student) -> list[FieldViola
     """All that a student does not heed: whatever is not left open and not its own."""
     guidance = f"{origin(student)}, so guidance is in its weights and inert here"
     steps = f"{origin(student)} for {', '.join(map(str, sorted(student.grids)))} steps, and no other number has times of its own"
-    own: list[tuple[str, object, tuple[object, ...], str]] = [
-        ("solver", asked.solver, (defaults.solver,), f"{origin(student)} to be run by {defaults.solver!r}, and no other solver goes the way that it learned"),
-        ("schedule", asked.schedule, (defaults.schedule,), f"{origin(student)} at times of its own, which belong to the number of steps"),
-        ("steps", asked.steps, tuple(student.grids), steps),
-        ("guidance", asked.scale, (1.0,), guidance),
-        ("guidance_rule", asked.guidance, (defaults.guidance,), guidance),
-        ("guidance_options", asked.guidance_options, (), guidance),
-    ]
+    own: dict[str, tuple[tuple[object, ...], str]] = {
+        "solver": ((defaults.solver,), f"{origin(student)} to be run by {defaults.solver!r}, and no other solver goes the way that it learned"),
+        "schedule": ((defaults.schedule,), f"{origin(student)} at times of its own, which belong to the number of steps"),
+        "steps": (tuple(student.grids), steps),
+        "guidance": ((1.0,), guidance),
+        "guidance_rule": ((defaults.guidance,), guidance),
+        "guidance_options": ((), guidance),
+    }
     return [
-        FieldViolation(field, f"{repr(wanted)[:80]}: {why}; leave it out, or ask {student.teacher!r}")
-        for field, wanted, known, why in own
-        if wanted not in (None, "", {}, *known)
+        FieldViolation(field, f"{repr(wanted)[:80]}: {own[field][1]}; leave it out, or ask {student.teacher!r}")
+        for field, wanted in parts(asked).items()
+        if wanted not in (None, "", {}, *own[field][0])
     ]
 
 
@@ -378,18 +390,12 @@ def check_choice(choice: Fit, limits: Limits, offer: Offer) -> None:
 
 def check_fit(name: str, choice: Fit, fit: Fit) -> None:
     """What is fitted is for the field it was fitted to."""
-    asked = [
-        ("solver", choice.solver, fit.solver),
-        ("schedule", choice.schedule, fit.schedule or choice.schedule),
-        ("steps", choice.steps, fit.steps),
-        ("guidance", choice.scale, fit.scale),
-        ("guidance_rule", choice.guidance, fit.guidance),
-        ("guidance_options", choice.guidance_options if choice.guidance == fit.guidance else fit.guidance_options, fit.guidance_options),
-    ]
+    fitted = parts(replace(fit, schedule=fit.schedule or choice.schedule))
+    wanted = parts(choice if choice.guidance == fit.guidance else replace(choice, guidance_options=fit.guidance_options))  # of another rule they say nothing
     bad = [
-        FieldViolation(field, f"{wanted!r}, but {name!r} was fitted with {fitted!r}; leave it out, or choose something else than {name!r}")
-        for field, wanted, fitted in asked
-        if wanted != fitted
+        FieldViolation(field, f"{value!r}, but {name!r} was fitted with {fitted[field]!r}; leave it out, or choose something else than {name!r}")
+        for field, value in wanted.items()
+        if value != fitted[field]
     ]
     for task in choice.tasks:
         check(bad, task in fit.tasks, "solver", f"{name!r} was fitted for {', '.join(fit.tasks)}, not for {task}; choose another")

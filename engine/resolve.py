@@ -10,7 +10,23 @@ from typing import Protocol
 from uuid import uuid4
 
 from reelstep.engine.media import ENCODERS, STILL_TYPES, decode_picture
-from reelstep.engine.request import Asked, Defaults, Event, Limits, Offer, Request, Student, check_choice, choose, complete, given, inert, origin, validate
+from reelstep.engine.request import (
+    Asked,
+    Defaults,
+    Event,
+    Limits,
+    Offer,
+    Request,
+    Student,
+    check_choice,
+    choose,
+    complete,
+    given,
+    inert,
+    origin,
+    parts,
+    validate,
+)
 from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, NotFound, UnsupportedRequest
 
 DEFAULT_MEDIA_TYPE = "video/mp4"
@@ -192,14 +208,7 @@ def check_inert(ask: Ask, defaults: Defaults, student: Student | None) -> None:
 
 def from_menu(ask: Ask, task: str, served: Served) -> Asked:
     """The entry of the quality that was asked for. Raises InvalidRequest where the request also chooses what the entry does, NotFound where there is none."""
-    own = {
-        "solver": ask.solver,
-        "schedule": ask.schedule,
-        "steps": ask.steps,
-        "guidance": ask.scale,
-        "guidance_rule": ask.guidance,
-        "guidance_options": ask.guidance_options,
-    }
+    own = parts(ask)
     if chosen := [name for name, value in own.items() if value not in (None, "", {})]:
         text = f"{ask.quality[:80]!r} chooses {', '.join(own)} by itself; leave quality out, or else {', '.join(chosen)}"
         raise InvalidRequest([FieldViolation("quality", text)])

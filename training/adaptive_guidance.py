@@ -23,7 +23,7 @@ from reelstep.engine.samplers.guidance.adaptive import cosine
 from reelstep.engine.samplers.ns import Table, drive, sample, start
 from reelstep.engine.samplers.paths import Path
 from reelstep.errors import ConfigError, InternalError, unknown
-from reelstep.training.field import Network, Networks, score_db
+from reelstep.training.field import Network, Networks, ends_under, score_db
 
 Progress = Callable[[str, int, int], None]
 """Hears what is run, how many paths are done, and of how many."""
@@ -199,11 +199,5 @@ def nearest_stop(table: Table, evaluations: float) -> float:
 
 def attempt(networks: Networks, table: Table, rule: Rule, noises: Tensor, truth: Tensor, rows: int, progress: Callable[[int, int], None]) -> Trial:
     """Run `rule` from noises and compare with the ends [P, ...] of full guidance."""
-    forwards, ends = 0, []
-    for index in torch.arange(len(noises)).split(rows):
-        state = GuidanceState()
-        ends.append(drive(guided(sample(table, start(table, noises[index])), rule, state), networks(index)))
-        forwards += state.forwards * len(index)
-        progress(int(index[-1]) + 1, len(noises))
-    x = torch.cat(ends)
-    return Trial(forwards / len(x), float(score_db(x, truth).mean()), float(score_db(x.flatten()[None], truth.flatten()[None])))
+    x, forwards = ends_under(networks, table, rule, noises, rows, progress)
+    return Trial(forwards, float(score_db(x, truth).mean()), float(score_db(x.flatten()[None], truth.flatten()[None])))

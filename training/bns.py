@@ -26,7 +26,7 @@ from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import Path
 from reelstep.errors import ConfigError
 from reelstep.training import checkpoint
-from reelstep.training.field import Field, Fields, Fit, Pairs, validate
+from reelstep.training.field import Field, Fields, Fit, Pairs, descend, square_error, validate
 from reelstep.training.learning_rate import learning_rate
 
 FLOOR = 1e-12  # of a mean square error, so that a perfect sample does not rule the mean of logarithms
@@ -220,7 +220,7 @@ def run(table: Table, fields: Fields, noise: Tensor, rows: int) -> Tensor:
 
 def log_error(x: Tensor, truth: Tensor) -> Tensor:
     """log of each sample's mean square error, [B]. Shaul et al. 2024, equation 13."""
-    return (x - truth).square().flatten(1).mean(1).add(FLOOR).log()
+    return square_error(x, truth).add(FLOOR).log()
 
 
 def fit_bns(
@@ -272,15 +272,11 @@ def fit_bns(
 
 def step(solver: Solver, optimizer: torch.optim.Optimizer, fields: Fields, pairs: Pairs, chosen: Tensor, rows: int) -> float:
     """One step on the pairs `chosen`, their gradients summed over pieces of `rows`. Returns the loss; a loss that is not finite moves nothing."""
-    optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    for index in chosen.split(rows):
-        loss = log_error(solver(fields(index), pairs.noise[index]), pairs.ends[index]).sum() / len(chosen)
-        loss.backward()
-        total += loss.item()
-    if math.isfinite(total):
-        optimizer.step()
-    return total
+
+    def loss(index: Tensor) -> Tensor:
+        return log_error(solver(fields(index), pairs.noise[index]), pairs.ends[index]).sum() / len(chosen)
+
+    return descend(optimizer, map(loss, chosen.split(rows)))
 
 
 def polish(table: Table, fields: Fields, pairs: Pairs, rows: int) -> Table:

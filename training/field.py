@@ -5,7 +5,8 @@ B samples, any shape behind. All in the dtype of the noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
@@ -17,6 +18,7 @@ from scipy.integrate import solve_ivp
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
+from reelstep.engine.samplers.guidance import GuidanceState, Rule, guided
 from reelstep.engine.samplers.ns import Table, drive, sample, start
 from reelstep.errors import InternalError
 
@@ -84,9 +86,14 @@ class Fit(Generic[S]):
         return replace(self.better(iteration, solver, db), history=(*self.history, (iteration, db)))
 
 
+def square_error(x: Tensor, truth: Tensor) -> Tensor:
+    """Mean over each sample's coordinates, [B]."""
+    return (x - truth).square().flatten(1).mean(1)
+
+
 def score_db(x: Tensor, truth: Tensor) -> Tensor:
     """-10 log10 of each sample's mean square error, [B]: PSNR for a range of 1, whatever the range. Higher is better."""
-    return -10 * (x - truth).square().flatten(1).mean(1).clamp_min(1e-30).log10()
+    return -10 * square_error(x, truth).clamp_min(1e-30).log10()
 
 
 def solve(field: Field, noise: Tensor, tolerance: float = 1e-5, points: int = 2) -> Tensor:
@@ -115,6 +122,32 @@ def validate(table: Table, fields: Fields, pairs: Pairs, rows: int) -> float:
         x = drive(sample(table, start(table, noise)), partial(at_number, field, noise.dtype))
         scores.append(score_db(x, pairs.ends[index]))
     return float(torch.cat(scores).mean())
+
+
+@torch.no_grad()
+def ends_under(
+    networks: Networks, table: Table, rule: Rule, noises: Tensor, rows: int, progress: Callable[[int, int], None] = lambda done, of: None
+) -> tuple[Tensor, float]:
+    """Ends of runs under a rule of guidance from noises [P, ...], `rows` at once, and the forwards of a run, mean. progress: runs done, of how many."""
+    forwards, ends = 0, []
+    for index in torch.arange(len(noises)).split(rows):
+        state = GuidanceState()
+        ends.append(drive(guided(sample(table, start(table, noises[index])), rule, state), networks(index)))
+        forwards += state.forwards * len(index)
+        progress(int(index[-1]) + 1, len(noises))
+    return torch.cat(ends), forwards / len(noises)
+
+
+def descend(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor]) -> float:
+    """One step on the sum of losses, made and differentiated one after the other, to bound memory. Returns it; one that is not finite moves nothing."""
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for loss in losses:
+        loss.backward()
+        total += loss.item()
+    if math.isfinite(total):
+        optimizer.step()
+    return total
 
 
 def at_number(field: Field, dtype: torch.dtype, x: Tensor, t: float) -> Tensor:

@@ -65,17 +65,20 @@ class ModelFields:
         seeds = range(seed, seed + len(self.contexts["text"]))
         return torch.cat([draw_noise(self.latent_shape, s) for s in seeds])
 
+    def inputs(self, index: Tensor, x: Tensor, t: Any, branches: tuple[str, ...]) -> dict[str, Tensor]:
+        """Of `denoise`, by name: x [B, ...] at t with the prompts at `index` [B], the branches of guidance in one batch."""
+        rows, channels = len(branches) * len(x), self.spec.settings.condition_channels
+        modulation = self._run("embed_time", {"t": torch.as_tensor(t, dtype=torch.float32).reshape(1)})
+        context = torch.cat([self.contexts[branch][index] for branch in branches])
+        condition = {"condition": torch.zeros(rows, channels, *x.shape[2:])} if channels else {}
+        return {"x": torch.cat([x] * len(branches)), "modulation": modulation.expand(rows, -1, -1), "context": context, **condition}
+
     def network(self, index: Tensor) -> Network:
-        """With the prompts at `index`: the branches of guidance in one batch."""
+        """With the prompts at `index`."""
         path, settings = PATHS[self.spec.settings.path], self.spec.settings
 
         def answer(x: Tensor, t: Any, branches: tuple[str, ...]) -> tuple[Tensor, ...]:
-            rows = len(branches) * len(x)
-            modulation = self._run("embed_time", {"t": torch.as_tensor(t, dtype=torch.float32).reshape(1)})
-            context = torch.cat([self.contexts[branch][index] for branch in branches])
-            inputs = {"x": torch.cat([x] * len(branches)), "modulation": modulation.expand(rows, -1, -1), "context": context}
-            if settings.condition_channels:
-                inputs["condition"] = torch.zeros(rows, settings.condition_channels, *x.shape[2:])
+            inputs = self.inputs(index, x, t, branches)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.half), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # of a norm, which is then run in parts
                 outputs = self._run("denoise", inputs).float().chunk(len(branches))

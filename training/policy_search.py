@@ -37,7 +37,7 @@ from reelstep.engine.samplers.guidance_policy import GuidancePolicy, forwards_of
 from reelstep.engine.samplers.ns import Table, drive, sample, start
 from reelstep.errors import ConfigError
 from reelstep.training import checkpoint
-from reelstep.training.field import Network, Networks, Pairs
+from reelstep.training.field import Network, Networks, Pairs, descend, ends_under, square_error
 from reelstep.training.learning_rate import learning_rate
 
 HEAD_START = 6.0  # of the full scale's logit over that of null, at the start; the others lie between, the nearer the higher, so text is ahead of null
@@ -188,18 +188,14 @@ def step(problem: Problem, alpha: Tensor, optimizer: torch.optim.Optimizer, budg
     pairs = problem.pairs
     chosen = torch.from_numpy(draw.choice(len(pairs.noise), min(options.batch, len(pairs.noise)), replace=False))
     signs = torch.from_numpy(draw.choice([-1.0, 1.0], (len(chosen), len(alpha))))
-    optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    for piece in torch.arange(len(chosen)).split(options.rows):
+
+    def loss(piece: Tensor) -> Tensor:
         index = chosen[piece]
         weights = probabilities(alpha, problem.costs, budget)
         x = relaxed_ends(problem.networks(index), problem.table, weights, problem.scales, pairs.noise[index], signs[piece])
-        loss = (mean_square(x - pairs.ends[index]) / problem.unguided[index]).sum() / len(chosen)
-        loss.backward()
-        total += loss.item()
-    if math.isfinite(total):
-        optimizer.step()
-    return total
+        return (square_error(x, pairs.ends[index]) / problem.unguided[index]).sum() / len(chosen)
+
+    return descend(optimizer, map(loss, torch.arange(len(chosen)).split(options.rows)))
 
 
 def probabilities(alpha: Tensor, costs: Tensor, budget: float) -> Tensor:
@@ -233,19 +229,9 @@ def relaxed_ends(network: Network, table: Table, weights: Tensor, scales: Tensor
     return drive(guided(sample(table, start(table, noise)), rule, GuidanceState()), network)
 
 
-@torch.no_grad()
 def square_errors(networks: Networks, table: Table, rule: Rule, pairs: Pairs, rows: int) -> Tensor:
     """The mean square error of each sample's end under `rule`, [P]."""
-    errors = []
-    for index in torch.arange(len(pairs.noise)).split(rows):
-        x = drive(guided(sample(table, start(table, pairs.noise[index])), rule, GuidanceState()), networks(index))
-        errors.append(mean_square(x - pairs.ends[index]))
-    return torch.cat(errors)
-
-
-def mean_square(x: Tensor) -> Tensor:
-    """Of each row, [B]."""
-    return x.square().flatten(1).mean(1)
+    return square_error(ends_under(networks, table, rule, pairs.noise, rows)[0], pairs.ends)
 
 
 def likeliest(weights: Tensor, costs: Tensor, budget: int) -> Choice:

@@ -102,13 +102,8 @@ def to_spec(request: core.Request, media_type: str) -> pb.GenerationSpec:
         height=request.height,
         frames=request.frames,
         frames_per_second=request.frames_per_second,
-        steps=request.steps,
-        guidance=request.scale,
         output_media_type=media_type or DEFAULT_MEDIA_TYPE,
-        solver=request.solver,
-        schedule=request.schedule,
-        guidance_rule=request.guidance,
-        guidance_options=request.guidance_options,
+        **core.parts(request),
         step_cache=request.step_cache,
         step_cache_options=request.step_cache_options,
     )
@@ -177,12 +172,7 @@ def to_fit(name: str, fit: core.Fit) -> pb.Model.Fit:
     return pb.Model.Fit(
         name=name,
         tasks=fit.tasks,
-        solver=fit.solver,
-        schedule=fit.schedule,
-        steps=fit.steps,
-        guidance_rule=fit.guidance,
-        guidance_options=fit.guidance_options,
-        guidance=fit.scale,
+        **core.parts(fit),
     )
 
 
@@ -207,12 +197,7 @@ def to_choice(quality: str, task: str, model: Served) -> pb.Model.Choice:
     choice = core.complete(entry, task, defaults, model)
     return pb.Model.Choice(
         quality=quality,
-        solver=choice.solver,
-        schedule=choice.schedule,
-        steps=choice.steps,
-        guidance_rule=choice.guidance,
-        guidance_options=choice.guidance_options,
-        guidance=choice.scale,
+        **core.parts(choice),
         forwards=entry.forwards,
         psnr_db=entry.psnr_db,
         ssim=entry.ssim,

@@ -89,6 +89,7 @@ class Subject:
     """What is fitted to: a model under one Fit, with prompts to fit and prompts to validate."""
 
     spec: ModelSpec
+    module: torch.nn.Module
     model_hash: str
     fit: Fit
     train: ModelFields
@@ -118,7 +119,8 @@ def prepare(args: argparse.Namespace, fit: Callable[[Defaults, float], Fit]) -> 
     prompts = choose_prompts(args)
     module = spec.build()
     train, validation = (ModelFields.of(spec, module, wanted, each) for each in prompts)
-    return Subject(spec, hash_weights(module), wanted, train, validation, prompts, (train.noise(args.seed), validation.noise(args.seed + VALIDATION_SEED)))
+    noises = train.noise(args.seed), validation.noise(args.seed + VALIDATION_SEED)
+    return Subject(spec, module, hash_weights(module), wanted, train, validation, prompts, noises)
 
 
 def prepare_solver(args: argparse.Namespace) -> tuple[Subject, tuple[Pairs, Pairs], Path]:

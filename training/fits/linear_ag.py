@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from reelstep.engine.samplers.guidance import GUIDANCE, GuidanceState, Rule, guided
+from reelstep.engine.samplers.guidance import GUIDANCE
 from reelstep.engine.samplers.linear_ag import LinearAG
-from reelstep.engine.samplers.ns import Table, drive, sample, start
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.training.adaptive_guidance import nearest_stop
-from reelstep.training.field import score_db
-from reelstep.training.fits import ROWS, Subject, guidance_parser, prepare_guidance, write
+from reelstep.training.field import ends_under, score_db
+from reelstep.training.fits import ROWS, guidance_parser, prepare_guidance, write
 from reelstep.training.linear_ag import fit_linear_ag
 
 TEXT = """\
@@ -43,24 +40,15 @@ def main(arguments: Sequence[str]) -> None:
     path = PATHS[table.path]
     stop = nearest_stop(table, fitted.forwards - table.n)
     rules = {name: fitted.rule(), **{other: GUIDANCE[other].build(subject.fit.scale, path, {"stop": stop}) for other in ("delta_hold", "interval")}}
-    truth = run(subject, table, GUIDANCE["cfg"].build(subject.fit.scale, path, {}))
-    scores = {other: float(score_db(run(subject, table, rule), truth).mean()) for other, rule in rules.items()}
+    validation = partial(ends_under, subject.validation.network, table, noises=subject.noises[1], rows=ROWS)
+    truth, _ = validation(GUIDANCE["cfg"].build(subject.fit.scale, path, {}))
+    scores = {other: float(score_db(validation(rule)[0], truth).mean()) for other, rule in rules.items()}
     conditions = {"forwards": fitted.forwards, "stop_of_the_others": stop, "pairs": args.pairs, "seed": args.seed, "seconds": round(seconds)}
     write(args.out, subject.artifact("linear_ag", fitted, name, conditions, scores))
     plot(args.out.with_suffix(".png"), fitted)
     for other, db in scores.items():
         print(f"{other:>28}  {db:6.2f} dB to full guidance")
     print(f"{args.out}  {fitted.forwards} forwards of {2 * table.n}, largest coefficient {fitted.largest:.2f}, least r2 {min(fitted.r2):.4f}")
-
-
-@torch.no_grad()
-def run(subject: Subject, table: Table, rule: Rule) -> Tensor:
-    """Ends from the validation noises."""
-    ends = []
-    for index in torch.arange(len(subject.noises[1])).split(ROWS):
-        sampler = sample(table, start(table, subject.noises[1][index]))
-        ends.append(drive(guided(sampler, rule, GuidanceState()), subject.validation.network(index)))
-    return torch.cat(ends)
 
 
 def plot(path: Path, fitted: LinearAG) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from reelstep.compiler.program import Program
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     wanted = subject.fit
     steps = max(1, round(wanted.steps * (1 - args.skip)))
     fewer = build_table(spec.settings, wanted.solver, wanted.schedule, steps)
-    programs = {program.name: program for program in spec.pieces(spec.build())}
+    programs = {program.name: program for program in spec.pieces(subject.module)}
     train, validation = (partial(split, fields, {**fields.programs, **programs}) for fields in (subject.train, subject.validation))
     guidance = GUIDANCE["cfg"].build(wanted.scale, PATHS[spec.settings.path], {})
     began = time.monotonic()
@@ -70,9 +69,7 @@ def split(fields: ModelFields, programs: Mapping[str, Program], index: Tensor) -
     settings = fields.spec.settings
 
     def inputs(x: Tensor, t: float, branch: str) -> Edges:
-        modulation = run("embed_time", {"t": torch.full((len(x),), t)})["modulation"]
-        condition = {"condition": torch.zeros(len(x), settings.condition_channels, *x.shape[2:])} if settings.condition_channels else {}
-        return {"x": x, "modulation": modulation, "context": fields.contexts[branch][index], **condition}
+        return fields.inputs(index, x, t, (branch,))
 
     def run(name: str, edges: Edges) -> Edges:
         program = programs[name]
