@@ -1,10 +1,11 @@
 """How near do one to three steps of the distilled student come to its teacher's many?
 
-The same held-out prompts and seeds through the compiled engines of both. Every row's videos are compared, as a set, with the teacher's videos of the same
-prompts from OTHER seeds, since a student need not map a noise to the teacher's end of it: the Frechet distance of their features (benchmarks/frechet.py). The
-teacher's own row is the noise floor, what two disjoint sets of its seeds lie apart; `over_floor` is a row's distance by that. `untouched` is the teacher in
-as few steps as the student. Noise correction, on and off, is compared where it acts, in the states behind the first step of the float32 network. Writes a
-Markdown table and a contact sheet beside the JSON. Needs the `training` and `bench` extras.
+The same held-out prompts and seeds through the compiled engines of both. Every row's videos, as a set, are held against two others by the Frechet distance
+of their features (benchmarks/frechet.py), since a student need not map a noise to the teacher's end of it. To data: clips such as the teacher learned from, as
+FIDs of students are published; `over_teacher` is a row's distance by that of the teacher. To the teacher: its videos of the same prompts from OTHER seeds,
+where the teacher's own row is the noise floor of so many samples and `over_floor` a row's distance by that. `untouched` is the teacher in as few steps as
+the student. Noise correction, on and off, is compared where it acts, in the states behind the first step of the float32 network. Writes a Markdown table and
+a contact sheet beside the JSON. Needs the `training` and `bench` extras and the font of Debian's package fonts-noto-color-emoji.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from reelstep.engine.build import build_bundle
 from reelstep.engine.loop import Engine, open_engine
 from reelstep.engine.models.reel_tiny_flash import SPEC as STUDENT
 from reelstep.engine.models.spec import GRID, Distilled
+from reelstep.engine.pipelines.latent import to_pixels
 from reelstep.engine.request import Finished, Fit, Request
 from reelstep.engine.resolve import Ask, resolve
 from reelstep.engine.samplers.noise_correction import noise_corrected
@@ -36,7 +39,7 @@ from reelstep.errors import ConfigError
 from reelstep.training.field import Field, at_number
 from reelstep.training.model_field import ModelFields
 from reelstep.training.zoo import reel_tiny_flash as recipe
-from reelstep.training.zoo.stickers import prompts
+from reelstep.training.zoo.stickers import MOVING, NAMES, load_stickers, make_clips, prompts
 
 GROUP = 8  # requests at once
 FEWEST = 3  # samples: the distance's spread leaves one out, and two must be left
@@ -50,8 +53,14 @@ def held_out(count: int) -> list[str]:
     return prompts(known + count, 0)[known:]
 
 
+def data_clips(count: int, seed: int) -> npt.NDArray[np.uint8]:
+    """[count, F, H, W, 3] of what `prompts` speak of: everyday stickers that move."""
+    everyday = [sticker for sticker in load_stickers() if sticker.codepoint in NAMES]
+    return to_pixels(make_clips(everyday, np.random.default_rng((seed, 2)), count, MOVING).video)
+
+
 def contenders(student: str, distilled: Distilled, teacher_steps: int) -> dict[str, Ask]:
-    """By what the table calls them. The first is the reference's own kind."""
+    """By what the table calls them. The first is what the student is held against."""
     grids = sorted(distilled.grids, reverse=True)
     teacher = Ask("", model=distilled.teacher, solver="euler", guidance="cfg", scale=distilled.scale)
     return {
@@ -119,28 +128,31 @@ def corrections(words: Sequence[str], seed: int) -> dict[int, str]:
     return {n: f"changes {most:g}; alpha is {alpha:g} at t = 0" for n, most in found.items()}
 
 
-def row_of(name: str, made: Made, distance: float, distance_sd: float, floor: float, corrected: str) -> Row:
-    request = made.requests[0]
+@dataclass(frozen=True)
+class Reference:
+    """Features [N, D] to hold sets against."""
+
+    data: Array
+    teacher: Array
+
+
+def row_of(name: str, made: Made, reference: Reference, corrected: str) -> Row:
+    request, seen = made.requests[0], features(made.videos)
     return {
         "contender": name, "model": request.model, "solver": request.solver, "guidance": request.guidance, "scale": request.scale, "steps": request.steps,
         "forwards": float(np.mean([done.usage.forwards for done in made.results])),
-        "frechet": distance, "frechet_sd": distance_sd, "over_floor": distance / floor,
+        "to_data": frechet(seen, reference.data), "to_data_sd": frechet_sd(seen, reference.data),
+        "to_teacher": frechet(seen, reference.teacher), "to_teacher_sd": frechet_sd(seen, reference.teacher),
         "seconds": float(np.median(made.seconds)), "seconds_sd": float(np.std(made.seconds)),
         "noise_correction": corrected,
     }  # fmt: skip
 
 
-def rows_of(made: Mapping[str, Made], reference: Array, corrected: Mapping[int, str]) -> list[Row]:
-    """A row for each contender; the first one's distance is the floor."""
-    seen = {name: features(each.videos) for name, each in made.items()}
-    distances = {name: frechet(found, reference) for name, found in seen.items()}
-    floor = next(iter(distances.values()))
-    rows = []
-    for name, each in made.items():
-        request = each.requests[0]
-        words = corrected[request.steps] if request.model == STUDENT.name else ""
-        rows.append(row_of(name, each, distances[name], frechet_sd(seen[name], reference), floor, words))
-    return rows
+def rows_of(made: Mapping[str, Made], reference: Reference, corrected: Mapping[int, str]) -> list[Row]:
+    """A row for each contender; the ratios are to the first one's distances."""
+    rows = [row_of(name, each, reference, corrected[each.requests[0].steps] if each.requests[0].model == STUDENT.name else "") for name, each in made.items()]
+    first = rows[0]
+    return [{**row, "over_teacher": row["to_data"] / first["to_data"], "over_floor": row["to_teacher"] / first["to_teacher"]} for row in rows]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -152,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--samples {args.samples}; at least {FEWEST}, for a distance with a spread, and 64 for one that says much")
     distilled = STUDENT.settings.distilled
     assert distilled is not None
-    words = held_out(args.samples)
+    words, real = held_out(args.samples), data_clips(args.samples, args.seed)
     bundle = partial(build_bundle, backend="openvino", precision=None, cache=args.cache)
     bundles = [bundle(name, out=args.cache / f"bench-flash-{name}.reel").path for name in (distilled.teacher, STUDENT.name)]
     engine = open_engine(bundles, cache=args.cache)
@@ -160,8 +172,10 @@ def main(argv: Sequence[str]) -> None:
     made = make(engine, asks, words, args.seed)
     others = make(engine, {"reference": next(iter(asks.values()))}, words, args.seed + args.samples)["reference"]
     engine.close(1.0)
-    rows = rows_of(made, features(others.videos), corrections(words[:CORRECTED], args.seed))
-    report("flash", rows, args.seed, args.json, {"samples": args.samples, "reference": f"the teacher's {args.teacher_steps} steps from other seeds"})
+    reference = Reference(features(real), features(others.videos))
+    rows = rows_of(made, reference, corrections(words[:CORRECTED], args.seed))
+    floor = frechet(features(data_clips(args.samples, args.seed + 1)), reference.data)
+    report("flash", rows, args.seed, args.json, {"samples": args.samples, "to_data_of_other_clips": floor})
     if args.json is not None:
         args.json.with_suffix(".md").write_text(markdown(rows, list(rows[0])) + "\n")
         order = [name for name in made if name != "teacher, its defaults"]

@@ -45,6 +45,12 @@ def commit() -> str:
     return head + ("+" if dirty else "")
 
 
+def command(arguments: Sequence[str]) -> str:
+    """What to type to measure again, without where engines are cached: that is of one machine."""
+    cache = arguments.index("--cache") if "--cache" in arguments else len(arguments)
+    return " ".join(["reelstep", *arguments[:cache], *arguments[cache + 2 :]])
+
+
 def conditions(seed: int) -> dict[str, Any]:
     """Machine, SKU, versions, commit, load."""
     versions: dict[str, str] = {}
@@ -58,7 +64,7 @@ def conditions(seed: int) -> dict[str, Any]:
         "sku": sku.name, "machine": sku.model, "cores": sku.units, "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(), "versions": versions, "commit": commit(), "seed": seed,
         "load_1min": round(os.getloadavg()[0], 2), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": "reelstep " + " ".join(sys.argv[1:]),
+        "command": command(sys.argv[1:]),
     }  # fmt: skip
 
 

@@ -3,13 +3,17 @@
 The same prompts and seeds through the compiled engine, against the exact solution from the same noise: RK45 in float32 under full guidance. PSNR
 and SSIM of the videos, mean over samples with their deviation; the Frechet distance to the exact videos as a set, with the jackknife's deviation;
 forwards and seconds of a sample. Solvers are compared under full guidance, stochastic ones, which go elsewhere by design, at the least and the greatest
-NFE alone. Rules of guidance run with the task's own solver and are also compared with its videos under full guidance. Writes a Markdown table and plots
+NFE alone. Rules of guidance run with the task's own solver, those that end at a time with several such times, and are also compared with its videos under
+full guidance. Writes a Markdown table and plots
 beside the JSON.
 Needs the `training` and `bench` extras.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,8 +31,9 @@ from reelstep.benchmarks.contact_sheet import sheet
 from reelstep.benchmarks.frechet import Array, features, frechet, frechet_sd, halves
 from reelstep.benchmarks.harness import Row, parser, report
 from reelstep.benchmarks.page import markdown
-from reelstep.engine.build import build_bundle
+from reelstep.engine.build import build_bundle, hash_weights
 from reelstep.engine.loop import Engine, open_engine
+from reelstep.engine.media import write_file
 from reelstep.engine.models import MODELS
 from reelstep.engine.pipelines.latent import to_pixels
 from reelstep.engine.request import Finished, Fit, Request, choose
@@ -41,6 +46,7 @@ from reelstep.training.model_field import TASKS, ModelFields
 
 Frames = npt.NDArray[np.uint8]
 GROUP = 8  # requests at once
+STOPS = (0.25, 0.375, 0.75)  # of guidance, beside a rule's own
 FEWEST = 4  # samples: each half of them needs a covariance
 
 
@@ -50,13 +56,17 @@ def ssim(a: Frames, b: Frames) -> float:
     return float(np.mean([similarity(x, y, channel_axis=-1) for x, y in zip(a, b, strict=True)]))
 
 
-def references(fields: ModelFields, noise: torch.Tensor, tolerance: float) -> list[Frames]:
-    """The exact videos [F, H, W, 3]."""
-    decode, found = fields.programs["decode"].module, list[Frames]()
-    for index in torch.arange(len(noise)).split(GROUP):
+def references(fields: ModelFields, noise: torch.Tensor, tolerance: float, path: Path) -> list[Frames]:
+    """The exact videos [F, H, W, 3]. path: of the .npy that keeps them; what an earlier run left there is not solved for again."""
+    decode, found = fields.programs["decode"].module, list[Frames](np.load(path)) if path.exists() else []
+    for begin in range(len(found), len(noise), GROUP):
+        index = torch.arange(begin, min(begin + GROUP, len(noise)))
         ends = solve(fields(index), noise[index], tolerance)[-1]
         with torch.no_grad():
             found += list(to_pixels(decode(ends).clamp(-1, 1)))
+        kept = io.BytesIO()
+        np.save(kept, np.stack(found))
+        write_file(path, kept.getvalue())
         print(f"exact solutions: {len(found)} of {len(noise)}", flush=True)
     return found
 
@@ -76,6 +86,8 @@ def candidates(engine: Engine, ask: Ask, steps: Sequence[int]) -> list[Ask]:
             found.append(replace(ask, guidance=rule, steps=None, scale=None))
         elif rule not in ("cfg", "none", "picture_and_text"):
             found += [replace(ask, guidance=rule, steps=nfe) for nfe in steps]
+            if "stop" in served.guidance_rules[rule]:  # one that ends guidance at a time: its curve over forwards, at the task's own steps
+                found += [replace(ask, guidance=rule, guidance_options={"stop": stop}) for stop in STOPS]
     return found
 
 
@@ -107,13 +119,11 @@ def measure(engine: Engine, ask: Ask, prompts: Sequence[str], truth: Truth, full
     return row_of(requests[0], results, videos, truth, full.get(key), seconds), videos
 
 
-def row_of(
-    request: Request, results: Sequence[Finished], videos: list[Frames], truth: Truth, full: list[Frames] | None, seconds: Sequence[float]
-) -> Row:
+def row_of(request: Request, results: Sequence[Finished], videos: list[Frames], truth: Truth, full: list[Frames] | None, seconds: Sequence[float]) -> Row:
     psnrs, ssims = ([compare(v, t) for v, t in zip(videos, truth.videos, strict=True)] for compare in (psnr, ssim))
     seen = features(videos)
     return {
-        "solver": request.solver, "guidance": request.guidance, "nfe": results[0].usage.nfe,
+        "solver": request.solver, "guidance": request.guidance, "stop": request.guidance_options.get("stop"), "nfe": results[0].usage.nfe,
         "forwards": float(np.mean([done.usage.forwards for done in results])),
         "psnr_db": float(np.mean(psnrs)), "psnr_sd_db": float(np.std(psnrs)), "ssim": float(np.mean(ssims)), "ssim_sd": float(np.std(ssims)),
         "ssim_cfg": None if full is None else float(np.mean([ssim(v, f) for v, f in zip(videos, full, strict=True)])),
@@ -167,8 +177,11 @@ def main(argv: Sequence[str]) -> None:
     tried = candidates(engine, ask, args.nfe)
     for name in args.only or ():
         choose("solver or guidance", name, tuple(sorted({each.guidance or each.solver for each in tried})))
-    fields = ModelFields.of(spec, spec.build(), fit, prompts)
-    exact = references(fields, fields.noise(0), args.tolerance)
+    module = spec.build()
+    fields = ModelFields.of(spec, module, fit, prompts)
+    asked = [hash_weights(module), args.task, scale, defaults.frames, args.tolerance, *prompts]
+    kept = args.cache / f"exact-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.npy"
+    exact = references(fields, fields.noise(0), args.tolerance, kept)
     truth = Truth(exact, features(exact))
     rows, shown_videos = list[Row](), [("the exact solution", exact[:4])]
     full: dict[tuple[str, int], list[Frames]] = {}

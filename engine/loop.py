@@ -319,14 +319,18 @@ def open_engine(
 
 
 def warm_up(engine: Engine, model: ServedModel, task: str, step_cache: str) -> None:
-    """One request at scale 2, so that both branches of guidance run: of one step, or with a step cache of three, of which it skips the second."""
-    defaults, limits = model.settings.defaults[task], model.settings.limits
+    """One request at scale 2, so that both branches of guidance run: of one step, or with a step cache of three, of which it skips the second.
+
+    A student of few steps runs as it always does.
+    """
+    defaults, limits, student = model.settings.defaults[task], model.settings.limits, model.settings.distilled is not None
+    steps, scale, guidance = (defaults.steps, defaults.scale, defaults.guidance) if student else (3 if step_cache else 1, 2.0, "cfg")
     width, height = limits.sizes[0]
     image = np.full((height, width, 3), 255, np.uint8) if task == "animate_sticker" else None
     request = Request(
         id=f"warm-up {model.name} {task}", model=model.name, task=task, prompt="warm up", negative_prompt="", seed=0, count=1,
-        width=width, height=height, frames=defaults.frames, frames_per_second=defaults.frames_per_second, steps=3 if step_cache else 1, scale=2.0,
-        solver=defaults.solver, schedule=defaults.schedule, guidance="cfg", guidance_options={}, step_cache=step_cache,
+        width=width, height=height, frames=defaults.frames, frames_per_second=defaults.frames_per_second, steps=steps, scale=scale,
+        solver=defaults.solver, schedule=defaults.schedule, guidance=guidance, guidance_options={}, step_cache=step_cache,
         step_cache_options={"threshold": 10.0} if step_cache else {}, image=image, preview_every=0, priority=0, deadline=math.inf,
     )  # fmt: skip
     done = threading.Event()

@@ -37,7 +37,7 @@ DENOISER_CONFIG = MovieGenConfig(
 )  # fmt: skip
 WEIGHTS = Path(__file__).parent / "weights"
 SIDE, FRAMES = 64, 8
-FITTED = ("bns_4", "bns_6", "bns_8", "bns_10", "bns_12", "bns_16", "linear_ag_12", "adaptive")
+FITTED = ("bns_4", "bns_6", "bns_8", "bns_10", "bns_12", "bns_16", "bespoke_8", "linear_ag_12", "adaptive")
 """Of `reelstep fit`, for videos from words at the default scale."""
 PROFILES = tuple(
     Profile(name, {"F": latent_frames, "H": SIDE // TAE_CONFIG.spatial_stride, "W": SIDE // TAE_CONFIG.spatial_stride}, 64)

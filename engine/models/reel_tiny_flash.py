@@ -42,7 +42,7 @@ SPEC = ModelSpec(
     settings=replace(
         TEACHER.settings,
         tasks=("text_to_video",),
-        limits=replace(TEACHER.settings.limits, frames=(FRAMES,), max_steps=max(GRIDS)),
+        limits=replace(TEACHER.settings.limits, frames=(FRAMES,), max_steps=max(GRIDS), max_scale=1.0),
         defaults={"text_to_video": Defaults("ddim", GRID, 3, 1.0, FRAMES, 8.0, guidance="none")},
         distilled=Distilled(GRIDS, scale=3.0, teacher=TEACHER.name),
     ),

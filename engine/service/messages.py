@@ -165,7 +165,15 @@ def to_model(model: Served) -> pb.Model:
         step_caches=[pb.Model.StepCache(name=name, options=options) for name, options in model.step_caches.items()],
         fits=[to_fit(name, fit) for name, fit in model.fits.items()],
         defaults={task: to_defaults(task, model) for task in model.settings.defaults},
+        student=to_student(model.settings.distilled),
     )
+
+
+def to_student(student: core.Student | None) -> pb.Model.Student | None:
+    if student is None:
+        return None
+    grids = [pb.Model.Student.Grid(steps=steps, times=times) for steps, times in sorted(student.grids.items())]
+    return pb.Model.Student(teacher=student.teacher, guidance=student.scale, grids=grids)
 
 
 def to_fit(name: str, fit: core.Fit) -> pb.Model.Fit:

@@ -9,7 +9,12 @@ import pytest
 
 from reelstep.benchmarks.animation import psnr
 from reelstep.benchmarks.contact_sheet import sheet, strip
-from reelstep.benchmarks.harness import interleave, report, timing
+from reelstep.benchmarks.harness import command, interleave, report, timing
+
+
+def test_a_command_is_given_without_the_folder_of_its_cache():
+    assert command(["bench", "steps", "--cache", "/somewhere", "--nfe", "4"]) == "reelstep bench steps --nfe 4"
+    assert command(["bench", "steps"]) == "reelstep bench steps"
 
 
 def test_psnr_is_ten_log_of_the_squared_range_over_the_mean_square():

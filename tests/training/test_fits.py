@@ -135,6 +135,12 @@ def test_a_fit_that_cannot_be_is_refused_before_any_work(change, message, tmp_pa
     assert not (tmp_path / "cache").exists()
 
 
+def test_nothing_is_fitted_to_a_student_and_its_teacher_is_named(tmp_path, capsys):
+    assert main(["fit", "bns", "reel-tiny-flash", "-o", str(tmp_path / "a.json"), "--cache", str(tmp_path / "cache"), *SMALL, *OWN["bns"]]) == 2
+    assert "fit 'reel-tiny', its teacher" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
 def test_an_animation_has_more_conditions_than_a_prompt():
     spec = MODELS["reel-tiny"]
     with pytest.raises(UnsupportedRequest, match="a prompt alone"):

@@ -108,6 +108,8 @@ def prepare(args: argparse.Namespace, fit: Callable[[Defaults, float], Fit]) -> 
     Raises NotFound, ConfigError or UnsupportedRequest before any of that for options that do not go together.
     """
     spec = MODELS[args.model]
+    if (student := spec.settings.distilled) is not None:
+        raise UnsupportedRequest(f"model {spec.name!r} holds at its own few steps alone, so nothing can be fitted to it; fit {student.teacher!r}, its teacher")
     if not args.out.parent.is_dir():
         raise ConfigError(f"cannot write {args.out}: there is no folder {args.out.parent}; make it first")
     if args.pairs < 2:

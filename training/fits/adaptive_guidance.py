@@ -32,7 +32,8 @@ def main(arguments: Sequence[str]) -> None:
         subject.train.network, table, args.rule, path, subject.fit.scale, subject.noises[0], args.share, held_out=validation, rows=ROWS,
         progress=lambda what, done, of: print(f"{what}: {done} of {of}", flush=True),
     )  # fmt: skip
-    scores = {args.rule: found.adaptive.score_db, "interval": found.interval.score_db}
+    # Pooled: samples left at full guidance would each add infinitely many dB to a mean.
+    scores = {args.rule: found.adaptive.pooled_db, "interval": found.interval.pooled_db}
     conditions = {**found.to_json(), "pairs": args.pairs, "seed": args.seed}
     write(args.out, subject.artifact("adaptive-guidance", RuleOptions(args.rule, found.options), args.rule, conditions, scores))
     plot(args.out.with_suffix(".png"), found)

@@ -24,8 +24,8 @@ examples:
 def main(arguments: Sequence[str]) -> None:
     made = solver_parser("bespoke", TEXT)
     made.add_argument("--kind", choices=bespoke.KINDS, default="rk2", help="base solver: rk2 has half as many steps as NFE (%(default)s)")
-    made.add_argument("--iterations", type=int, default=60, metavar="N", help="(%(default)s)")
-    made.add_argument("--rate", type=float, default=1e-2, metavar="X", help="of Adam (%(default)g)")
+    made.add_argument("--iterations", type=int, default=240, metavar="N", help="(%(default)s)")
+    made.add_argument("--rate", type=float, default=5e-2, metavar="X", help="of Adam (%(default)g)")
     args = made.parse_args(arguments)
     each = bespoke.KINDS[args.kind]
     if args.nfe < each or args.nfe % each:

@@ -301,7 +301,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "tasks", "max_width", "max_height", "max_frames", "max_steps", "max_count", "output_media_types", "capabilities", "sizes", "frames", "solvers", "schedules", "max_guidance", "max_prompt_bytes", "max_image_bytes", "defaults", "guidance_rules", "fits", "step_caches")
+    __slots__ = ("name", "version", "tasks", "max_width", "max_height", "max_frames", "max_steps", "max_count", "output_media_types", "capabilities", "sizes", "frames", "solvers", "schedules", "max_guidance", "max_prompt_bytes", "max_image_bytes", "defaults", "guidance_rules", "fits", "step_caches", "student")
     class Size(_message.Message):
         __slots__ = ("width", "height")
         WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -390,6 +390,22 @@ class Model(_message.Message):
         name: str
         options: _containers.ScalarMap[str, float]
         def __init__(self, name: _Optional[str] = ..., options: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    class Student(_message.Message):
+        __slots__ = ("teacher", "guidance", "grids")
+        class Grid(_message.Message):
+            __slots__ = ("steps", "times")
+            STEPS_FIELD_NUMBER: _ClassVar[int]
+            TIMES_FIELD_NUMBER: _ClassVar[int]
+            steps: int
+            times: _containers.RepeatedScalarFieldContainer[float]
+            def __init__(self, steps: _Optional[int] = ..., times: _Optional[_Iterable[float]] = ...) -> None: ...
+        TEACHER_FIELD_NUMBER: _ClassVar[int]
+        GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+        GRIDS_FIELD_NUMBER: _ClassVar[int]
+        teacher: str
+        guidance: float
+        grids: _containers.RepeatedCompositeFieldContainer[Model.Student.Grid]
+        def __init__(self, teacher: _Optional[str] = ..., guidance: _Optional[float] = ..., grids: _Optional[_Iterable[_Union[Model.Student.Grid, _Mapping]]] = ...) -> None: ...
     class Fit(_message.Message):
         __slots__ = ("name", "tasks", "solver", "schedule", "steps", "guidance_rule", "guidance_options", "guidance")
         class GuidanceOptionsEntry(_message.Message):
@@ -444,6 +460,7 @@ class Model(_message.Message):
     GUIDANCE_RULES_FIELD_NUMBER: _ClassVar[int]
     FITS_FIELD_NUMBER: _ClassVar[int]
     STEP_CACHES_FIELD_NUMBER: _ClassVar[int]
+    STUDENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     tasks: _containers.RepeatedScalarFieldContainer[str]
@@ -465,4 +482,5 @@ class Model(_message.Message):
     guidance_rules: _containers.RepeatedCompositeFieldContainer[Model.GuidanceRule]
     fits: _containers.RepeatedCompositeFieldContainer[Model.Fit]
     step_caches: _containers.RepeatedCompositeFieldContainer[Model.StepCache]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_width: _Optional[int] = ..., max_height: _Optional[int] = ..., max_frames: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_count: _Optional[int] = ..., output_media_types: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., sizes: _Optional[_Iterable[_Union[Model.Size, _Mapping]]] = ..., frames: _Optional[_Iterable[int]] = ..., solvers: _Optional[_Iterable[str]] = ..., schedules: _Optional[_Iterable[str]] = ..., max_guidance: _Optional[float] = ..., max_prompt_bytes: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., defaults: _Optional[_Mapping[str, Model.Defaults]] = ..., guidance_rules: _Optional[_Iterable[_Union[Model.GuidanceRule, _Mapping]]] = ..., fits: _Optional[_Iterable[_Union[Model.Fit, _Mapping]]] = ..., step_caches: _Optional[_Iterable[_Union[Model.StepCache, _Mapping]]] = ...) -> None: ...
+    student: Model.Student
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_width: _Optional[int] = ..., max_height: _Optional[int] = ..., max_frames: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_count: _Optional[int] = ..., output_media_types: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., sizes: _Optional[_Iterable[_Union[Model.Size, _Mapping]]] = ..., frames: _Optional[_Iterable[int]] = ..., solvers: _Optional[_Iterable[str]] = ..., schedules: _Optional[_Iterable[str]] = ..., max_guidance: _Optional[float] = ..., max_prompt_bytes: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., defaults: _Optional[_Mapping[str, Model.Defaults]] = ..., guidance_rules: _Optional[_Iterable[_Union[Model.GuidanceRule, _Mapping]]] = ..., fits: _Optional[_Iterable[_Union[Model.Fit, _Mapping]]] = ..., step_caches: _Optional[_Iterable[_Union[Model.StepCache, _Mapping]]] = ..., student: _Optional[_Union[Model.Student, _Mapping]] = ...) -> None: ...

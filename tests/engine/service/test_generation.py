@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from reelstep.engine.models.spec import Distilled
 from reelstep.engine.service.generation import SERVICE
 from reelstep.protos.reelstep.v1 import media_pb2 as pb
-from reelstep.tests.engine.service.fake_engine import FakeEngine, FakeModel
+from reelstep.tests.engine.service.fake_engine import FakeEngine, FakeModel, FakeSettings
 from reelstep.tests.engine.service.in_process import Served, served, wait_until
 
 MIB = 1 << 20
@@ -164,6 +165,18 @@ def test_a_step_cache_and_its_options_reach_the_engine_come_back_and_are_counted
     code, message, _ = refused(channel, request("a fox", step_cache="gone"))
     assert code is grpc.StatusCode.NOT_FOUND
     assert "known: skip" in message
+
+
+def test_a_student_is_listed_with_its_teacher_and_its_grids_and_no_other_model_with_any(fake: Served) -> None:
+    method = f"/{SERVICE}/ListModels", pb.ListModelsRequest.SerializeToString, pb.ListModelsResponse.FromString
+    with grpc.insecure_channel(fake.address) as channel:
+        (model,) = channel.unary_unary(*method)(pb.ListModelsRequest()).models
+        assert not model.HasField("student")
+    settings = FakeSettings(distilled=Distilled({2: (0.0, 0.25, 1.0), 1: (0.0, 1.0)}, scale=3.0, teacher="fake"))
+    with served(FakeEngine(FakeModel(settings=settings))) as other, grpc.insecure_channel(other.address) as channel:
+        (model,) = channel.unary_unary(*method)(pb.ListModelsRequest()).models
+        assert (model.student.teacher, model.student.guidance) == ("fake", 3.0)
+        assert [(grid.steps, list(grid.times)) for grid in model.student.grids] == [(1, [0.0, 1.0]), (2, [0.0, 0.25, 1.0])]
 
 
 def test_a_model_without_step_caches_lists_none_and_refuses_them(fake: Served) -> None:
