@@ -21,6 +21,7 @@ from reelstep.benchmarks.harness import Row, interleave, parser, report
 from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.capture import capture
 from reelstep.compiler.load import load
+from reelstep.compiler.passes.decompose_ops import decompose_ops
 from reelstep.compiler.program import Precision, Profile, Program
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
@@ -39,7 +40,7 @@ def inputs_of(signature: Signature, rows: int, seed: int) -> dict[str, Tensor]:
 
 def raw_openvino(program: Program, profile: Profile, inputs: Mapping[str, Tensor], precision: Precision) -> Callable[[], Tensor]:
     """The program as somebody would run it without us: convert, static shapes, the runtime's own precision hint, one request."""
-    model = ov.convert_model(capture(program, profile))
+    model = ov.convert_model(decompose_ops(capture(program, profile)))  # it knows torch's operators, and not ours
     model.reshape(dict(zip(model.inputs, [ov.PartialShape(list(x.shape)) for x in inputs.values()], strict=True)))
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[precision], "INFERENCE_NUM_THREADS": SKUS["cpu"].units}
     request = ov.Core().compile_model(model, "CPU", options).create_infer_request()

@@ -8,13 +8,15 @@ NAME.reel/
   solvers/NAME.json       solver tables
   fitted/NAME.json        artifacts of fits to this model
   MODEL_CARD.md
+  signature.json          who signed the manifest, if anybody did (signing.py)
+Engines are not in it: they are built where they run and lie in that machine's cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -31,13 +33,14 @@ from reelstep.compiler.capture import SAFE_NAME
 from reelstep.compiler.graphs import load_graph, weights_of
 from reelstep.compiler.plan import Plan, canonical_json
 from reelstep.compiler.signature import Signature
-from reelstep.compiler.storage import sha256_file, sync, whole_directory, write_file
+from reelstep.compiler.signing import PrivateKey, PublicKey, check_signature, check_trusted, sign
+from reelstep.compiler.storage import replace_file, sha256_file, sync, whole_directory, write_file
 from reelstep.errors import BundleError, ConfigError, StorageError, unknown
 
 FORMAT = 2
 """Of the directory. A reader takes exactly its own; a change of layout adds one."""
 
-MANIFEST, PLAN, WEIGHTS, CARD = "manifest.json", "plan.json", "weights.safetensors", "MODEL_CARD.md"
+MANIFEST, PLAN, WEIGHTS, CARD, SIGNATURE = "manifest.json", "plan.json", "weights.safetensors", "MODEL_CARD.md", "signature.json"
 AGAIN = "run `reelstep compile` again"
 
 
@@ -95,18 +98,32 @@ def is_bundle(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
+def sign_bundle(path: Path, key: PrivateKey) -> Bundle:
+    """Verify the bundle and sign its manifest, in place of a good signature before. Raises BundleError, StorageError."""
+    replace_file(path / SIGNATURE, sign(canonical_json(Bundle.open(path).manifest), key))
+    return Bundle.open(path, (key.public,))
+
+
 class Bundle:
     """A verified bundle. Made by `Bundle.open`."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], plan: Plan) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], plan: Plan, signed_by: PublicKey | None) -> None:
         self.path = path
         self.manifest = manifest
         self.plan = plan
+        self.signed_by = signed_by
 
     @classmethod
-    def open(cls, path: Path) -> Bundle:
-        """Read and verify. Raises BundleError naming the file that is missing, damaged, misplaced or of another version."""
-        manifest = _read_manifest(path)
+    def open(cls, path: Path, trusted: Sequence[PublicKey] = ()) -> Bundle:
+        """Read and verify. trusted: if any, one of them must have signed.
+
+        Raises BundleError naming the file that is missing, damaged, misplaced or of another version, or what is wrong with the signature, which is
+        looked at before anything else.
+        """
+        data = _read_manifest(path)
+        signed_by = _signer(path, data)
+        check_trusted(signed_by, trusted, str(path))
+        manifest = _parse_manifest(path, data)
         graphs = [entry["file"] for profiles in manifest["programs"].values() for entry in profiles.values()]
         for name in (PLAN, CARD, *graphs):
             if name not in manifest["files"]:
@@ -116,7 +133,11 @@ class Bundle:
         plan = Plan.from_json(json.loads((path / PLAN).read_bytes()))
         if plan.hash != manifest["plan_hash"]:
             raise BundleError(f"{path / PLAN} is not the plan that the manifest names; {AGAIN}")
-        return cls(path, manifest, plan)
+        for p in plan.programs:
+            entry = manifest["programs"].get(p.program, {}).get(p.profile)
+            if entry is None or manifest["files"][entry["file"]]["sha256"] != p.graph_hash:
+                raise BundleError(f"{path}: program {p.program!r} at profile {p.profile!r} is not the graph that {PLAN} was made for; {AGAIN}")
+        return cls(path, manifest, plan, signed_by)
 
     @cached_property
     def model_card(self) -> str:
@@ -144,7 +165,8 @@ class Bundle:
     @property
     def total_bytes(self) -> int:
         """Of all files."""
-        return int(sum(entry["bytes"] for entry in self.manifest["files"].values())) + (self.path / MANIFEST).stat().st_size
+        around = [self.path / MANIFEST, *([self.path / SIGNATURE] if self.signed_by else [])]
+        return int(sum(entry["bytes"] for entry in self.manifest["files"].values())) + sum(file.stat().st_size for file in around)
 
     @property
     def has_weights(self) -> bool:
@@ -169,6 +191,11 @@ class Bundle:
             return {name: torch.empty(t["shape"], dtype=getattr(torch, t["dtype"]), device="meta") for name, t in self.manifest["meta_weights"].items()}
         with safe_open(self.path / WEIGHTS, "pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # a safe_open is not a mapping
+
+    def weights_bytes(self, name: str, profile: str, float_bytes: int) -> int:
+        """Of what the program reads, with this many bytes for a floating number: no engine of it is smaller."""
+        used = {stored: self.tensors[stored] for stored in self.manifest["programs"][name][profile]["weights"].values()}
+        return sum(t.numel() * (float_bytes if t.is_floating_point() else t.element_size()) for t in used.values())
 
     def program(self, name: str, profile: str) -> ExportedProgram:
         """The graph with its weights. Raises NotFound for an unknown program or profile."""
@@ -255,11 +282,21 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json({key: value for key, value in manifest.items() if key != "sha256"})).hexdigest()
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> bytes:
     file = path / MANIFEST
     if not file.is_file():
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}; make one with `reelstep compile`")
-    data = file.read_bytes()
+    return file.read_bytes()
+
+
+def _signer(path: Path, manifest: bytes) -> PublicKey | None:
+    """Who signed the manifest; None where nobody did. Raises BundleError for a signature that does not hold."""
+    file = path / SIGNATURE
+    return check_signature(manifest, file.read_bytes(), str(file)) if file.is_file() else None
+
+
+def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
+    file = path / MANIFEST
     try:
         manifest = json.loads(data)
     except ValueError as error:

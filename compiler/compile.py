@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from reelstep.compiler.bundle import Bundle, Captured, write_bundle
 from reelstep.compiler.capture import capture
 from reelstep.compiler.cost import graph_flops, graph_parameters
 from reelstep.compiler.graphs import dump_graph, ops_of
-from reelstep.compiler.load import Progress, check_precision, load, silent
+from reelstep.compiler.load import Progress, check_precision, load, on_this_machine, silent
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.plan import Plan, ProgramPlan
 from reelstep.compiler.program import Precision, Profile, Program
 from reelstep.compiler.signature import Signature
-from reelstep.compiler.skus import SKUS
-from reelstep.errors import ConfigError
+from reelstep.compiler.skus import SKUS, Sku
+from reelstep.errors import CompileError, ConfigError
+
+CPU_BACKENDS = frozenset({"openvino", "inductor", "eager"})
+"""Those whose engines run on the CPU; 'null' runs nowhere, and so for any SKU."""
 
 
 def compile_model(
@@ -28,6 +32,7 @@ def compile_model(
     settings: Mapping[str, Any],
     programs: Sequence[Program],
     backend: str,
+    sku: str = "cpu",
     precision: Precision | None = None,
     out: Path,
     solvers: Mapping[str, Any],
@@ -38,33 +43,62 @@ def compile_model(
 ) -> Bundle:
     """Write the bundle `out` and give it back, opened and verified.
 
-    settings, solvers, fitted: plain JSON values. precision: the backend's default here if None. cache: if given, engines are built
-    into it, so that the first load is quick. Raises ConfigError, CompileError, StorageError, NotFound (backend).
+    settings, solvers, fitted: plain JSON values. sku: what it shall run on; this machine need not be one. precision: the backend's default here if
+    None, or for another machine the SKU's. cache: if given and this machine is such a SKU, engines are built into it, so that the first load is
+    quick; else they are left to `finalize`. Raises ConfigError, CompileError, StorageError, NotFound (backend, SKU).
     """
-    chosen = BACKENDS[backend]
-    wanted, reason = (precision, "asked for") if precision else chosen.default_precision()
-    check_precision(chosen, wanted)
-    pairs = [(program, profile) for program in programs for profile in program.profiles]
-    _check_unique(pairs)
-    captured: list[Captured] = []
-    plans: list[ProgramPlan] = []
-    for done, (program, profile) in enumerate(pairs):
-        progress(f"capture: {program.name} {profile.name}", done, len(pairs) + 1)
-        item, choices = _capture(program, profile, wanted)
-        captured.append(item)
-        plans.append(choices)
-    sku = SKUS["cpu"]
-    plan = Plan(model, version, backend, sku.name, sku.arch, {}, wanted, reason, tuple(plans))
-    progress(f"write {out}", len(pairs), len(pairs) + 1)
-    write_bundle(out, plan=plan, captured=tuple(captured), settings=settings, solvers=solvers, fitted=fitted or {}, card=card)
+    target = SKUS[sku]
+    wanted, reason = choose_precision(backend, target, precision)  # before the work
+    captured, drafts = capture_all(programs, progress, BACKENDS[backend].keeps(target.arch))
+    plan = make_plan(model, version, backend, target, wanted, reason, drafts)
+    progress(f"write {out}", len(drafts), len(drafts) + 1)
+    write_bundle(out, plan=plan, captured=captured, settings=settings, solvers=solvers, fitted=fitted or {}, card=card)
     bundle = Bundle.open(out)
-    if cache is not None:
+    if cache is not None and on_this_machine(sku):
         load(bundle, cache, progress=progress)
     return bundle
 
 
-def _capture(program: Program, profile: Profile, precision: Precision) -> tuple[Captured, ProgramPlan]:
-    exported, applied = apply_passes(capture(program, profile))
+def choose_precision(backend: str, sku: Sku, precision: Precision | None) -> tuple[Precision, str]:
+    """The precision of a plan, and why. Raises NotFound (backend), ConfigError for a backend that does not run on the SKU, CompileError for a precision."""
+    chosen = BACKENDS[backend]
+    if backend != "null" and (backend in CPU_BACKENDS) != (sku.name == "cpu"):
+        fitting = sorted({name for name in BACKENDS if (name in CPU_BACKENDS) == (sku.name == "cpu")} | {"null"})
+        raise ConfigError(f"backend {backend!r} does not run on {sku.name}; choose {' or '.join(fitting)}, or another SKU")
+    if on_this_machine(sku.name):
+        wanted, reason = (precision, "asked for") if precision else chosen.default_precision()
+        check_precision(chosen, wanted)
+        return wanted, reason
+    if precision == "bfloat16" and not sku.bf16:
+        raise CompileError(f"{sku.name} ({sku.arch}) has no native bfloat16; use float32")
+    if precision:
+        return precision, "asked for"
+    return ("bfloat16", f"{sku.name} has native bfloat16") if sku.bf16 else ("float32", f"{sku.name} has no native bfloat16")
+
+
+def capture_all(
+    programs: Sequence[Program], progress: Progress = silent, keep: Iterable[str] = ()
+) -> tuple[tuple[Captured, ...], tuple[ProgramPlan, ...]]:
+    """Every program at every profile after the passes, and what is known of it before a precision is chosen. keep: ops that stay whole.
+
+    Raises ConfigError, CompileError.
+    """
+    pairs = [(program, profile) for program in programs for profile in program.profiles]
+    _check_unique(pairs)
+    made = []
+    for done, (program, profile) in enumerate(pairs):
+        progress(f"capture: {program.name} {profile.name}", done, len(pairs) + 1)
+        made.append(_capture(program, profile, keep))
+    return tuple(item for item, _ in made), tuple(draft for _, draft in made)
+
+
+def make_plan(model: str, version: str, backend: str, sku: Sku, precision: Precision, reason: str, drafts: Sequence[ProgramPlan]) -> Plan:
+    plans = tuple(replace(draft, precision="float32" if draft.keep_f32 else precision) for draft in drafts)
+    return Plan(model, version, backend, sku.name, sku.arch, {}, precision, reason, plans)
+
+
+def _capture(program: Program, profile: Profile, keep: Iterable[str]) -> tuple[Captured, ProgramPlan]:
+    exported, applied = apply_passes(capture(program, profile), keep)
     item = Captured(Signature.of(program, profile), exported, dump_graph(exported))
     plan = ProgramPlan(
         program=program.name,
@@ -75,7 +109,7 @@ def _capture(program: Program, profile: Profile, precision: Precision) -> tuple[
         flops=graph_flops(exported),
         max_batch=profile.max_batch,
         keep_f32=program.keep_f32,
-        precision="float32" if program.keep_f32 else precision,
+        precision="float32",
         passes=applied,
     )
     return item, plan

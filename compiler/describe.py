@@ -28,6 +28,7 @@ def describe_json(bundle: Bundle) -> dict[str, Any]:
         "sku": plan.sku,
         "arch": plan.arch,
         "precision": plan.precision,
+        "signed_by": str(bundle.signed_by) if bundle.signed_by else None,
         "solvers": sorted(bundle.solvers),
         "fitted": sorted(bundle.fitted),
         "total_bytes": bundle.total_bytes,
@@ -42,6 +43,7 @@ def describe(bundle: Bundle) -> str:
         f"{plan.model} version {plan.version}, {bundle.total_bytes / 1e6:.2f} MB in {len(manifest['files']) + 1} files",
         f"written by reelstep {manifest['reelstep']}, torch {manifest['torch']}, bundle format {manifest['format']}",
         f"planned for {plan.backend} on {plan.sku} ({plan.arch}), {plan.precision}",
+        f"signed by {bundle.signed_by}; whose key that is, is yours to know" if bundle.signed_by else "not signed",
         f"solvers: {', '.join(sorted(bundle.solvers)) or 'none'}; fitted: {', '.join(sorted(bundle.fitted)) or 'none'}",
         f"weights: {len(bundle.tensors)} distinct tensors" if bundle.has_weights else "weights: none; compiled on the meta device",
     ]

@@ -17,6 +17,7 @@ from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.signature import Signature
 from reelstep.errors import BundleError, CompileError
+from reelstep.kernels import OPS
 
 WEIGHT_KINDS = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
 
@@ -25,6 +26,12 @@ SAFE_TARGET = re.compile(
     r"|_operator\.(?:add|sub|mul|floordiv|truediv|mod|neg|pow|pos|getitem|eq|ne|lt|le|gt|ge|and_|or_)"
 )
 """Operators a stored graph may call: the deserialiser would resolve any attribute of torch."""
+
+SAFE_NAME = re.compile(r"(?:[A-Za-z_][\w.]*)?", re.ASCII)
+"""Of tensors and arguments: torch writes them into Python source, which it runs."""
+
+SAFE_SPEC = re.compile(r'(?:[\[\]{}:, 1]|null|"(?:type|context|children_spec|null|\[\]|builtins\.(?:tuple|list|dict))")*')
+"""Of arguments: nested tuples of tensors. Names of keyword arguments would become source too, and other types are imported by name."""
 
 SAFE_EXPRESSION = re.compile(
     r"(?:Symbol\('[su]\d+'(?:, (?:positive|nonnegative|integer)=True)*\)|\d+|[-+*/(), ]"
@@ -75,6 +82,7 @@ def load_graph(data: bytes, weights: Mapping[str, Tensor], signature: Signature,
         constants |= {name: tensor for name, tensor in buffers.items() if name not in persistent}
         device = next((tensor.device for tensor in weights.values()), torch.device("cpu"))
         examples = tuple(edge.zeros(min(2, signature.max_batch), device) for edge in signature.inputs)
+        tuple(OPS.values())  # an op that is imported is known to torch
         with quiet_torch():
             artifact = SerializedArtifact(data, {**state, **{n: t for n, t in buffers.items() if n in persistent}}, constants, (examples, {}))  # type: ignore[arg-type]  # deserialize takes what is already loaded as it is
             return deserialize(artifact)
@@ -96,11 +104,22 @@ def _dicts(data: Any) -> Iterator[dict[str, Any]]:
         yield from _dicts(child)
 
 
+def _names(item: dict[str, Any]) -> list[str]:
+    """Strings that become identifiers: what is called a name, and the keys of tables of values."""
+    tables = [table for key, table in item.items() if key.endswith("_values") and isinstance(table, dict)]
+    named = [value for key, value in item.items() if key in ("name", "as_name") or key.endswith("_name")]
+    return [str(name) for name in (*named, *item.get("forward_arg_names", ()), *(key for table in tables for key in table)) if name is not None]
+
+
 def _check_safe(graph: Any, where: str) -> None:
     if graph["guards_code"]:
         raise BundleError(f"{where} carries code to run; Reelstep writes none and runs none")
     for item in _dicts(graph):
         target, expression = item.get("target"), item.get("expr_str")
+        if unsafe := [name for name in _names(item) if not SAFE_NAME.fullmatch(name)]:
+            raise BundleError(f"{where} holds the name {unsafe[0]!r}, which is not a plain identifier")
+        if unsafe := [spec for key in ("in_spec", "out_spec") if not SAFE_SPEC.fullmatch(spec := str(item.get(key, "")))]:
+            raise BundleError(f"{where} has arguments of the structure {unsafe[0]!r}, which is more than tuples of tensors")
         if isinstance(target, str) and "inputs" in item and not SAFE_TARGET.fullmatch(target):
             raise BundleError(f"{where} calls {target!r}, which no graph of Reelstep does")
         if isinstance(expression, str) and not SAFE_EXPRESSION.fullmatch(expression):

@@ -7,9 +7,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from reelstep.compiler.backends import BACKENDS, Backend, Executable
+from torch.export import ExportedProgram
+
+from reelstep.compiler.backends import BACKENDS, Backend, Executable, Graph
 from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.passes.decompose_ops import decompose_ops
+from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import Precision
+from reelstep.compiler.skus import SKUS, detect
 from reelstep.errors import CompileError
 
 Progress = Callable[[str, int, int], None]
@@ -23,25 +28,62 @@ def silent(stage: str, done: int, total: int) -> None:
 def load(
     bundle: Bundle, cache: Path | None, backend: str | None = None, precision: Precision | None = None, progress: Progress = silent
 ) -> Mapping[tuple[str, str], Executable]:
-    """An executable for every (program, profile) of the bundle.
+    """An executable for every (program, profile) of the bundle; what `finalize` has not left in the cache is built now.
 
     backend, precision: the plan's if None; with another backend, that one's default precision. Programs that the plan keeps
     in float32 stay there. Raises NotFound for an unknown backend, CompileError if this machine cannot run the choice.
     """
+    chosen, wanted = choose(bundle, backend, precision)
+    engines: dict[tuple[str, str], Executable] = {}
+    for done, key in enumerate(bundle.signatures):
+        progress(f"{chosen.name}: {key[0]} {key[1]}", done, len(bundle.signatures))
+        engines[key] = build_engine(bundle, key, chosen, wanted, cache)
+    progress(f"{chosen.name}: ready", len(engines), len(engines))
+    return engines
+
+
+def choose(bundle: Bundle, backend: str | None, precision: Precision | None) -> tuple[Backend, Precision]:
+    """What executes the bundle here, and how. Raises as `load`."""
     name = backend or bundle.plan.backend
     chosen = BACKENDS[name]
+    if chosen.runs and name == bundle.plan.backend:
+        check_sku(bundle)
     default = bundle.plan.precision if name == bundle.plan.backend else chosen.default_precision()[0]
     wanted = precision or default
     check_precision(chosen, wanted)
     if chosen.runs and not bundle.has_weights:
         raise CompileError(f"bundle {bundle.path} has no weights (it was compiled on the meta device); only backend 'null' can load it")
-    engines: dict[tuple[str, str], Executable] = {}
-    for done, (key, signature) in enumerate(bundle.signatures.items()):
-        progress(f"{name}: {key[0]} {key[1]}", done, len(bundle.signatures))
-        own: Precision = "float32" if bundle.plan.program(*key).keep_f32 else wanted
-        engines[key] = chosen.build(partial(bundle.program, *key), signature, own, cache, engine_key(bundle, *key, own))
-    progress(f"{name}: ready", len(engines), len(engines))
-    return engines
+    return chosen, wanted
+
+
+def build_engine(
+    bundle: Bundle, key: tuple[str, str], chosen: Backend, wanted: Precision, cache: Path | None, graph: Graph | None = None
+) -> Executable:  # fmt: skip
+    """The executable of one (program, profile). graph: what the backend calls to read it, the bundle's own if None."""
+    own = own_precision(bundle, key, wanted)
+
+    def read() -> ExportedProgram:  # ops that were kept for the plan's backend, another may not run
+        return decompose_ops((graph or partial(bundle.program, *key))(), chosen.keeps(bundle.plan.arch))
+
+    return chosen.build(read, bundle.signatures[key], own, cache, engine_key(bundle, *key, own))
+
+
+def own_precision(bundle: Bundle, key: tuple[str, str], wanted: Precision) -> Precision:
+    return "float32" if bundle.plan.program(*key).keep_f32 else wanted
+
+
+def on_this_machine(sku: str) -> bool:
+    """Whether engines for this SKU can be built and run here: every machine has a CPU. Raises NotFound for an unknown SKU or device."""
+    return sku == "cpu" or SKUS[sku].name == detect().name
+
+
+def check_sku(bundle: Bundle) -> None:
+    """Raises CompileError for a bundle that was planned for something that is not here."""
+    plan = bundle.plan
+    if not on_this_machine(plan.sku):
+        here = detect()
+        text = f"{bundle.path} was compiled for {plan.sku} ({plan.arch}), and this machine is {here.name} ({here.arch}, {here.model})"
+        raise CompileError(f"{text}. Use it on {plan.sku}, or compile one for here: `reelstep compile {plan.model} --sku {here.name}`")
 
 
 def check_precision(backend: Backend, precision: Precision) -> None:
@@ -50,5 +92,6 @@ def check_precision(backend: Backend, precision: Precision) -> None:
 
 
 def engine_key(bundle: Bundle, program: str, profile: str, precision: Precision) -> str:
-    """What an engine depends on besides the backend and the machine: graph, weights, choices."""
-    return hashlib.sha256("\n".join([bundle.plan.hash, bundle.weights_hash, program, profile, precision]).encode()).hexdigest()
+    """What an engine depends on besides the backend and the machine: graph, weights, choices, and which weight goes where."""
+    entry = hashlib.sha256(canonical_json(bundle.manifest["programs"][program][profile])).hexdigest()
+    return hashlib.sha256("\n".join([bundle.plan.hash, bundle.weights_hash, program, profile, precision, entry]).encode()).hexdigest()

@@ -1,16 +1,29 @@
-"""Files that are whole or not there: written beside their place, then renamed over it."""
+"""Files that are whole or not there: written beside their place, then renamed over it. Engines in a cache carry a seal."""
 
 from __future__ import annotations
 
 import hashlib
+import hmac
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Literal
 
 from reelstep.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+SECRET, SECRET_BYTES = "seal.secret", 32
+"""One to a cache folder."""
+
+Seal = Literal["kept", "damaged", "missing", "made"]
+
+_watched: ContextVar[list[tuple[Path, Seal]] | None] = ContextVar("watched", default=None)
 
 
 def sha256_file(path: Path) -> str:
@@ -33,6 +46,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write beside `path`, then rename over it. Raises StorageError; what was there is then kept."""
+    temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
+    try:
+        write_file(temporary, data)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error}. What was there before is kept; free some space or choose another path") from error
 
 
 @contextmanager
@@ -79,26 +104,91 @@ def _exchange(temporary: Path, target: Path) -> None:
 
 
 def sealed(path: Path) -> bool:
-    """Whether `path` is there and is what `seal` put there, byte for byte."""
-    seal_path = _seal_path(path)
-    return path.exists() and seal_path.exists() and seal_path.read_text() == sha256_file(path)
+    """Whether `path` is there and is what `seal` put there, byte for byte, under this name and with this folder's secret.
+
+    Warns of a file that is not. Raises StorageError for a secret that others could read or have written.
+    """
+    note = _seal_path(path)
+    kept = path.exists() and note.exists() and hmac.compare_digest(note.read_bytes(), _tag(path))
+    if path.exists() and not kept:
+        log.warning("%s is damaged, half written, or was not made here: it is not used and will be made again", path)
+    _tell(path, "kept" if kept else "damaged" if path.exists() else "missing")
+    return kept
 
 
 def seal(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary, move it to `path`, and note its sha256 beside it. Raises StorageError; `path` is then not sealed."""
+    """Let `write` fill a temporary, move it to `path`, and put its seal beside it. Raises StorageError; `path` is then not sealed."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
             temporary = Path(folder) / path.name
             write(temporary)
             sync(temporary)
+            _make_secret(path.parent)
             note = Path(folder) / "note"
-            write_file(note, sha256_file(temporary).encode())
+            write_file(note, _tag(temporary, path.parent))
             temporary.replace(path)
             note.replace(_seal_path(path))
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error}. Free some space or choose another cache directory") from error
+    _tell(path, "made")
+
+
+@contextmanager
+def watch_seals() -> Iterator[list[tuple[Path, Seal]]]:
+    """Gives a list of what `sealed` finds and `seal` makes inside, in this thread."""
+    seen: list[tuple[Path, Seal]] = []
+    token = _watched.set(seen)
+    try:
+        yield seen
+    finally:
+        _watched.reset(token)
+
+
+def _tell(path: Path, what: Seal) -> None:
+    seen = _watched.get()
+    if seen is not None:
+        seen.append((path, what))
 
 
 def _seal_path(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
+    return path.with_name(path.name + ".seal")
+
+
+def _tag(path: Path, folder: Path | None = None) -> bytes:
+    """HMAC-SHA256 over name and content. The secret keeps out what another user, or another machine's cache, put there; the name, what was moved."""
+    message = f"{path.name}\n{sha256_file(path)}".encode()
+    return hmac.digest(_secret(folder or path.parent), message, "sha256").hex().encode()
+
+
+def _make_secret(folder: Path) -> None:
+    """Written whole and then linked, so that of two processes that begin together both use the first one's."""
+    if (folder / SECRET).exists():
+        return
+    descriptor, name = tempfile.mkstemp(prefix=".new-", dir=folder)  # only its owner may read it
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(os.urandom(SECRET_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(name, folder / SECRET)
+    finally:
+        os.unlink(name)
+
+
+def _secret(folder: Path) -> bytes:
+    path = folder / SECRET
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            status, secret = os.fstat(file.fileno()), file.read()
+    except FileNotFoundError:
+        return os.urandom(SECRET_BYTES)  # nothing in this folder was sealed with it
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error}; choose a cache directory of your own, or remove the file and its engines are built again") from error
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077 or len(secret) != SECRET_BYTES:
+        text = f"{path} must be {SECRET_BYTES} bytes that belong to you and that only you can read: others could forge compiled code"
+        raise StorageError(f"{text}. Choose a cache directory of your own, or remove the file and its engines are built again")
+    return secret

@@ -88,6 +88,7 @@ def build_bundle(
     name: str,
     *,
     backend: str,
+    sku: str = "cpu",
     precision: Precision | None,
     out: Path,
     cache: Path | None,
@@ -95,7 +96,7 @@ def build_bundle(
     step_cache: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
-    """Compile the registered model `name` into the bundle `out`, with the artifacts `fitted`; step_cache: and with the pieces that step caches need.
+    """Compile the registered model `name` for `sku` into the bundle `out`, with the artifacts `fitted`; step_cache: and with the pieces that step caches need.
 
     Raises NotFound, ConfigError, CompileError, StorageError.
     """
@@ -114,6 +115,7 @@ def build_bundle(
         settings=spec.settings.to_json(),
         programs=(*spec.programs(module), *(spec.pieces(module) if step_cache and spec.pieces else ())),
         backend=backend,
+        sku=sku,
         precision=precision,
         out=out,
         solvers={key: table.to_json() for key, table in tables.items()},

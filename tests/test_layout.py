@@ -34,6 +34,7 @@ TABLES = {
     "reelstep.engine.samplers.schedules:SCHEDULES": None,
     "reelstep.engine.samplers.step_cache:STEP_CACHES": "engine/samplers/step_cache",
     "reelstep.engine.samplers.tables:SOLVERS": "engine/samplers/tables",
+    "reelstep.kernels:OPS": None,
 }
 """Every table, and the folder in which it must name each file; None where a file may hold what its entries share."""
 

@@ -46,6 +46,10 @@ class Backend(Protocol):
         """What is used if nobody says otherwise, and why."""
         ...
 
+    def keeps(self, arch: str) -> frozenset[str]:
+        """Ops of `reelstep.kernels` that it runs whole on an arch; its graphs have the formulas of the others."""
+        ...
+
     def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> Executable:
         """Compile, or take from the directory `cache` what was compiled under `key` before.
 
@@ -60,6 +64,7 @@ BACKENDS: Registry[Backend] = Registry(
     {
         "openvino": "reelstep.compiler.backends.openvino:BACKEND",
         "inductor": "reelstep.compiler.backends.inductor:BACKEND",
+        "tensorrt": "reelstep.compiler.backends.tensorrt:BACKEND",
         "eager": "reelstep.compiler.backends.eager:BACKEND",
         "null": "reelstep.compiler.backends.null:BACKEND",
     },

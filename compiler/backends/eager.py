@@ -36,6 +36,9 @@ class EagerBackend:
     def default_precision(self) -> tuple[Precision, str]:
         return "float32", "eager is the reference; bfloat16 (autocast) only on request"
 
+    def keeps(self, arch: str) -> frozenset[str]:
+        return frozenset()
+
     def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> EagerExecutable:
         with quiet_torch():
             return EagerExecutable(graph().module(), signature, precision)

@@ -1,10 +1,14 @@
-"""AOTInductor: C++ generated, compiled by the system's compiler, loaded as a shared library. The portable path; float32."""
+"""AOTInductor: C++ generated, compiled by the system's compiler, loaded as a shared library. The portable path.
+
+On a CPU in float32. On a GPU in bfloat16 too, with our Triton kernels as they are and the products' tiles chosen by measuring.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,69 +18,110 @@ from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 
 from reelstep.compiler.backends import Graph
 from reelstep.compiler.capture import quiet_torch
+from reelstep.compiler.passes.mixed_precision import mixed_precision
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus.cpu import SKU
 from reelstep.compiler.storage import seal, sealed
 from reelstep.errors import CompileError
+from reelstep.kernels import OPS
 
 
 class InductorExecutable:
-    def __init__(self, run: Callable[..., Any], signature: Signature) -> None:
+    """Outputs lie where the inputs do."""
+
+    def __init__(self, run: Callable[..., Any], signature: Signature, device: str) -> None:
         self.run = run
         self.signature = signature
+        self.device = device
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        tensors = [tensor.contiguous() for tensor in self.signature.ordered(inputs)]
+        given = self.signature.ordered(inputs)
         with torch.inference_mode():
-            found = self.run(*tensors)
+            found = self.run(*(tensor.to(self.device).contiguous() for tensor in given))
         outputs = found if isinstance(found, tuple | list) else (found,)
-        return {edge.name: out for edge, out in zip(self.signature.outputs, outputs, strict=True)}
+        return {edge.name: out.to(given[0].device) for edge, out in zip(self.signature.outputs, outputs, strict=True)}
 
 
+@dataclass(frozen=True)
 class InductorBackend:
-    name = "inductor"
-    runs = True
-    precisions: tuple[Precision, ...] = ("float32",)
+    """device: "cpu", or a CUDA device, on which ops of ours that a graph has kept run as they are. autotune: there, measure tiles as it compiles."""
+
+    device: str = "cpu"
+    autotune: bool = True
+    name: str = "inductor"
+    runs: bool = True
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        return ("float32",) if self.device == "cpu" else ("float32", "bfloat16")
 
     def default_precision(self) -> tuple[Precision, str]:
-        return "float32", "the only one this backend builds"
+        if self.device == "cpu":
+            return "float32", "the only one this backend builds for a CPU"
+        return "bfloat16", "every GPU in the table of SKUs has tensor cores for bfloat16"
+
+    def keeps(self, arch: str) -> frozenset[str]:
+        return frozenset(OPS) if arch.startswith("sm") else frozenset()  # a call to one cannot be fused with what stands beside it
 
     def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> InductorExecutable:
-        if precision != "float32":
-            raise CompileError(f"backend 'inductor' builds float32 only, not {precision}; use precision float32 or backend 'openvino'")
+        if precision not in self.precisions:
+            text = f"builds {' and '.join(self.precisions)} for {self.device}, not {precision}"
+            raise CompileError(f"backend 'inductor' {text}; use precision {self.precisions[0]} or backend 'openvino'")
         if cache is None:
             with tempfile.TemporaryDirectory(prefix="reelstep-inductor-") as folder:
                 path = Path(folder) / "engine.pt2"
-                _package(graph(), signature, path)
-                return _load(path, signature)
-        machine = "\n".join([key, str(torch.__version__), SKU.model, *sorted(SKU.features)])
+                self._package(graph(), signature, precision, path)
+                return self._load(path, signature)
+        machine = "\n".join([key, precision, str(torch.__version__), *self._machine()])
         path = cache / f"inductor-{hashlib.sha256(machine.encode()).hexdigest()}.pt2"
         if not sealed(path):
-            seal(path, lambda temporary: _package(graph(), signature, temporary))
-        return _load(path, signature)
+            seal(path, lambda temporary: self._package(graph(), signature, precision, temporary))
+        return self._load(path, signature)
+
+    def _machine(self) -> list[str]:
+        """What an engine is compiled for."""
+        if self.device == "cpu":
+            return [SKU.model, *sorted(SKU.features)]
+        found = torch.cuda.get_device_properties(self.device)
+        return [found.name, f"{found.major}.{found.minor}", str(torch.version.cuda), str(self.autotune)]
+
+    def _package(self, exported: ExportedProgram, signature: Signature, precision: Precision, path: Path) -> None:
+        _check_compiler(signature)
+        try:
+            with quiet_torch(), torch.no_grad():
+                aoti_compile_and_package(self._lowered(exported, signature, precision), package_path=str(path), inductor_configs=self._options())
+        except OSError:
+            raise  # a full disk is the caller's to report
+        except Exception as error:  # the generator and the C++ compiler fail in many ways
+            raise CompileError(f"{_where(signature)} cannot be compiled by inductor: {error}") from error
+
+    def _lowered(self, exported: ExportedProgram, signature: Signature, precision: Precision) -> ExportedProgram:
+        if precision == "bfloat16":
+            exported = mixed_precision(exported, signature)
+        return exported if self.device == "cpu" else move_to_device_pass(exported, self.device)
+
+    def _options(self) -> dict[str, bool]:
+        return {} if self.device == "cpu" else {"max_autotune": self.autotune}
+
+    def _load(self, path: Path, signature: Signature) -> InductorExecutable:
+        return InductorExecutable(aoti_load_package(str(path)), signature, self.device)
 
 
-def _package(exported: ExportedProgram, signature: Signature, path: Path) -> None:
-    where = f"program {signature.program!r} at profile {signature.profile!r}"
+def _where(signature: Signature) -> str:
+    return f"program {signature.program!r} at profile {signature.profile!r}"
+
+
+def _check_compiler(signature: Signature) -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise CompileError(f"{where}: backend 'inductor' needs a C++ compiler and found none; install g++ or set CXX, or use backend 'openvino'") from error
-    try:
-        with quiet_torch(), torch.no_grad():
-            aoti_compile_and_package(exported, package_path=str(path))
-    except OSError:
-        raise  # a full disk is the caller's to report
-    except Exception as error:  # the generator and the C++ compiler fail in many ways
-        raise CompileError(f"{where} cannot be compiled by inductor: {error}") from error
-
-
-def _load(path: Path, signature: Signature) -> InductorExecutable:
-    return InductorExecutable(aoti_load_package(str(path)), signature)
+        text = "backend 'inductor' needs a C++ compiler and found none; install g++ or set CXX, or use backend 'openvino'"
+        raise CompileError(f"{_where(signature)}: {text}") from error
 
 
 BACKEND = InductorBackend()

@@ -29,6 +29,9 @@ class NullBackend:
     def default_precision(self) -> tuple[Precision, str]:
         return "float32", "nothing is computed"
 
+    def keeps(self, arch: str) -> frozenset[str]:
+        return frozenset()
+
     def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> NullExecutable:
         return NullExecutable(signature)
 

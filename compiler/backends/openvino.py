@@ -73,6 +73,9 @@ class OpenVinoBackend:
             return "float32", "the CPU has no native bfloat16 (AVX512-BF16 or AMX)"
         return "bfloat16", "the CPU has AMX-BF16" if "amx_bf16" in SKU.features else "the CPU has AVX512-BF16"
 
+    def keeps(self, arch: str) -> frozenset[str]:
+        return frozenset()
+
     def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> OpenVinoExecutable:
         if precision not in self.precisions:
             raise CompileError(f"backend 'openvino' cannot run {precision} on {SKU.model}; it can run {', '.join(self.precisions)}")

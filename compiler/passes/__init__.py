@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from reelstep.compiler.capture import output_values, quiet_torch
+from reelstep.compiler.passes.decompose_ops import decompose_ops
 from reelstep.compiler.passes.define_empty import EMPTY_OPS, define_empty
 from reelstep.compiler.passes.drop_asserts import drop_asserts
 from reelstep.compiler.passes.drop_dead import drop_dead
@@ -20,6 +22,7 @@ Pass = Callable[[ExportedProgram], ExportedProgram]
 
 PASSES: dict[str, Pass] = {
     "functionalise": functionalise,
+    "decompose_ops": decompose_ops,
     "drop_asserts": drop_asserts,
     "define_empty": define_empty,
     "drop_dead": drop_dead,
@@ -29,10 +32,14 @@ PASSES: dict[str, Pass] = {
 """In the order they run."""
 
 
-def apply_passes(exported: ExportedProgram) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """The rewritten graph, and the names of the passes that changed it. Raises CompileError naming a pass that broke the graph."""
+def apply_passes(exported: ExportedProgram, keep: Iterable[str] = ()) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """The rewritten graph, and the names of the passes that changed it. Raises CompileError naming a pass that broke the graph.
+
+    keep: ops of ours that the backend runs whole, `Backend.keeps`.
+    """
     applied = []
-    for name, rewrite in PASSES.items():
+    passes = PASSES | {"decompose_ops": partial(decompose_ops, keep=keep)} if keep else PASSES
+    for name, rewrite in passes.items():
         before, edges = _text(exported), _edges(exported)
         with quiet_torch():
             exported = rewrite(exported)

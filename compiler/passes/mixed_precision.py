@@ -2,8 +2,9 @@
 
 Products (matrix, convolution, attention) take and give bfloat16; operators between them follow their inputs, so that what
 only products feed (a gated FFN's middle, the norms of queries and keys, whose sums are float32 inside) stays bfloat16;
-everything that meets a float32 tensor (residual sums and their norms, modulation) runs in float32. So do the first and the
-last product: they are small, and what they round reaches the output whole. A runtime's own bfloat16 hint casts everything
+everything that meets a float32 tensor (residual sums and their norms, modulation) runs in float32. An op of ours that a graph has
+kept takes what comes: it computes in float32 and gives the dtype of its first tensor. In float32 run the first and the
+last product too: they are small, and what they round reaches the output whole. A runtime's own bfloat16 hint casts everything
 and rounds the residual stream at every layer: several times the error (`reelstep bench engine`).
 """
 
@@ -20,6 +21,8 @@ from torch.utils import _pytree as pytree
 from reelstep.compiler.capture import quiet_torch, trace
 from reelstep.compiler.passes.drop_asserts import drop_asserts
 from reelstep.compiler.signature import Signature
+from reelstep.kernels import OPS
+from reelstep.kernels.op import NAMESPACE
 
 aten = torch.ops.aten
 
@@ -27,6 +30,7 @@ PRODUCTS = frozenset(
     {
         aten.linear.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.matmul.default,
         aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default, aten.scaled_dot_product_attention.default,
+        OPS["attention"].overload,
     }
 )  # fmt: skip
 ROW_NORMS = frozenset({aten.rms_norm.default, aten.layer_norm.default})
@@ -55,7 +59,7 @@ class Recast(Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.bfloat16)]
-        mixed = len({x.dtype for x in tensors}) > 1
+        mixed = len({x.dtype for x in tensors}) > 1 and getattr(target, "namespace", "") != NAMESPACE
         if (target in PRODUCTS and not self.keeps) or (target in ROW_NORMS and tensors[0].dtype is torch.bfloat16):
             args, kwargs = cast((args, kwargs), torch.bfloat16)
         elif target in SUMS or self.keeps or mixed:

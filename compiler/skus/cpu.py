@@ -44,6 +44,8 @@ def describe(cpuinfo: str, meminfo: str, usable: set[int]) -> Sku:
         memory_bytes=memory_kb * 1024,
         bandwidth_bytes_per_s=None,
         link=None,
+        network=None,
+        devices=1,
         peak_flops={},
         source="detected: /proc/cpuinfo, /proc/meminfo",
     )

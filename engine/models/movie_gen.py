@@ -9,17 +9,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.engine.models.spec import ModelSettings, ModelSpec
-from reelstep.engine.models.tae import TAE
 from reelstep.engine.request import Limits
 from reelstep.errors import ConfigError
+from reelstep.kernels.gated_residual import gated_residual
+from reelstep.kernels.patchify import patchify
+from reelstep.kernels.rms_modulate import rms_modulate
+from reelstep.kernels.swiglu import swiglu
+from reelstep.kernels.unpatchify import unpatchify
+
+if TYPE_CHECKING:
+    from reelstep.engine.models.tae import TAE
+
+EPS = 1e-6
+"""Of every norm."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +58,11 @@ class MovieGenConfig:
         return (frames // self.patch[0]) * (height // self.patch[1]) * (width // self.patch[2])
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part. x: [B, L, D]; shift, scale: [B, D]."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
 class Attention(nn.Module):
-    """Multi-head attention without biases. Queries from x [B, L, D]; keys and values from context [B, S, D]."""
+    """Multi-head attention without biases. Queries from x [B, L, D]; keys and values from context [B, S, D].
+
+    Torch's own attention: nobody reads lse here, and what replaces it where a sequence is split or gradients are taken does so by its name.
+    """
 
     def __init__(self, config: MovieGenConfig) -> None:
         super().__init__()
@@ -64,15 +72,15 @@ class Attention(nn.Module):
         self.k = nn.Linear(d, d, bias=False)
         self.v = nn.Linear(d, d, bias=False)
         self.out = nn.Linear(d, d, bias=False)
-        self.q_norm = nn.RMSNorm(k, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(k, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(k, eps=EPS) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(k, eps=EPS) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q_BNLK = self.q_norm(rearrange(self.q(x), "B L (N K) -> B N L K", N=self.heads))
-        k_BNSK = self.k_norm(rearrange(self.k(context), "B S (N K) -> B N S K", N=self.heads))
-        v_BNSK = rearrange(self.v(context), "B S (N K) -> B N S K", N=self.heads)
-        y = F.scaled_dot_product_attention(q_BNLK, k_BNSK, v_BNSK)
-        return self.out(rearrange(y, "B N L K -> B L (N K)"))
+        q_BLNK = self.q_norm(self.q(x).unflatten(-1, (self.heads, -1)))
+        k_BSNK = self.k_norm(self.k(context).unflatten(-1, (self.heads, -1)))
+        v_BSNK = self.v(context).unflatten(-1, (self.heads, -1))
+        y_BNLK = F.scaled_dot_product_attention(q_BLNK.transpose(1, 2), k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2))
+        return self.out(y_BNLK.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -85,7 +93,7 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(config.ffn, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
@@ -97,10 +105,10 @@ class Block(nn.Module):
 
     def __init__(self, config: MovieGenConfig) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.width, eps=1e-6)
+        self.norm1 = nn.RMSNorm(config.width, eps=EPS)
         self.self_attention = Attention(config)
         self.cross_attention = Attention(config)
-        self.norm2 = nn.RMSNorm(config.width, eps=1e-6)
+        self.norm2 = nn.RMSNorm(config.width, eps=EPS)
         self.ffn = SwiGLU(config)
         self.table = nn.Parameter(torch.randn(6, config.width) / math.sqrt(config.width))
 
@@ -108,16 +116,16 @@ class Block(nn.Module):
         # x: [B, L, D]; positions: [L, D]; modulation: [B, 6, D]; context: [B, S, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.table).unbind(1)
         x = x + positions
-        y = modulate(self.norm1(x), shift1, scale1)
-        x = x + gate1[:, None] * self.self_attention(y, y)
+        y = rms_modulate(x, scale1, shift1, self.norm1.weight, EPS)
+        x = gated_residual(x, gate1, self.self_attention(y, y))
         x = x + self.cross_attention(x, context)
-        y = modulate(self.norm2(x), shift2, scale2)
-        return x + gate2[:, None] * self.ffn(y)
+        y = rms_modulate(x, scale2, shift2, self.norm2.weight, EPS)
+        return gated_residual(x, gate2, self.ffn(y))
 
     def modulated_input(self, x: Tensor, positions: Tensor, modulation: Tensor) -> Tensor:
         """What `forward` hands to self-attention, [B, L, D]: it changes with x and with time, and knows no text."""
         shift, scale, *_ = (modulation + self.table).unbind(1)
-        return modulate(self.norm1(x + positions), shift, scale)
+        return rms_modulate(x + positions, scale, shift, self.norm1.weight, EPS)
 
 
 class TimeEmbedding(nn.Module):
@@ -132,15 +140,13 @@ class TimeEmbedding(nn.Module):
         self.scale = config.time_scale
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half), persistent=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.time_frequencies, config.width, bias=False), nn.SiLU(), nn.Linear(config.width, config.width, bias=False)
-        )
+        self.mlp = nn.Sequential(nn.Linear(config.time_frequencies, config.width, bias=False), nn.SiLU(), nn.Linear(config.width, config.width, bias=False))
         self.shared = nn.Linear(config.width, 6 * config.width, bias=False)
 
     def forward(self, t: Tensor) -> Tensor:
         angles = self.scale * t[:, None] * self.frequencies
         embedding = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
-        six = rearrange(self.shared(F.silu(embedding)), "B (n D) -> B n D", n=6)
+        six = self.shared(F.silu(embedding)).unflatten(1, (6, -1))
         return torch.cat([six, embedding[:, None]], dim=1)
 
 
@@ -150,7 +156,7 @@ class TextProjection(nn.Module):
     def __init__(self, config: MovieGenConfig) -> None:
         super().__init__()
         self.linears = nn.ModuleList(nn.Linear(width, config.width, bias=False) for width in config.text_widths)
-        self.norms = nn.ModuleList(nn.LayerNorm(config.width, eps=1e-6) for _ in config.text_widths)
+        self.norms = nn.ModuleList(nn.LayerNorm(config.width, eps=EPS) for _ in config.text_widths)
 
     def forward(self, *texts: Tensor) -> Tensor:
         parts = [norm(linear(text)) for linear, norm, text in zip(self.linears, self.norms, texts, strict=True)]
@@ -170,7 +176,7 @@ class MovieGenTransformer(nn.Module):
         self.patch_in = nn.Linear((config.latent_channels + config.condition_channels) * volume, d, bias=False)
         self.positions = nn.ParameterList(nn.Parameter(torch.randn(n, d) * 0.02) for n in config.positions)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.norm = nn.RMSNorm(d, eps=EPS)
         self.table = nn.Parameter(torch.randn(2, d) / math.sqrt(d))
         self.patch_out = nn.Linear(d, config.latent_channels * volume, bias=False)
 
@@ -194,10 +200,9 @@ class MovieGenTransformer(nn.Module):
 
     def embed(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """x, condition: [B, C, F, H, W] -> tokens [B, L, D]."""
-        pt, ph, pw = self.config.patch
         if condition is not None:
             x = torch.cat([x, condition], dim=1)
-        return self.patch_in(rearrange(x, "B C (F p) (H q) (W r) -> B (F H W) (C p q r)", p=pt, q=ph, r=pw))
+        return self.patch_in(patchify(x, self.config.patch))
 
     def through(self, blocks: Iterable[nn.Module], tokens: Tensor, grid: tuple[int, int, int], modulation: Tensor, context: Tensor) -> Tensor:
         """Tokens [B, L, D] after some of the blocks."""
@@ -208,10 +213,9 @@ class MovieGenTransformer(nn.Module):
 
     def head(self, tokens: Tensor, grid: tuple[int, int, int], modulation: Tensor) -> Tensor:
         """Tokens [B, L, D] after the last block -> velocity [B, C, F, H, W]."""
-        (f, h, w), (pt, ph, pw) = grid, self.config.patch
         shift, scale = (modulation[:, 6, None] + self.table).unbind(1)
-        tokens = self.patch_out(modulate(self.norm(tokens), shift, scale))
-        return rearrange(tokens, "B (F H W) (C p q r) -> B C (F p) (H q) (W r)", F=f, H=h, W=w, p=pt, q=ph, r=pw)
+        tokens = self.patch_out(rms_modulate(tokens, scale, shift, self.norm.weight, EPS))
+        return unpatchify(tokens, grid, self.config.patch)
 
 
 class Unconditioned(nn.Module):

@@ -77,7 +77,7 @@ def programs() -> tuple[Program, ...]:
     return toy_programs()
 
 
-@pytest.fixture(name="compile_toy")
+@pytest.fixture(name="compile_toy", scope="session")
 def compile_toy_fixture() -> Callable[..., Bundle]:
     return compile_toy
 

@@ -46,6 +46,19 @@ def rewrite_manifest(path: Path, change: Any) -> None:
     (path / "manifest.json").write_bytes(canonical_json(manifest))
 
 
+def forge_graph(path: Path, name: str, find: str, put: str) -> None:
+    """Change a graph, and make every hash right again."""
+    file = path / "programs" / name
+    old, forged = file.read_text(), file.read_text().replace(find, put)
+    assert forged != old
+    file.write_text(forged)
+    plan = (path / "plan.json").read_text().replace(hashlib.sha256(old.encode()).hexdigest(), hashlib.sha256(forged.encode()).hexdigest())
+    (path / "plan.json").write_text(plan)
+    changed = {f"programs/{name}": forged.encode(), "plan.json": plan.encode()}
+    entries = {file: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for file, data in changed.items()}
+    rewrite_manifest(path, lambda m: (m["files"].update(entries), m.update(plan_hash=entries["plan.json"]["sha256"])))
+
+
 def test_a_bundle_gives_back_what_was_put_in(bundle: Bundle) -> None:
     assert bundle.model_card == "# Toy\n"
     assert bundle.settings == {"size": [4, 3]}
@@ -117,15 +130,17 @@ def test_a_manifest_that_points_outside_is_refused(copy: Path, name: str) -> Non
 
 @pytest.mark.parametrize(
     ("find", "put"),
-    [("torch.ops.aten.linear.default", "torch.hub.load"), ("Symbol('", "__import__('os').system('"), ('"guards_code":[]', '"guards_code":["1"]')],
+    [
+        ("torch.ops.aten.linear.default", "torch.hub.load"),
+        ("Symbol('", "__import__('os').system('"),
+        ('"guards_code":[]', '"guards_code":["1"]'),
+        ('"ids"', "\"ids=__import__('os').abort()\""),  # of an input: torch writes it into the head of a function
+        ('"forward_arg_names":["ids"', '"forward_arg_names":["ids=__import__(\'os\').abort()"'),
+        ('builtins.dict\\", \\"context\\": \\"[]', 'builtins.dict\\", \\"context\\": \\"[\\\\"x=__import__(\'os\').abort()\\\\"]'),
+    ],
 )
 def test_a_forged_graph_cannot_run_code(copy: Path, find: str, put: str) -> None:
-    file = copy / "programs/denoise.l4.json"
-    forged = file.read_text().replace(find, put)
-    assert forged != file.read_text()
-    file.write_text(forged)
-    entry = {"sha256": hashlib.sha256(forged.encode()).hexdigest(), "bytes": len(forged.encode())}
-    rewrite_manifest(copy, lambda m: m["files"].update({"programs/denoise.l4.json": entry}))
+    forge_graph(copy, "denoise.l4.json", find, put)
     with pytest.raises(BundleError, match=r"denoise\.l4\.json"):
         Bundle.open(copy).program("denoise", "l4")
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from reelstep.compiler.capture import capture
 from reelstep.compiler.compile import compile_model
+from reelstep.compiler.graphs import ops_of
 from reelstep.compiler.load import load
 from reelstep.compiler.program import Profile
 from reelstep.engine.build import ServedModel
@@ -158,6 +160,20 @@ def in_pieces(run, x, modulation, condition, context):
     residual = first["hidden"] - embedded["hidden"] + rest["residual"]
     last = run("denoise_last", {"hidden": embedded["hidden"], "residual": residual, "modulation": modulation})
     return {**embedded, "tokens": first["hidden"] + rest["residual"], "velocity": rest["velocity"], "again": last["velocity"]}
+
+
+def test_gradients_are_those_of_finite_differences():
+    model = tiny(qk_norm=True)
+    x, modulation, condition = torch.randn(1, 3, 1, 2, 4), torch.randn(1, 7, 32), torch.randn(1, 2, 1, 2, 4)
+    inputs = [v.double().requires_grad_() for v in (x, modulation, condition, torch.randn(1, 2, 32))]
+    assert torch.autograd.gradcheck(model, inputs, fast_mode=True)
+
+
+def test_a_graph_has_each_op_as_one_node():
+    program = denoise_program(tiny().float(), 5, sizes(2, 4, 4))
+    counts = ops_of(capture(program, program.profiles[0]))
+    ours = {op.split(".")[1]: n for op, n in counts.items() if op.startswith("reelstep.")}
+    assert ours == {"patchify": 1, "rms_modulate": 2 * 2 + 1, "gated_residual": 2 * 2, "swiglu": 2, "unpatchify": 1}
 
 
 def sizes(f, h, w):

@@ -1,0 +1,612 @@
+"""Does an NVIDIA GPU compute what the formulas say, and how near does it come to what it can do?
+
+Correctness of every kernel; the rates of a copy and of a matrix product as measured, and each kernel's, attention's, a block's and a rank's share of them
+at Movie Gen 30B's shapes; reel-tiny from words to video beside the CPU. Nothing is installed and nothing is fetched; each part has its own time, and one
+that fails is written down and leaves the others alone. Exit code 1: something was computed wrongly; 2: there is no GPU.
+
+L tokens, D width, N heads, K head dim, one latent video (B = 1) unless a shape says otherwise.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from reelstep.benchmarks.harness import conditions, parser, shown
+from reelstep.compiler.cost import module_flops
+from reelstep.compiler.skus import sku_of_device
+from reelstep.engine.models.movie_gen import CONFIG_30B, TEXT_TOKENS_30B, Block, MovieGenConfig, MovieGenTransformer
+from reelstep.errors import NotFound
+from reelstep.kernels import OPS
+from reelstep.kernels.attention_choice import ATTENTIONS
+from reelstep.kernels.fp8_norm_quantise import LARGEST
+from reelstep.kernels.jit import HAS_TRITON, interpreted
+from reelstep.kernels.op import Op
+from reelstep.kernels.qk_norm_rope import rotary_3d
+
+COPY_AIM, ATTENTION_AIM, BLOCK_AIM = 0.85, 0.65, 0.60
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALF_ATTENTION = 0.02
+"""Relative error allowed to attention in half precision over many keys: a few roundings of 2**-8 of its probabilities and values."""
+FP8_PRODUCT = 0.06
+"""Relative error allowed to a product of two E4M3 matrices: each rounds by 2**-4 at most and by 0.026 on average, and the two are independent."""
+FROM_HALVES = 2**-15
+"""What torch's own attentions may be off by in lse, relative to the largest."""
+STEPS = 6
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed."""
+
+    config: MovieGenConfig
+    latent: tuple[int, int, int]  # F, H, W
+    text: int
+    matmul: int  # side of the square product whose rate is the ceiling
+    ranks: int  # of a split in tokens, and of one in heads and feed-forward width
+    clips: int  # latents at once in what works on latents: one fits a GPU's cache, whose rate is not the memory's
+
+    @property
+    def tokens(self) -> int:
+        return self.config.tokens(*self.latent)
+
+    @property
+    def head(self) -> int:
+        return self.config.width // self.config.heads
+
+
+LARGE = Sizes(CONFIG_30B, (32, 96, 96), TEXT_TOKENS_30B, 8192, 8, 32)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row. right: of a check of values, whether it held; None where nothing was checked. share: of the ceiling that `note` or the part names."""
+
+    what: str
+    seconds: float | None = None
+    rate: float | None = None
+    unit: str = ""
+    share: float | None = None
+    aim: float | None = None
+    error: float | None = None
+    allowed: float | None = None
+    right: bool | None = None
+    note: str = ""
+
+
+def checked(what: str, error: float, allowed: float, seconds: float | None = None, note: str = "") -> Finding:
+    """NaN is wrong too."""
+    return Finding(what, seconds, error=error, allowed=allowed, right=error <= allowed, note=note)
+
+
+class Bench:
+    """A device, what is timed on it, and the ceilings that were measured there: None until they are."""
+
+    def __init__(self, device: torch.device, sizes: Sizes) -> None:
+        self.device, self.sizes = device, sizes
+        self.copy_bytes_per_s: float | None = None
+        self.matmul_flops_per_s: float | None = None
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def randn(self, *sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(sizes, generator=self.generator, device=self.device, dtype=dtype)
+
+    def seconds(self, run: Callable[[], object], most_s: float = 0.6, warmup: int = 2) -> float:
+        """Median of one call, of 2 to 50 within about `most_s`."""
+        for _ in range(warmup):
+            run()
+        self.wait()
+        found: list[float] = []
+        began = time.perf_counter()
+        while len(found) < 2 or (len(found) < 50 and time.perf_counter() - began < most_s):
+            found.append(self.once(run))
+        return statistics.median(found)
+
+    def once(self, run: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            began = time.perf_counter()
+            run()
+            return time.perf_counter() - began
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        run()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1000
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def moved(self, what: str, seconds: float, bytes_: float, aim: float | None = COPY_AIM, note: str = "") -> Finding:
+        """Bound by memory: GB/s and the share of the copy's."""
+        rate = bytes_ / seconds
+        return Finding(what, seconds, rate / 1e9, "GB/s", self.copy_bytes_per_s and rate / self.copy_bytes_per_s, aim, note=note)
+
+    def computed(self, what: str, seconds: float, flops: float, aim: float | None = None, note: str = "") -> Finding:
+        """Bound by products: TFLOP/s and the share of the large product's."""
+        rate = flops / seconds
+        return Finding(what, seconds, rate / 1e12, "TFLOP/s", self.matmul_flops_per_s and rate / self.matmul_flops_per_s, aim, note=note)
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """Of the norms, in float64."""
+    truth = truth.double()
+    return float((found.double().to(truth.device) - truth).norm() / truth.norm())
+
+
+def largest_error(found: Tensor, truth: Tensor) -> float:
+    """Infinities must agree and then differ by nothing."""
+    found, truth = found.double(), truth.double()
+    return float(torch.where(found == truth, 0.0, (found - truth).abs()).amax()) if truth.numel() else 0.0
+
+
+def error_and_bound(found: Any, formula: Any, truth: Any, float32: float) -> tuple[float, float]:
+    """Of the output that is nearest to its bound: twice the formula's own error against float64, and one rounding; `float32` of the largest value there."""
+    pairs = []
+    for one, like, exact in zip_longest(tensors(found), tensors(formula), tensors(truth)):
+        if (one.shape, one.dtype) != (like.shape, like.dtype):
+            return math.inf, 0.0
+        finite = exact.double()[exact.double().isfinite()]
+        step = float32 if one.dtype == torch.float32 else torch.finfo(one.dtype).eps
+        bound = 2 * largest_error(like, exact) + step * (float(finite.abs().amax()) if finite.numel() else 0.0)
+        pairs.append((largest_error(one, exact), bound))
+    return worst(pairs)
+
+
+def worst(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The error that exceeds its bound most, or comes nearest; NaN before all."""
+    return max(pairs, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] - pair[1])
+
+
+def correctness(bench: Bench) -> Iterator[Finding]:
+    """Every op over its own examples; attention last, since it tries its tiles on every shape."""
+    for name in sorted(OPS, key=lambda name: name == "attention"):
+        for dtype in DTYPES:
+            yield check_op(OPS[name], dtype, bench)
+
+
+def check_op(op: Op, dtype: torch.dtype, bench: Bench) -> Finding:
+    """The kernel where one can run here, else what the op runs instead."""
+    here = HAS_TRITON and (bench.device.type == "cuda" or interpreted(op.kernels(90)[0].function))
+
+    def make(*sizes: int, dtype: torch.dtype | None = dtype) -> Tensor:
+        return torch.randn(sizes, generator=bench.generator, device=bench.device).to(dtype)
+
+    def exact(arguments: tuple[Any, ...]) -> Any:
+        return op.reference(*pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, arguments))
+
+    pairs = []
+    for arguments in op.examples(make):
+        found = op.launch(*arguments) if here else op.overload(*arguments)
+        float32 = 4 * torch.finfo(torch.float32).eps if here else FROM_HALVES
+        pairs.append(error_and_bound(found, op.reference(*arguments), exact(arguments), float32))
+    error, allowed = worst(pairs)
+    return checked(f"{op.name} {str(dtype).removeprefix('torch.')}", error, allowed, note="kernel" if here else "no Triton kernel here: what the op runs")
+
+
+def ceilings(bench: Bench) -> Iterator[Finding]:
+    """What shares are of."""
+    x = bench.randn(bench.sizes.tokens, bench.sizes.config.width)
+    y = torch.empty_like(x)
+    seconds = bench.seconds(lambda: y.copy_(x))
+    bench.copy_bytes_per_s = 2 * x.nbytes / seconds
+    yield bench.moved(f"copy of {x.nbytes / 1e6:.0f} MB", seconds, 2 * x.nbytes, None)
+    n = bench.sizes.matmul
+    a, b = bench.randn(n, n), bench.randn(n, n)
+    seconds = bench.seconds(lambda: a @ b)
+    bench.matmul_flops_per_s = 2 * n**3 / seconds
+    yield bench.computed(f"bfloat16 product of side {n}", seconds, 2 * n**3, note=peak_note(bench))
+
+
+def peak_note(bench: Bench) -> str:
+    """The measured rates beside a data sheet's, where the device is in the table."""
+    if bench.device.type != "cuda" or bench.copy_bytes_per_s is None or bench.matmul_flops_per_s is None:
+        return ""
+    try:
+        sku = sku_of_device(torch.cuda.get_device_name(bench.device))
+    except NotFound:
+        return "no data sheet of this device in the table of SKUs"
+    memory = "" if sku.bandwidth_bytes_per_s is None else f"{bench.copy_bytes_per_s / sku.bandwidth_bytes_per_s:.1%} of the bandwidth and "
+    return f"{memory}{bench.matmul_flops_per_s / sku.peak_flops['bfloat16']:.1%} of the bfloat16 peak of {sku.name}'s data sheet"
+
+
+def memory_bound(bench: Bench) -> Iterator[Finding]:
+    """Bytes: each argument read once, each output written once."""
+    for name, arguments, note in large_examples(bench):
+        op = OPS[name].overload
+        bytes_ = sum(x.nbytes for x in (*tensors(arguments), *tensors(op(*arguments))))
+        yield bench.moved(name, bench.seconds(lambda op=op, arguments=arguments: op(*arguments)), bytes_, note=note)  # type: ignore[misc]
+
+
+def large_examples(bench: Bench) -> Iterator[tuple[str, tuple[Any, ...], str]]:
+    """Every op but attention, with arguments at the model's shapes, made one op at a time."""
+    sizes, randn = bench.sizes, bench.randn
+    config, length, d, k = sizes.config, sizes.tokens, sizes.config.width, sizes.head
+    (f, h, w), patch = sizes.latent, list(config.patch)
+    grid = [size // p for size, p in zip(sizes.latent, patch, strict=True)]
+    tokens = f"[1, {length}, {d}]"
+    yield "rms_modulate", (randn(1, length, d), randn(1, d), randn(1, d), randn(d), 1e-6, False), tokens
+    yield "gated_residual", (randn(1, length, d), randn(1, d), randn(1, length, d)), tokens
+    turn = tuple(x.to(bench.device) for x in rotary_3d((grid[0], grid[1], grid[2]), k))
+    heads = (1, length, config.heads, k)
+    yield "qk_norm_rope", (randn(*heads), randn(*heads), randn(k), randn(k), *turn, 1e-6), str(list(heads))
+    yield "swiglu", (randn(1, length, config.ffn), randn(1, length, config.ffn)), f"[1, {length}, {config.ffn}]"
+    yield "gelu_tanh", (randn(1, length, config.ffn),), f"[1, {length}, {config.ffn}]"
+    yield "fp8_norm_quantise", (randn(1, length, d), randn(1, d), randn(1, d), randn(d), 1e-6, False), tokens
+    parts = [part for _ in range(2) for part in (randn(1, config.heads, length, k), randn(1, config.heads, length, dtype=torch.float32))]
+    yield "lse_merge", tuple(parts), f"[1, {config.heads}, {length}, {k}]"
+    latent = (sizes.clips, config.latent_channels, f, h, w)
+    yield "patchify", (randn(*latent), patch, False), str(list(latent))
+    values = config.latent_channels * math.prod(patch)
+    yield "unpatchify", (randn(sizes.clips, length, values), grid, patch, False), f"[{sizes.clips}, {length}, {values}]"
+    x = [randn(*latent, dtype=torch.float32) for _ in range(6)]
+    yield "solver_step", (x[0], x[1], x[2], x[3:], 7.5, 0.5, [0.1, -0.2, 0.3, 0.4]), f"{list(latent)}, float32"
+
+
+def attention_rates(bench: Bench) -> Iterator[Finding]:
+    """Self-attention of one block by every implementation, its first queries against float32."""
+    sizes = bench.sizes
+    q, k, v = (bench.randn(1, sizes.tokens, sizes.config.heads, sizes.head).transpose(1, 2) for _ in range(3))
+    scale, flops, few = sizes.head**-0.5, 4 * sizes.tokens**2 * sizes.config.width, min(32, sizes.tokens)
+    truth, _ = ATTENTIONS["reference"].run(q[:, :, :few].float(), k.float(), v.float(), None, scale)
+    runs: dict[str, Callable[[], Tensor]] = {"torch scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(q, k, v)}
+    for name in ATTENTIONS:
+        if why := "its scores would not fit the memory" if name == "reference" else ATTENTIONS[name].refuses(q, None):
+            yield Finding(f"attention {name}", note=f"not run: {why}")
+        else:
+            runs[f"attention {name}"] = lambda run=ATTENTIONS[name].run: run(q, k, v, None, scale)[0]  # type: ignore[misc]
+    for name, run in runs.items():
+        error = relative(run()[:, :, :few], truth)
+        row = bench.computed(name, bench.seconds(run, 2.0, warmup=1), flops, ATTENTION_AIM, f"{list(q.shape)}")
+        yield replace(row, error=error, allowed=HALF_ATTENTION, right=error <= HALF_ATTENTION)
+
+
+def fp8_layers(bench: Bench) -> Iterator[Finding]:
+    """The layers of a block as E4M3 products with a step per row, beside bfloat16 ones; the norm that quantises is in neither time."""
+    d, ffn, length = bench.sizes.config.width, bench.sizes.config.ffn, bench.sizes.tokens
+    quantise = OPS["fp8_norm_quantise"].overload
+    for inner, outer in ((d, d), (d, ffn), (ffn, d)):
+        x, w = bench.randn(1, length, inner), bench.randn(outer, inner) / math.sqrt(inner)
+        values, steps = quantise(x, None, None, None, 1e-6, False)
+        a, a_step = values[0], steps[0][:, None]
+        w_step = w.float().abs().amax(1, keepdim=True) / LARGEST
+        b, b_step = (w / w_step).to(torch.float8_e4m3fn).t(), w_step.t().contiguous()
+        dense = F.rms_norm(x[0].float(), (inner,), None, 1e-6).to(x.dtype)
+        few, flops = min(256, length), 2 * length * inner * outer
+
+        def scaled(a: Tensor = a, b: Tensor = b, a_step: Tensor = a_step, b_step: Tensor = b_step) -> Tensor:
+            return torch._scaled_mm(a, b, scale_a=a_step, scale_b=b_step, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+        error = relative(scaled()[:few], dense[:few].double() @ w.double().t())
+        plain = bench.seconds(lambda dense=dense, w=w: F.linear(dense, w))  # type: ignore[misc]
+        quick = bench.seconds(scaled)
+        yield bench.computed(f"bfloat16 linear {inner} -> {outer}", plain, flops)
+        row = bench.computed(f"E4M3 linear {inner} -> {outer}", quick, flops, note=f"{plain / quick:.2f} times as fast as bfloat16")
+        yield replace(row, error=error, allowed=FP8_PRODUCT, right=error <= FP8_PRODUCT)
+
+
+def on_device(module: nn.Module, bench: Bench) -> nn.Module:
+    """A module of the meta device with random weights in bfloat16."""
+    module = module.to(torch.bfloat16).to_empty(device=bench.device).eval().requires_grad_(False)
+    for weight in (*module.parameters(), *module.buffers()):
+        weight.normal_(0.0, 0.02, generator=bench.generator)
+    return module
+
+
+def block_inputs(bench: Bench, meta: bool = False) -> tuple[Tensor, ...]:
+    """Of `Block`: tokens, positions, modulation, context."""
+    sizes, d = bench.sizes, bench.sizes.config.width
+    shapes = ((1, sizes.tokens, d), (sizes.tokens, d), (1, 6, d), (1, sizes.text, d))
+    return tuple(torch.empty(shape, device="meta") if meta else bench.randn(*shape) for shape in shapes)
+
+
+def with_mfu(bench: Bench, row: Finding) -> Finding:
+    """The share is of the peak in the device's data sheet, as MFU is; of the measured product where the table has none."""
+    try:
+        peak = sku_of_device(torch.cuda.get_device_name(bench.device)).peak_flops["bfloat16"] if bench.device.type == "cuda" else None
+    except NotFound:
+        peak = None
+    if peak is None or row.rate is None:
+        return replace(row, note=f"share of the measured product; {row.note}")
+    of_measured = "" if row.share is None else f", {row.share:.1%} of the measured product"
+    return replace(row, share=row.rate * 1e12 / peak, note=f"MFU, of the data sheet's {peak / 1e12:.0f} TFLOP/s{of_measured}; {row.note}")
+
+
+def one_block(bench: Bench) -> Iterator[Finding]:
+    with torch.device("meta"):
+        module: nn.Module = Block(bench.sizes.config)
+    flops = module_flops(module, *block_inputs(bench, meta=True))
+    module, inputs = on_device(module, bench), block_inputs(bench)
+    row = bench.computed("one block, op by op", bench.seconds(lambda: module(*inputs), 3.0, warmup=1), flops, BLOCK_AIM, f"{bench.sizes.tokens} tokens")
+    yield replace(with_mfu(bench, row), right=bool(module(*inputs).isfinite().all()))
+
+
+def whole_forward(bench: Bench) -> Iterator[Finding]:
+    """All blocks on random weights, once to warm up and once timed; or what is missing for it."""
+    sizes, config = bench.sizes, bench.sizes.config
+    with torch.device("meta"):
+        module: nn.Module = MovieGenTransformer(config)
+        inputs = [torch.empty(1, config.latent_channels, *sizes.latent), torch.empty(1, 7, config.width), None, torch.empty(1, sizes.text, config.width)]
+    weights = 2 * sum(p.numel() for p in module.parameters())
+    need = weights + 2 * sizes.tokens * (3 * config.ffn + 4 * config.width)  # of a block: three tensors of the feed-forward's width, four of the model's
+    if bench.device.type == "cuda" and need > (free := torch.cuda.mem_get_info(bench.device)[0]):
+        yield Finding("whole forward", note=f"not run: it needs about {need / 1e9:.0f} GB and {free / 1e9:.0f} GB are free")
+        return
+    flops = module_flops(module, *inputs)  # type: ignore[arg-type]  # a model without condition latents is given None
+    module = on_device(module, bench)
+    given = [None if x is None else bench.randn(*x.shape) for x in inputs]
+    began = time.perf_counter()
+    finite = bool(module(*given).isfinite().all())
+    first = time.perf_counter() - began
+    row = bench.computed("whole forward, op by op", bench.once(lambda: module(*given)), flops, note=f"{config.layers} blocks, first call {first:.1f} s")
+    yield replace(with_mfu(bench, row), right=finite)
+
+
+Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def end_to_end(bench: Bench) -> Iterator[Finding]:
+    """reel-tiny from words to video in a few Euler steps: on the CPU, on the device op by op, and with the denoiser compiled by inductor."""
+    from reelstep.compiler.capture import capture  # here: these want einops, and the other parts do not
+    from reelstep.compiler.passes import apply_passes
+    from reelstep.compiler.signature import Signature
+    from reelstep.engine.models.byte_text import tokenize
+    from reelstep.engine.models.reel_tiny import SPEC
+
+    programs = {program.name: program for program in SPEC.programs(SPEC.build())}
+    tokens = torch.tensor([tokenize("a red balloon rises", SPEC.settings.text_length)])
+    noise = torch.randn((1, 16, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+
+    def plain(name: str, device: torch.device) -> Run:
+        program = programs[name]
+        module = program.module.to(device)
+
+        def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {program.outputs[0].name: module(*(inputs[edge.name].to(device) for edge in program.inputs)).cpu()}
+
+        return run
+
+    def timed(runs: Mapping[str, Run]) -> tuple[Tensor, float]:
+        text_to_video(runs, tokens, noise)
+        began = time.perf_counter()
+        video = text_to_video(runs, tokens, noise)
+        return video, time.perf_counter() - began
+
+    truth, seconds = timed({name: plain(name, torch.device("cpu")) for name in programs})
+    yield Finding("reel-tiny, CPU, op by op, float32", seconds, note=f"{STEPS} steps; what the others are compared with")
+    if bench.device.type == "cpu":
+        return
+    runs = {name: plain(name, bench.device) for name in programs}
+    with exact_float32():
+        video, seconds = timed(runs)
+    yield checked("reel-tiny, op by op, float32", relative(video, truth), 1e-3, seconds)
+    from reelstep.compiler.backends.inductor import InductorBackend  # here: without a C++ compiler what is above still ran
+
+    denoise = next(program for program in SPEC.programs(SPEC.build()) if program.name == "denoise")  # with weights of its own: those above have moved
+    profile, backend = denoise.profile("video"), InductorBackend(device=str(bench.device), autotune=False)
+    exported, _ = apply_passes(capture(denoise, profile), keep=backend.keeps("sm"))
+    began = time.perf_counter()
+    runs["denoise"] = backend.build(lambda: exported, Signature.of(denoise, profile), "bfloat16", None, "gpu_check")
+    built = time.perf_counter() - began
+    video, seconds = timed(runs)
+    yield checked("reel-tiny, denoiser by inductor, bfloat16", relative(video, truth), 5e-2, seconds, f"compiled in {built:.0f} s")
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Inside, cuDNN does not round float32 to TF32."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def text_to_video(runs: Mapping[str, Run], tokens: Tensor, noise: Tensor) -> Tensor:
+    """[1, 3, frames, height, width], without guidance and without a picture."""
+    from reelstep.engine.samplers.ns import drive, sample, start
+    from reelstep.engine.samplers.paths import PATHS
+    from reelstep.engine.samplers.schedules import SCHEDULES
+    from reelstep.engine.samplers.tables import SOLVERS
+
+    context = runs["encode_text"]({"tokens": tokens})["context"]
+    table = SOLVERS["euler"].build(SCHEDULES["linear"](STEPS), PATHS["condot"])
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        modulation = runs["embed_time"]({"t": torch.tensor([t], dtype=torch.float32)})["modulation"]
+        return runs["denoise"]({"x": x, "modulation": modulation, "condition": torch.zeros_like(noise), "context": context})["velocity"]
+
+    return runs["decode"]({"latent": drive(sample(table, start(table, noise)), velocity)})["video"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Of one rank's block. Bound by products if it has flops, else by memory."""
+
+    what: str
+    runs: tuple[Callable[[], object], ...]
+    flops: float = 0.0
+    bytes_: float = 0.0
+
+
+def rank_pieces(bench: Bench, cp: int, tp: int) -> Iterator[Piece]:
+    """What one rank of a mesh computes of a block: tokens over cp, heads and feed-forward over tp, attention by Ulysses."""
+    sizes, config, randn = bench.sizes, bench.sizes.config, bench.randn
+    length, d, ffn, k = sizes.tokens // cp, config.width, config.ffn // tp, sizes.head
+    mine = d // tp
+    layers = [(length, d, mine, 4), (length, mine, d, 2), (sizes.text, d, mine, 2), (length, d, ffn, 2), (length, ffn, d, 1)]
+    products: list[Callable[[], object]] = []
+    for rows, inner, outer, count in layers:
+        x, w = randn(rows, inner), randn(outer, inner)
+        products += [lambda x=x, w=w: F.linear(x, w)] * count  # type: ignore[misc]
+    yield Piece("linear layers", tuple(products), sum(2.0 * rows * inner * outer * count for rows, inner, outer, count in layers))
+    own, all_heads = config.heads // (cp * tp), config.heads // tp
+    for what, heads, queries, keys in (("self-attention", own, sizes.tokens, sizes.tokens), ("attention to text", all_heads, length, sizes.text)):
+        q, kv = randn(1, queries, heads, k).transpose(1, 2), randn(1, keys, heads, k).transpose(1, 2)
+        run = lambda q=q, kv=kv: OPS["attention"].overload(q, kv, kv, None, k**-0.5, "auto")  # noqa: E731
+        yield Piece(what, (run,), 4.0 * heads * queries * keys * k)
+    x, y, vector, gain = randn(1, length, d), randn(1, length, d), randn(1, d), randn(d)
+    a, b = randn(1, length, ffn), randn(1, length, ffn)
+    norm = (lambda: OPS["rms_modulate"].overload(x, vector, vector, gain, 1e-6, False),)
+    residual, added = (lambda: OPS["gated_residual"].overload(x, vector, y),), (lambda: x + y,)
+    middle = (lambda: OPS["swiglu"].overload(a, b),)
+    yield Piece("between them", norm * 2 + residual * 2 + added * 2 + middle, bytes_=(2 * 2 + 2 * 3 + 2 * 3) * x.nbytes + 3 * a.nbytes)
+
+
+def rank_shapes(bench: Bench) -> Iterator[Finding]:
+    """Compute of one rank as measured; what ranks send each other is in no number here."""
+    for cp, tp in ((bench.sizes.ranks, 1), (1, bench.sizes.ranks)):
+        mesh, total = f"cp={cp}" if cp > 1 else f"tp={tp}", 0.0
+        for piece in rank_pieces(bench, cp, tp):
+            seconds = bench.seconds(lambda piece=piece: [run() for run in piece.runs])  # type: ignore[misc]
+            total += seconds
+            what = f"{mesh}, a rank's {piece.what}"
+            yield bench.computed(what, seconds, piece.flops) if piece.flops else bench.moved(what, seconds, piece.bytes_, None)
+        yield Finding(f"{mesh}, a rank's block", total, note="compute alone: communication was not measured and is left out")
+
+
+@dataclass(frozen=True)
+class Part:
+    """budget_s: when it is stopped, with what it has found so far."""
+
+    name: str
+    budget_s: float
+    find: Callable[[Bench], Iterator[Finding]]
+
+
+PARTS = (
+    Part("ceilings", 15, ceilings),
+    Part("kernels", 45, memory_bound),
+    Part("attention", 60, attention_rates),
+    Part("fp8", 30, fp8_layers),
+    Part("block", 40, one_block),
+    Part("ranks", 45, rank_shapes),
+    Part("correctness", 130, correctness),
+    Part("end to end", 75, end_to_end),
+    Part("forward", 80, whole_forward),
+)
+"""In the order they run: 520 s in all. What shares are of comes first, and what holds most memory last."""
+
+
+class Overran(Exception):
+    """A part's time is up."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raises Overran in what runs inside once its time is up; a call into C is left to return first."""
+
+    def stop(*_: Any) -> None:
+        raise Overran(f"stopped after its {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_parts(bench: Bench, parts: Sequence[Part], tell: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Rows of all parts. What a part raises becomes its last row, and the next part runs."""
+    rows: list[dict[str, Any]] = []
+    for part in parts:
+        began = time.perf_counter()
+        try:
+            with at_most(part.budget_s), torch.inference_mode():
+                for finding in part.find(bench):
+                    rows.append({"part": part.name, **asdict(finding)})
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is written down, and the other parts run
+            rows.append({"part": part.name, **asdict(Finding("failed", note=f"{type(error).__name__}: {str(error).strip()[:400]}"))})
+        gc.collect()
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+        tell(f"{part.name}: {time.perf_counter() - began:.1f} s")
+    return rows
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(title="gpu_check")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column in ("part", "what", "unit", "note") else "right")
+    for row in rows:
+        table.add_row(*(shown(value) for value in row.values()))
+    Console(width=190).print(table)
+
+
+def device_conditions() -> dict[str, Any]:
+    """Of the GPU and what drives it."""
+    found = torch.cuda.get_device_properties(0)
+    packages = {name: _version(name) for name in ("triton", "tensorrt", "torch_tensorrt", "flash_attn_interface")}
+    return {
+        "gpu": found.name, "compute_capability": f"{found.major}.{found.minor}", "multiprocessors": found.multi_processor_count,
+        "memory_gb": found.total_memory / 1e9, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "packages": packages,
+    }  # fmt: skip
+
+
+def _version(module: str) -> str:
+    try:
+        return version(module)
+    except PackageNotFoundError:
+        return "of unknown version" if find_spec(module) else "absent"
+
+
+def wrong(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was computed wrongly."""
+    return [f"{row['part']}: {row['what']}" for row in rows if row["right"] is False]
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parser("gpu_check", __doc__ or "")
+    options.add_argument("--parts", nargs="+", metavar="PART", choices=[part.name for part in PARTS], help="only these (default: all)")
+    args = options.parse_args(argv)
+    if not torch.cuda.is_available():
+        print(f"gpu_check: torch {torch.__version__} sees no NVIDIA GPU, so there is nothing to check; run it on a machine with one", file=sys.stderr)
+        raise SystemExit(2)
+    device = torch.device("cuda", 0)
+    parts = [part for part in PARTS if args.parts is None or part.name in args.parts]
+    rows = run_parts(Bench(device, LARGE), parts)
+    show(rows)
+    if args.json is not None:
+        write(args.json, rows, {**conditions(args.seed), **device_conditions()})
+    if found := wrong(rows):
+        print(f"gpu_check: {len(found)} wrong: {'; '.join(found)}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+    """As `harness.report` does. What is not a number is written as text: JSON has neither infinity nor NaN."""
+    plain = [{k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"benchmark": "gpu_check", "conditions": about, "rows": plain}, indent=1, allow_nan=False) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,88 @@
+"""TensorRT on NVIDIA GPUs: an exported graph becomes a weight-stripped plan, and a plan with weights becomes an engine.
+
+network.py   graph -> TensorRT network, through Torch-TensorRT's lowering and converters
+collectives.py  the converters of collectives, which take the ranks of the named group
+build.py     network -> plan
+engine.py    plan + weights -> executable
+records.py   what TensorRT says while it works, kept for errors
+cache.py     where plans, weights and timings lie
+
+A plan is tuned on the GPU that runs it, so it is built there, by whoever loads or finalises a bundle; no plan is in a bundle. Plans hold no weights:
+bundles that differ in weights only (LoRA variants) share a plan, and plans for several SKUs share weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from reelstep.compiler.backends import Graph
+from reelstep.compiler.program import Precision
+from reelstep.compiler.signature import Signature
+from reelstep.errors import CompileError
+
+if TYPE_CHECKING:
+    from reelstep.compiler.backends.tensorrt.engine import TensorRtExecutable
+
+NEEDS = {"tensorrt": "tensorrt>=11,<11.1", "torch_tensorrt": "torch-tensorrt>=2.13,<2.14"}
+"""Modules, and what to install for them. Torch-TensorRT states which TensorRT it was built against."""
+
+NOT_RUN = (
+    "Backend 'tensorrt' has not been run on hardware: its operators are checked against the converters of Torch-TensorRT, and its calls against the "
+    "Python bindings of TensorRT; no plan was built, no output was compared and nothing was timed."
+)
+"""For whoever describes a plan: what stands behind this backend."""
+
+Watch = Callable[[str, int, int], None]
+"""Called with a phase of a build, its steps done, and its steps in all."""
+
+
+def unwatched(phase: str, done: int, total: int) -> None:
+    """Nobody watches."""
+
+
+def missing() -> list[str]:
+    """What this machine lacks, each with what would help; empty if plans can be built and run here."""
+    lacks = [f"no module {module!r} (pip install '{package}')" for module, package in NEEDS.items() if find_spec(module) is None]
+    if not torch.cuda.is_available():
+        lacks.append(f"torch {torch.__version__} sees no CUDA device (a CUDA build of torch, the NVIDIA driver and a GPU)")
+    return lacks
+
+
+@dataclass(frozen=True)
+class TensorRtBackend:
+    """watch: told how far a build is; a build takes minutes. What it raises stops the build."""
+
+    watch: Watch = unwatched
+    name: str = "tensorrt"
+    runs: bool = True
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        return () if missing() else ("float32", "bfloat16")
+
+    def default_precision(self) -> tuple[Precision, str]:
+        return "bfloat16", "every GPU in the table of SKUs has tensor cores for bfloat16"
+
+    def keeps(self, arch: str) -> frozenset[str]:
+        """None: a kernel of ours would be a plugin of TensorRT's."""
+        return frozenset()
+
+    def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> TensorRtExecutable:
+        lacks = missing()
+        if lacks:
+            raise CompileError(
+                f"backend 'tensorrt' cannot build or run program {signature.program!r} here: {'; '.join(lacks)}. Compiling a bundle for it and checking "
+                "its operators (docs/tensorrt.md) work without; backends 'inductor' and 'openvino' run here"
+            )
+        from reelstep.compiler.backends.tensorrt.cache import build  # only here: the libraries may be absent
+
+        return build(graph, signature, precision, cache, key, self.watch)
+
+
+BACKEND = TensorRtBackend()

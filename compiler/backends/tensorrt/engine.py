@@ -1,0 +1,224 @@
+"""A plan and its weights become an executable: TensorRT's runtime on torch's memory, streams and graphs.
+
+Of torch and not of cuda-python: the tensors of calls are torch's, so one allocator sees all memory of the process and one order of streams holds between
+an engine and what surrounds it, and Torch-TensorRT needs torch's CUDA anyway.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorrt as trt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch_tensorrt.logging import TRT_LOGGER
+
+from reelstep.compiler.backends.tensorrt.build import row_ranges
+from reelstep.compiler.backends.tensorrt.records import Records
+from reelstep.compiler.signature import TORCH_DTYPES, Edge, Signature
+from reelstep.errors import CompileError, InternalError, Unavailable
+
+TRT_DTYPES = {
+    torch.float32: trt.DataType.FLOAT, torch.bfloat16: trt.DataType.BF16, torch.float16: trt.DataType.HALF, torch.float8_e4m3fn: trt.DataType.FP8,
+    torch.int64: trt.DataType.INT64, torch.int32: trt.DataType.INT32, torch.int8: trt.DataType.INT8, torch.bool: trt.DataType.BOOL,
+}  # fmt: skip
+
+RESERVE_BYTES = 1 << 30
+"""Left free when weights are placed: torch's own tensors, other engines' activations, and what the driver takes."""
+
+RESTART_S = 30.0
+"""After which a caller of a lost device may come again."""
+
+WORKSPACE = ""
+"""Among buffers by name: no tensor is called so."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs of a build. inputs, outputs: the plan's names in the order of the signature. weights: by the plan's names, on the CPU.
+
+    path: where the plan lies, if it was kept.
+    """
+
+    data: bytes
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weights: Mapping[str, Tensor]
+    collectives: bool
+    path: Path | None
+
+
+def streaming_budget(streamable: int, activations: int, free: int) -> int:
+    """Bytes of weights to keep on the GPU, out of `streamable`, where `free` bytes must hold the activations too."""
+    return max(0, min(streamable, free - activations - RESERVE_BYTES))
+
+
+class TensorRtExecutable:
+    """One engine: a context for each optimisation profile, one workspace and one set of buffers for all, a CUDA graph for each number of rows.
+
+    The batch is the first dim, so fewer rows are the beginning of the same buffers and every graph finds them where it left them.
+    """
+
+    def __init__(self, plan: Plan, signature: Signature, device: torch.device) -> None:
+        self.signature, self.plan, self.device = signature, plan, device
+        self.records = Records()
+        self.stream = torch.cuda.Stream(device)
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        with self.records, torch.cuda.device(device):
+            self.runtime = trt.Runtime(TRT_LOGGER)
+            self.records.watch(self.runtime)
+            self.engine = self.runtime.deserialize_cuda_engine(plan.data)
+            if self.engine is None:
+                raise CompileError(f"{self.where} has a plan that TensorRT {trt.__version__} cannot read. {self.records.explain()}")
+            self.resident = self._place_weights()
+            self._refit(plan.weights)
+            self._check_edges()
+            self.buffers = self._allocate()
+            self.workspace = self.buffers.pop(WORKSPACE)
+            self.contexts = [self._context(index) for index in range(len(row_ranges(signature.max_batch)))]
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+
+    @property
+    def where(self) -> str:
+        return f"program {self.signature.program!r} at profile {self.signature.profile!r}"
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs lie where the first input does. Raises InternalError if TensorRT fails, Unavailable if the device does."""
+        tensors = self.signature.ordered(inputs)
+        try:
+            return self._call(tensors)
+        except torch.AcceleratorError as error:
+            raise Unavailable(f"{self.where}: device {self.device} failed ({error}); start this process again", retry_after_s=RESTART_S) from error
+
+    def _call(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        rows, home = tensors[0].shape[0], tensors[0].device
+        caller = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(caller)
+        with self.records, torch.cuda.stream(self.stream):
+            for name, tensor in zip(self.plan.inputs, tensors, strict=True):
+                self.buffers[name][:rows].copy_(tensor)
+            self._run(rows)
+            outputs = {edge.name: self._leave(self.buffers[name][:rows], home) for name, edge in zip(self.plan.outputs, self.signature.outputs, strict=True)}
+        caller.wait_stream(self.stream)
+        for tensor in outputs.values():
+            if tensor.is_cuda:
+                tensor.record_stream(caller)  # made on our stream; its memory may be given again only after the caller is done with it
+        return outputs
+
+    def _leave(self, tensor: Tensor, home: torch.device) -> Tensor:
+        """A copy in memory of its own. One on the CPU is complete when this returns."""
+        return tensor.clone() if home == self.device else tensor.to(home)
+
+    def _run(self, rows: int) -> None:
+        if rows in self.graphs:
+            self.graphs[rows].replay()
+            return
+        context = self.contexts[0 if rows == 1 else -1]
+        for name in self.plan.inputs:
+            if not context.set_input_shape(name, tuple(self.buffers[name][:rows].shape)):
+                raise InternalError(f"{self.where}: TensorRT refuses {rows} rows of {name!r}. {self.records.explain()}")
+        for name in self.plan.outputs:
+            found, wanted = tuple(context.get_tensor_shape(name)), tuple(self.buffers[name][:rows].shape)
+            if found != wanted:
+                raise InternalError(f"{self.where}: the plan gives {name!r} the shape {list(found)}, declared is {list(wanted)}")
+        self._enqueue(context)
+        if self._records_graphs():
+            self.stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self._enqueue(context)  # a second time: the first run of a shape does work that a graph must not hold
+            self.graphs[rows] = graph
+
+    def _records_graphs(self) -> bool:
+        """Not where weights are streamed or ranks exchange data: neither was tried under capture."""
+        return self.resident and not self.plan.collectives
+
+    def _enqueue(self, context: trt.IExecutionContext) -> None:
+        if not context.execute_async_v3(self.stream.cuda_stream):
+            raise InternalError(f"{self.where} failed to run. {self.records.explain()}")
+
+    def _place_weights(self) -> bool:
+        """Choose how many bytes of weights stay on the GPU, before anything else is placed there. Gives whether all do."""
+        streamable: int = self.engine.streamable_weights_size
+        if streamable == 0:
+            return True
+        self.engine.weight_streaming_budget_v2 = 0
+        free, _ = torch.cuda.mem_get_info(self.device)
+        budget = streaming_budget(streamable, self.engine.device_memory_size_v2, free)
+        self.engine.weight_streaming_budget_v2 = budget
+        return budget >= streamable
+
+    def _refit(self, weights: Mapping[str, Tensor]) -> None:
+        """Give the stripped plan its weights."""
+        refitter = trt.Refitter(self.engine, TRT_LOGGER)
+        self.records.watch(refitter)
+        kept = []
+        for name in refitter.get_all_weights():
+            if name not in weights:
+                raise CompileError(f"{self.where}: the plan wants weights {name!r}, which the graph has not; remove the engine cache to build it again")
+            tensor = weights[name].detach().cpu().contiguous()
+            kept.append(tensor)  # TensorRT reads them when it refits
+            if not refitter.set_named_weights(name, trt.Weights(TRT_DTYPES[tensor.dtype], tensor.data_ptr(), tensor.numel()), trt.TensorLocation.HOST):
+                raise CompileError(f"{self.where}: TensorRT refuses weights {name!r}, {tensor.dtype} {list(tensor.shape)}. {self.records.explain()}")
+        absent = refitter.get_missing_weights()
+        if absent or not refitter.refit_cuda_engine():
+            raise CompileError(f"{self.where} cannot be given its weights; missing: {', '.join(absent) or 'none'}. {self.records.explain()}")
+
+    def _edges(self) -> dict[str, Edge]:
+        """By the plan's names."""
+        return dict(zip((*self.plan.inputs, *self.plan.outputs), (*self.signature.inputs, *self.signature.outputs), strict=True))
+
+    def _allocate(self) -> dict[str, Tensor]:
+        """Room for the most rows of every edge, and for the contexts' activations."""
+        sizes = {name: ((self.signature.max_batch, *edge.sizes), TORCH_DTYPES[edge.dtype]) for name, edge in self._edges().items()}
+        sizes[WORKSPACE] = ((self.engine.device_memory_size_v2,), torch.uint8)
+        try:
+            return {name: torch.empty(shape, dtype=dtype, device=self.device) for name, (shape, dtype) in sizes.items()}
+        except torch.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.device)
+            raise CompileError(
+                f"{self.where} needs {self.engine.device_memory_size_v2 / 1e9:.2f} GB for activations of up to {self.signature.max_batch} rows, and "
+                f"{free / 1e9:.2f} of {total / 1e9:.2f} GB are free; lower the profile's max_batch, or load fewer programs on this device"
+            ) from error
+
+    def _check_edges(self) -> None:
+        """The plan's edges are those of the signature: a plan is a file, and files get mixed up."""
+        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
+        for name, edge in self._edges().items():
+            if name not in names or self.engine.get_tensor_dtype(name) != TRT_DTYPES[TORCH_DTYPES[edge.dtype]]:
+                raise CompileError(f"{self.where}: the plan has no {edge.dtype} tensor {name!r} for {edge}; it has {', '.join(names)}")
+
+    def _context(self, index: int) -> trt.IExecutionContext:
+        """A context at an optimisation profile, on the common workspace: one thread calls at a time, so one context works at a time."""
+        context = self.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise CompileError(f"{self.where}: TensorRT makes no execution context. {self.records.explain()}")
+        self.records.watch(context)
+        context.set_device_memory(self.workspace.data_ptr(), self.workspace.numel())
+        if not context.set_optimization_profile_async(index, self.stream.cuda_stream):
+            raise CompileError(f"{self.where}: TensorRT refuses optimisation profile {index}. {self.records.explain()}")
+        self.stream.synchronize()
+        for name, buffer in self.buffers.items():
+            context.set_tensor_address(name, buffer.data_ptr())
+        if self.plan.collectives and not context.set_communicator(world_communicator(self.device)):
+            raise CompileError(f"{self.where}: TensorRT refuses the communicator of the ranks. {self.records.explain()}")
+        return context
+
+
+def world_communicator(device: torch.device) -> Any:
+    """The NCCL communicator of all ranks as TensorRT takes it: layers name the ranks that take part. Collective: ranks load engines in the same order.
+
+    Raises CompileError where the process group is not NCCL's.
+    """
+    if not dist.is_initialized() or dist.get_backend() != "nccl":
+        raise CompileError("a plan with collectives runs in a process group of backend 'nccl'; start the ranks with it before engines are loaded")
+    dist.all_reduce(torch.zeros(1, device=device))  # NCCL makes its communicator at the first use
+    group: Any = dist.group.WORLD
+    make = ctypes.pythonapi.PyCapsule_New
+    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return make(group._get_backend(device)._comm_ptr(), None, None)

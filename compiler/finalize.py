@@ -1,0 +1,139 @@
+"""What of a bundle can only be made where it will run, made there ahead of time: the native engines of its backend.
+
+Each engine goes into the cache as soon as it is built, under a name that says what it was made of and for: so a second run finds it, and
+one that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch.export import ExportedProgram
+
+from reelstep.compiler.backends import Backend
+from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.load import Progress, build_engine, choose, own_precision, silent
+from reelstep.compiler.program import Precision
+from reelstep.compiler.skus import SKUS
+from reelstep.compiler.storage import watch_seals
+from reelstep.errors import CompileError, StorageError
+
+Key = tuple[str, str]
+
+FLOAT_BYTES: dict[Precision, int] = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Finalized:
+    """What was done for one program at one profile. stateless: its backend compiles nothing ahead, so there was nothing to do."""
+
+    program: str
+    profile: str
+    state: Literal["built", "rebuilt", "cached", "stateless"]
+    seconds: float
+    engine_bytes: int
+
+    def __str__(self) -> str:
+        notes = {"rebuilt": "what was in the cache was damaged or not made here", "stateless": "nothing to compile ahead"}
+        note = f"  ({notes[self.state]})" if self.state in notes else ""
+        return f"{self.program} {self.profile}  {self.state}  {self.seconds:.2f} s  {self.engine_bytes / 1e6:.1f} MB{note}"
+
+
+def finalize(
+    bundle: Bundle, cache: Path, backend: str | None = None, precision: Precision | None = None, progress: Progress = silent
+) -> tuple[Finalized, ...]:  # fmt: skip
+    """Build every engine of the bundle that `cache` lacks for this machine. In the order of the plan.
+
+    backend, precision: as for `load`. Raises CompileError if this machine is not what the bundle is for or has too little memory, StorageError if
+    the disk has too little room, both before anything is built; and whatever the backend raises.
+    """
+    chosen, wanted = choose(bundle, backend, precision)
+    found: dict[Key, Finalized] = {}
+    missing: dict[Key, bool] = {}
+    for done, key in enumerate(bundle.signatures):
+        progress(f"look for {key[0]} {key[1]}", done, len(bundle.signatures))
+        looked = _look(bundle, key, chosen, wanted, cache)
+        if isinstance(looked, Finalized):
+            found[key] = looked
+        else:
+            missing[key] = looked
+    _check_room(bundle, list(missing), wanted, cache)
+    for done, (key, damaged) in enumerate(missing.items()):
+        progress(f"{chosen.name}: build {key[0]} {key[1]}", done, len(missing))
+        found[key] = _build(bundle, key, chosen, wanted, cache, damaged)
+    progress(f"{chosen.name}: ready", len(missing), len(missing))
+    return tuple(found[key] for key in bundle.signatures)
+
+
+def _look(bundle: Bundle, key: Key, chosen: Backend, wanted: Precision, cache: Path) -> Finalized | bool:
+    """The engine in the cache, loaded to see that it can be; else whether a damaged one lies there. A backend that has its engine asks for no graph."""
+    asked = False
+
+    def graph() -> ExportedProgram:
+        nonlocal asked
+        asked = True
+        raise LookupError("only looking")
+
+    began = time.monotonic()
+    with watch_seals() as seals:
+        try:
+            build_engine(bundle, key, chosen, wanted, cache, graph)
+        except Exception:  # ours, or what the backend makes of it
+            if not asked:
+                raise
+    if not seals:
+        return Finalized(*key, "stateless", 0.0, 0)
+    if asked:
+        return any(what == "damaged" for _, what in seals)
+    return Finalized(*key, "cached", time.monotonic() - began, _size([path for path, _ in seals]))
+
+
+def _build(bundle: Bundle, key: Key, chosen: Backend, wanted: Precision, cache: Path, damaged: bool) -> Finalized:
+    began = time.monotonic()
+    with watch_seals() as seals:
+        build_engine(bundle, key, chosen, wanted, cache)
+    made = [path for path, what in seals if what == "made"]
+    return Finalized(*key, "rebuilt" if damaged else "built" if made else "cached", time.monotonic() - began, _size([path for path, _ in seals]))
+
+
+def _size(paths: Sequence[Path]) -> int:
+    return sum(path.stat().st_size for path in {*paths})
+
+
+def _check_room(bundle: Bundle, missing: Sequence[Key], wanted: Precision, cache: Path) -> None:
+    """Engines hold their weights, each its own: less room than that is too little. More may be needed, which only the backend finds out."""
+    needs = {key: bundle.weights_bytes(*key, FLOAT_BYTES[own_precision(bundle, key, wanted)]) for key in missing}
+    total, largest = sum(needs.values()), max(needs, key=lambda key: needs[key], default=("", ""))
+    memory = SKUS[bundle.plan.sku].memory_bytes  # 0 where it is not known
+    if memory and needs.get(largest, 0) > memory:
+        text = f"{' '.join(largest)} holds {_gb(needs[largest])} of weights, and {bundle.plan.sku} has {_gb(memory)} of memory"
+        raise CompileError(f"{text}; compile with a smaller --precision, or for a SKU or mesh with more")
+    disk = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(disk).free
+    if total > free:
+        names = ", ".join(" ".join(key) for key in missing)
+        text = f"{cache} has {_gb(free)} free, and the engines to build ({names}) hold {_gb(total)} of weights"
+        raise StorageError(f"{text}. Nothing was built; free some space or choose a larger disk with --cache")
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"
+
+
+def explain(done: Sequence[Finalized], cache: Path) -> str:
+    """A line for each program, and what it comes to."""
+    built = [each for each in done if each.state in ("built", "rebuilt")]
+    cached = [each for each in done if each.state == "cached"]
+    lines = [*map(str, done)]
+    if built:
+        lines.append(f"{len(built)} built in {sum(each.seconds for each in built):.1f} s, {len(cached)} from the cache {cache}")
+    elif cached:
+        lines.append(f"nothing to do: all {len(cached)} engines are in {cache}")
+    else:
+        lines.append("nothing to do: this backend compiles nothing ahead")
+    return "\n".join(lines) + "\n"

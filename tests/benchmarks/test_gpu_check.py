@@ -1,0 +1,195 @@
+"""The check of a GPU: its parts at tiny sizes on the CPU, its bounds on values that are known to be wrong, and its refusal where there is no GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from subprocess import run
+
+import pytest
+import torch
+
+from reelstep.benchmarks import gpu_check
+from reelstep.benchmarks.gpu_check import (
+    LARGE,
+    PARTS,
+    Bench,
+    Finding,
+    Part,
+    Piece,
+    Sizes,
+    check_op,
+    checked,
+    error_and_bound,
+    large_examples,
+    rank_pieces,
+    run_parts,
+    worst,
+    write,
+    wrong,
+)
+from reelstep.engine.models.movie_gen import CONFIG_30B
+from reelstep.kernels import OPS
+
+CPU = torch.device("cpu")
+TINY = Sizes(
+    replace(CONFIG_30B, layers=2, width=64, ffn=96, heads=4, latent_channels=3, positions=(4, 4, 4), text_widths=(5,), time_frequencies=16),
+    latent=(2, 4, 4), text=8, matmul=32, ranks=2, clips=2,
+)  # fmt: skip
+PACKAGES_OF_OTHERS = ("einops", "openvino", "google_crc32c", "cryptography", "grpc", "av", "PIL", "scipy", "ray", "diffusers")
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """One that measures as little as it can."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = Bench(CPU, TINY)
+    made.seconds = lambda run, most_s=0.0, warmup=0: made.once(run)  # type: ignore[method-assign]
+    yield made
+    torch.set_num_threads(before)
+
+
+def test_the_shapes_are_those_of_movie_gen_30b() -> None:
+    assert (LARGE.tokens, LARGE.config.width, LARGE.config.heads, LARGE.head) == (73_728, 6144, 48, 128)
+
+
+def test_parts_together_take_less_than_nine_minutes() -> None:
+    assert sum(part.budget_s for part in PARTS) < 9 * 60
+    assert PARTS[0].name == "ceilings", "shares are of what it measures"
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part.name not in ("correctness", "end to end")], ids=lambda part: part.name)
+def test_a_part_runs_whole_at_a_tiny_size(part: Part, bench: Bench) -> None:
+    rows = run_parts(bench, [PARTS[0], part], tell=lambda line: None)
+    assert not [row for row in rows if row["what"] == "failed"], rows
+    assert wrong(rows) == []
+    timed = [row for row in rows if row["rate"] is not None]
+    assert all(row["seconds"] > 0 and row["share"] is not None for row in timed)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_right_op_is_found_right(name: str, bench: Bench) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert check_op(OPS[name], dtype, bench).right, (name, dtype)
+
+
+def test_a_wrong_op_is_found_wrong(bench: Bench) -> None:
+    op = OPS["gelu_tanh"]
+    other = replace(op, reference=lambda x: torch.nn.functional.gelu(x.float() if x.dtype != torch.float64 else x).to(x.dtype))
+    found = check_op(other, torch.float32, bench)
+    assert found.right is False
+    assert found.error is not None
+    assert 1e-4 < found.error < 1e-3, "the two forms of GELU differ by at most 5e-4"
+
+
+def test_bounds_hold_one_rounding_and_no_nan() -> None:
+    truth = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    error, bound = error_and_bound((truth + 2**-8).bfloat16(), truth.bfloat16(), truth, 0.0)
+    assert (error, bound) == (0.0, 2 * torch.finfo(torch.bfloat16).eps), "1 + 2**-8 rounds to even, -2 + 2**-8 too"
+    error, bound = error_and_bound((truth + 0.1).float(), truth.float(), truth, 1e-6)
+    assert error == pytest.approx(0.1)
+    assert bound == pytest.approx(2e-6)
+    assert error_and_bound(truth.float(), truth.bfloat16(), truth, 1e-6)[0] == math.inf, "of another dtype"
+    assert math.isnan(worst([(0.0, 1.0), (math.nan, 1.0)])[0])
+    assert checked("", math.nan, 1.0).right is False
+
+
+def test_every_op_but_attention_is_timed_and_its_bytes_are_counted_once(bench: Bench) -> None:
+    assert {name for name, _, _ in large_examples(bench)} == {*OPS} - {"attention"}
+    found = {finding.what: finding for finding in gpu_check.memory_bound(bench)}
+    tokens, d = TINY.tokens, TINY.config.width
+    row = found["gated_residual"]
+    assert row.rate is not None
+    assert row.seconds is not None
+    assert row.rate * 1e9 * row.seconds == pytest.approx(2 * (3 * tokens * d + d)), "x, y and out, and one gate, in bfloat16"
+    row = found["fp8_norm_quantise"]
+    assert row.rate is not None
+    assert row.seconds is not None
+    assert row.rate * 1e9 * row.seconds == pytest.approx(3 * tokens * d + 3 * 2 * d + 4 * tokens), "x in two bytes, values in one, a step of four a row"
+
+
+@pytest.mark.parametrize(("cp", "tp"), [(2, 1), (1, 2)])
+def test_ranks_share_the_products_of_a_block(cp: int, tp: int, bench: Bench) -> None:
+    def flops(cp: int, tp: int) -> dict[str, float]:
+        pieces: list[Piece] = list(rank_pieces(bench, cp, tp))
+        return {piece.what: piece.flops for piece in pieces}
+
+    whole, one = flops(1, 1), flops(cp, tp)
+    d, length, text = TINY.config.width, TINY.tokens, TINY.text
+    assert whole["self-attention"] == 4 * length**2 * d
+    assert whole["linear layers"] == 2 * d * d * (6 * length + 2 * text) + 6 * length * d * TINY.config.ffn
+    assert one["self-attention"] == whole["self-attention"] / 2
+    assert one["attention to text"] == whole["attention to text"] / 2
+    projections_of_text = 4 * d * d * text
+    shared = whole["linear layers"] - projections_of_text
+    assert one["linear layers"] == shared / 2 + projections_of_text / tp, "a split in tokens leaves every rank the whole text"
+
+
+def test_a_part_that_fails_or_takes_too_long_keeps_its_rows_and_stops_no_other(bench: Bench) -> None:
+    def fails(_: Bench) -> Iterator[Finding]:
+        yield Finding("first")
+        raise RuntimeError("no such instruction")
+
+    def sleeps(_: Bench) -> Iterator[Finding]:
+        yield Finding("before")
+        time.sleep(30)
+        yield Finding("never")
+
+    def wrongs(_: Bench) -> Iterator[Finding]:
+        yield checked("value", 2.0, 1.0)
+
+    began = time.monotonic()
+    rows = run_parts(bench, [Part("a", 5, fails), Part("b", 0.1, sleeps), Part("c", 5, wrongs)], tell=lambda line: None)
+    assert time.monotonic() - began < 20
+    assert [(row["part"], row["what"]) for row in rows] == [("a", "first"), ("a", "failed"), ("b", "before"), ("b", "failed"), ("c", "value")]
+    assert rows[1]["note"] == "RuntimeError: no such instruction"
+    assert "stopped after its 0.1 s" in rows[3]["note"]
+    assert wrong(rows) == ["c: value"]
+
+
+def test_rows_are_written_as_json_without_nan(tmp_path: Path) -> None:
+    row = {"part": "p", "what": "w", "error": math.nan, "rate": 2.5, "right": None}
+    write(tmp_path / "deep" / "rows.json", [row], {"gpu": "none"})
+    written = json.loads((tmp_path / "deep" / "rows.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert written["rows"] == [{**row, "error": "nan"}]
+    assert written["conditions"] == {"gpu": "none"}
+
+
+@pytest.mark.parametrize(("wrong_rows", "code"), [(True, 1), (False, None)])
+def test_the_exit_code_says_whether_something_was_wrong(
+    wrong_rows: bool, code: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "Bench", lambda device, sizes: Bench(CPU, TINY))
+    monkeypatch.setattr(gpu_check, "PARTS", (Part("p", 5, lambda bench: iter([checked("value", 2.0 if wrong_rows else 0.5, 1.0)])),))
+    if code is None:
+        gpu_check.main([])
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            gpu_check.main([])
+        assert stopped.value.code == code
+        assert "1 wrong: p: value" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_needs_no_package_of_the_other_parts() -> None:
+    """Run as `make gpu-check` does, where only torch, Triton, numpy, safetensors and rich are installed."""
+    block = f"""
+import importlib.abc, runpy, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {PACKAGES_OF_OTHERS!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+sys.argv = ["gpu_check"]
+runpy.run_module("reelstep.benchmarks.gpu_check", run_name="__main__")
+"""
+    found = run([sys.executable, "-P", "-c", block], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2, found.stderr
+    assert "sees no NVIDIA GPU, so there is nothing to check" in found.stderr

@@ -1,0 +1,151 @@
+"""Backend `tensorrt` where TensorRT is absent: it says so; and, over its real Python bindings, what can be shown without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reelstep.compiler.backends import BACKENDS, tensorrt
+from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.load import load
+from reelstep.compiler.program import Program
+from reelstep.compiler.signature import Signature
+from reelstep.engine.models import MODELS
+from reelstep.errors import CompileError
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[3]
+WHEELS = {"tensorrt_bindings": "tensorrt-cu13-bindings", "torch_tensorrt": "torch-tensorrt", "dllist": "dllist", "psutil": "psutil"}
+
+Check = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
+    """Runs checks of conformance.py in a process of their own, over libraries that do nothing."""
+    compiler = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    absent = [package for module, package in WHEELS.items() if find_spec(module) is None]
+    if compiler is None or absent:
+        pytest.skip(f"needs {' and '.join([*absent, *([] if compiler else ['a C compiler'])])}; docs/tensorrt.md says how to install them")
+    libraries = tmp_path_factory.mktemp("libnvinfer")
+    for name in ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11"):
+        build = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(libraries / name), str(HERE / "libnvinfer.c")]
+        subprocess.run(build, check=True, timeout=60)
+
+    def run(*checks: str, script: str = "conformance.py") -> dict[str, Any]:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}  # the scripts import what lies beside them
+        command = [sys.executable, str(HERE / script), str(libraries), *checks]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3500, env={**environment, "OMP_NUM_THREADS": "1"}, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    return run
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "find_spec", lambda _: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("bare")
+def test_without_the_libraries_nothing_runs_and_the_error_says_what_to_install(programs: tuple[Program, ...]) -> None:
+    backend = BACKENDS["tensorrt"]
+    assert backend.precisions == ()
+    signature = Signature.of(programs[0], programs[0].profiles[0])
+    with pytest.raises(CompileError, match=r"no module 'tensorrt' \(pip install 'tensorrt>=11,<11.1'\).*sees no CUDA device.*work without"):
+        backend.build(lambda: pytest.fail("the graph was read"), signature, "float32", None, "key")
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_bundle_is_refused_before_any_engine_is_built(bundle: Bundle) -> None:
+    with pytest.raises(CompileError, match="'tensorrt' cannot run"):
+        load(bundle, None, "tensorrt")
+
+
+def test_a_plan_can_be_made_for_it_anywhere() -> None:
+    assert BACKENDS["tensorrt"].default_precision()[0] == "bfloat16"
+    assert BACKENDS["tensorrt"].keeps("sm90") == frozenset()
+
+
+def test_the_documentation_says_what_the_code_says_of_hardware() -> None:
+    assert " ".join(tensorrt.NOT_RUN.split()) in " ".join((ROOT / "docs" / "tensorrt.md").read_text("utf-8").replace(">", " ").split())
+
+
+def test_what_the_sources_use_of_tensorrt_is_in_its_bindings_and_what_is_not_there_is_found(check: Check) -> None:
+    """Over the bindings alone; the slow check adds Torch-TensorRT."""
+    wrong = [
+        "config.set_flag()",
+        "context.set_device_memory(p)",
+        "engine.no_such()",
+        "trt.BuilderFlag.NONE_SUCH",
+        "torch.cuda.Streams()",
+        "trt.Weights(1, 2, 3, 4)",
+    ]
+    found = check(*wrong, script="bindings.py")
+    assert {"IExecutionContext.set_device_memory", "Refitter.set_named_weights", "IBuilderConfig.set_timing_cache"} <= set(found["used"])
+    assert len(found["problems"]) == len(wrong)
+    assert [problem for problem in found["problems"] if "wrong:1" not in problem] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_call_of_torch_tensorrt_fits_and_the_backends_own_part_of_a_run_is_right(check: Check) -> None:
+    found = check("api", "run", "cache", "records")
+    assert found["api"]["trt.Refitter"] == 1
+    assert found["api"]["IProgressMonitor.step_complete"] >= 1
+
+    run = found["run"]
+    assert run["worst"] == 0.0  # the same products in the same order
+    assert run["graphs"] == [1, 2, 3, 4]
+    assert run["profiles"] == [0, 1]
+    assert "cannot read" in run["unreadable"]
+    assert "wants weights 'b'" in run["weightless"]
+    assert run["budget"] == (64 << 30) - 64 - (1 << 30)  # free, less 64 bytes of activations and the reserve
+    assert run["streamed_graphs"] == 0
+
+    cached = found["cache"]
+    assert cached["outputs"] == [[[6.0, 9.0]], [[106.0, 109.0]], [[6.0, 9.0]]]  # sums of the columns of 0..5, plus the shift
+    assert cached["shared"] == {"builds": 1, "reads": 2, "plans": 1, "weights": 3}  # w, and b of each variant
+    assert cached["other"] == [[6.0, 9.0]]
+    assert cached["ported"] == {"builds": 2, "plans": 2, "weights": 3}
+    assert cached["again"] == [[106.0, 109.0]]
+    assert cached["mended"] == 2  # the plan was whole
+
+    records = found["records"]
+    assert records["told"] == [["here: Tactics", 0, 3], ["here: Tactics", 1, 3], ["here: Tactics", 2, 3]]
+    assert records["goes_on"] == [True, False, False]
+    assert records["stopped"] == "enough"
+    assert records["explained"] == "TensorRT said: INVALID_ARGUMENT: bad node /attention | slow tactic"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_program_of_a_model_is_one_engine(check: Check, name: str) -> None:
+    """Coverage by the converters of Torch-TensorRT, not numbers. Movie Gen with two of its 48 like layers."""
+    found = check(f"model:{name}")[f"model:{name}"]
+    assert found
+    assert {key: c for key, c in found.items() if c["unsupported"] or c["engines"] != 1 or c["supported"] != c["operators"] or not c["operators"]} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_ranks_graph_with_collectives_is_one_engine_over_the_ranks_of_each_axis(check: Check) -> None:
+    found = check("rank")["rank"]
+    assert (found["whole"]["supported"], found["whole"]["engines"]) == (found["whole"]["operators"], 1)
+    assert found["groups"] == [[2, 3], [0, 2]]
+    exchange, tensor = ["ALL_TO_ALL", "NONE", -1, [2, 3], 2], [0, 2]
+    assert found["layers"] == [exchange] * 4 + [["ALL_REDUCE", "SUM", -1, tensor, 2], ["ALL_GATHER", "NONE", -1, tensor, 2]]
+    assert "program 'block' at profile 'p'" in found["uneven"]
+    assert "no converter for tensorrt.fused_nccl_all_to_all.default (3)" in found["uneven"]

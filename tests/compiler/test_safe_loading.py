@@ -1,0 +1,50 @@
+"""Nothing in a bundle is unpickled, evaluated or imported: the code that could do so is not there, and the interpreter saw none of it happen."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+from reelstep.compiler.bundle import Bundle
+
+COMPILER = Path(__file__).resolve().parents[2] / "compiler"
+
+MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml"}
+CALLS = {"eval", "exec", "torch.load", "torch.export.load", "torch.jit.load", "np.load", "numpy.load"}
+
+
+def test_the_compiler_holds_no_code_that_unpickles_or_evaluates() -> None:
+    found = []
+    for path in sorted(COMPILER.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if MODULES & {name.partition(".")[0] for name in names} or called in CALLS:
+                found.append(f"{path.relative_to(COMPILER)}:{node.lineno}")  # type: ignore[attr-defined]
+    assert found == []
+
+
+WATCHED = """
+import pickle, sys
+from pathlib import Path
+from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.load import load
+for name in ("eager", "openvino"):  # what they import and set up is not of the bundle
+    load(Bundle.open(Path(sys.argv[1])), Path(sys.argv[2]), name)
+seen = []
+sys.addaudithook(lambda event, arguments: seen.append((event, arguments[:2])) if event in ("pickle.find_class", "os.system", "subprocess.Popen") else None)
+for name, cache in (("eager", None), ("openvino", None), ("openvino", Path(sys.argv[2]))):
+    load(Bundle.open(Path(sys.argv[1])), cache, name)
+print(seen)
+pickle.loads(pickle.dumps(Path))
+print(len(seen))
+"""
+
+
+def test_loading_a_bundle_unpickles_nothing_and_starts_no_process(bundle: Bundle, tmp_path: Path) -> None:
+    """By the interpreter's own audit events, which C code raises too; a pickle at the end shows that they are seen."""
+    done = subprocess.run([sys.executable, "-P", "-c", WATCHED, str(bundle.path), str(tmp_path / "cache")], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "1"]

@@ -1,0 +1,76 @@
+"""Seals of a cache: HMAC-SHA256 of RFC 2104 written out, and what it keeps out."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+
+from reelstep.compiler.storage import SECRET, seal, sealed, watch_seals, write_file
+from reelstep.errors import StorageError
+
+
+def put(path: Path, data: bytes = b"engine") -> Path:
+    seal(path, lambda temporary: write_file(temporary, data))
+    return path
+
+
+def hmac_by_hand(secret: bytes, message: bytes) -> str:
+    key = secret.ljust(64, b"\0")
+    inner = hashlib.sha256(bytes(b ^ 0x36 for b in key) + message).digest()
+    return hashlib.sha256(bytes(b ^ 0x5C for b in key) + inner).hexdigest()
+
+
+def test_a_seal_is_an_hmac_over_name_and_content(tmp_path: Path) -> None:
+    path = put(tmp_path / "cache" / "e.blob")
+    secret = (tmp_path / "cache" / SECRET).read_bytes()
+    message = f"e.blob\n{hashlib.sha256(b'engine').hexdigest()}".encode()
+    assert path.with_name("e.blob.seal").read_text() == hmac_by_hand(secret, message)
+
+
+def test_what_was_sealed_is_kept_and_the_secret_is_its_owners_alone(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with watch_seals() as seen:
+        assert not sealed(cache / "e.blob")
+        assert sealed(put(cache / "e.blob"))
+    assert [what for _, what in seen] == ["missing", "made", "kept"]
+    assert stat.S_IMODE((cache / SECRET).stat().st_mode) == 0o600
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert sorted(p.name for p in cache.iterdir()) == ["e.blob", "e.blob.seal", SECRET]
+
+
+def test_another_content_or_name_or_folder_is_not_taken_and_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = put(tmp_path / "a" / "e.blob")
+    for suffix in ("", ".seal"):
+        shutil.copy(f"{path}{suffix}", path.with_name(f"f.blob{suffix}"))
+    put(tmp_path / "b" / "own.blob")
+    for suffix in ("", ".seal"):
+        shutil.copy(f"{path}{suffix}", tmp_path / "b" / f"e.blob{suffix}")
+    path.write_bytes(b"eng1ne")
+    for wrong in (path, path.with_name("f.blob"), tmp_path / "b" / "e.blob"):
+        caplog.clear()
+        assert not sealed(wrong)
+        assert f"{wrong} is damaged, half written, or was not made here" in caplog.text
+
+
+def test_an_engine_with_a_plain_hash_beside_it_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "e.blob").write_bytes(b"engine")
+    (tmp_path / "e.blob.seal").write_text(hashlib.sha256(b"engine").hexdigest())
+    assert not sealed(tmp_path / "e.blob")
+    assert sealed(put(tmp_path / "e.blob"))
+
+
+def test_a_secret_that_others_can_read_or_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    path, secret = put(tmp_path / "e.blob"), tmp_path / SECRET
+    secret.chmod(0o640)
+    with pytest.raises(StorageError, match="only you can read"):
+        sealed(path)
+    secret.chmod(0o600)
+    assert sealed(path)
+    secret.rename(tmp_path / "elsewhere")
+    secret.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match="cannot read"):
+        sealed(path)
