@@ -16,8 +16,11 @@ from reelstep import __version__
 from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, NotFound, ReelstepError, UnsupportedRequest
 
 if TYPE_CHECKING:
+    from reelstep.compiler.planner import Sampling, Workload
     from reelstep.compiler.program import Precision
+    from reelstep.compiler.signing import PublicKey
     from reelstep.engine.client import Artifact, ClientEvent, Generation, Options
+    from reelstep.engine.models.spec import ModelSettings
     from reelstep.engine.resolve import Ask, Engine, Served
 
 USER_ERRORS = (ConfigError, InvalidRequest, UnsupportedRequest, NotFound)
@@ -28,6 +31,10 @@ examples:
   reelstep serve reel-tiny.reel                     serve it on localhost:50051
   reelstep generate "a red heart spins" -o heart.mp4  ask the server
   reelstep sample reel-tiny.reel "a dog jumps" -o dog.webp   the same without a server
+a bundle for another machine:
+  reelstep keygen release                           release.key signs, release.pub verifies
+  reelstep compile reel-tiny --portable --sign release.key
+  reelstep finalize reel-tiny.reel --require-signature release.pub   there: build its native engines
 """
 
 
@@ -56,7 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"reelstep {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_compile(commands)
+    add_finalize(commands)
+    add_sign(commands)
+    add_keygen(commands)
     add_inspect(commands)
+    add_plan(commands)
     add_serve(commands)
     add_generate(commands)
     add_sample(commands)
@@ -86,9 +97,34 @@ def add_compile(commands: Commands) -> None:
     split = "add the denoiser in pieces, on the same weights, for requests with a step cache; they take memory where they are loaded"
     parser.add_argument("--step-cache", action="store_true", help=split)
     parser.add_argument("--explain", action="store_true", help="print the plan: every choice and its reason")
-    parser.add_argument("--backend", default="openvino", help="what executes the programs (openvino)")
+    parser.add_argument("--sku", default="cpu", metavar="NAME", help="what it shall run on (cpu); a wrong name prints those there are")
+    parser.add_argument("--backend", help="what executes the programs (openvino on a CPU, tensorrt elsewhere)")
+    portable = "build no native engines, as ever for a SKU that is not here: `reelstep finalize` does on the target"
+    parser.add_argument("--portable", action="store_true", help=portable)
+    parser.add_argument("--sign", type=Path, metavar="KEY", help="sign the bundle with this private key of `reelstep keygen`")
     add_precision(parser)
     add_cache(parser)
+
+
+def add_finalize(commands: Commands) -> None:
+    text = "Build the native engines of a bundle on the machine that will run it. What is in the cache stays, so it may be stopped and run again."
+    examples = "  reelstep finalize reel-tiny.reel\n  reelstep finalize reel-tiny.reel --require-signature release.pub --cache engines\n"
+    parser = add_command(commands, "finalize", run_finalize, text, examples)
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    add_engine_options(parser)
+
+
+def add_sign(commands: Commands) -> None:
+    text = "Sign a bundle: its manifest, and by the hashes there every file of it."
+    parser = add_command(commands, "sign", run_sign, text, "  reelstep sign reel-tiny.reel --key release.key\n")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("--key", type=Path, required=True, metavar="KEY", help="the private one of `reelstep keygen`")
+
+
+def add_keygen(commands: Commands) -> None:
+    text = "Make a pair of ed25519 keys: NAME.key signs bundles and is secret, NAME.pub goes to those who serve them."
+    parser = add_command(commands, "keygen", run_keygen, text, "  reelstep keygen release\n")
+    parser.add_argument("name", type=Path, metavar="NAME")
 
 
 def add_inspect(commands: Commands) -> None:
@@ -96,6 +132,33 @@ def add_inspect(commands: Commands) -> None:
     parser = add_command(commands, "inspect", run_inspect, text, "  reelstep inspect reel-tiny.reel\n  reelstep inspect reel-tiny.reel --json\n")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
     parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def add_plan(commands: Commands) -> None:
+    text = "Predict latency, memory and cost of a model on N devices of a SKU, for every way to share the work, the best first. Nothing is run."
+    examples = (
+        "  reelstep plan movie-gen-30b --sku h200-sxm --gpus 8\n"
+        "  reelstep plan movie-gen-30b --sku h100-sxm --gpus 16 --deadline 60s --price 2.5\n"
+        "  reelstep plan movie-gen-30b --sku b200 --gpus 4 --frames 128 --size 512x512 --solver heun --nfe 20 --json\n"
+        "  reelstep bench planner --corrections cpu.json && reelstep plan reel-tiny --sku cpu --corrections cpu.json\n"
+        "what a SKU reaches of its datasheet is printed with the plan: measured, published or assumed\n"
+    )
+    parser = add_command(commands, "plan", run_plan, text, examples)
+    parser.add_argument("model", metavar="MODEL", help="a model's name; a wrong one prints those there are")
+    parser.add_argument("--sku", metavar="NAME", help="what it shall run on (this machine's); a wrong name prints those there are")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="devices; a mesh takes all, or a number that divides them (1)")
+    parser.add_argument("--deadline", type=parse_seconds, metavar="S", help="rank only what is done by then, such as 60 or 60s")
+    parser.add_argument("--frames", type=int, metavar="N", help="of the video (the model's most)")
+    parser.add_argument("--size", type=parse_size, metavar="WxH", help="in pixels (the model's largest)")
+    parser.add_argument("--solver", metavar="NAME", help="a wrong name prints those there are (the model's menu or default, else euler)")
+    parser.add_argument("--nfe", type=int, nargs="+", metavar="N", help="velocities that the solver asks for (the model's menu or default, else 50 25 12 8)")
+    parser.add_argument("--guidance", choices=("cfg", "none"), help="cfg: a velocity is two forwards (the model's default)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the denoiser (all that the SKU has)")
+    parser.add_argument("--price", type=float, metavar="P", help="of one device for an hour, in any currency, to print what a video costs")
+    parser.add_argument("--corrections", type=Path, metavar="FILE", help="what `reelstep bench planner` measured on the SKU")
+    parser.add_argument("--top", type=int, default=12, metavar="N", help="choices to print (12)")
+    parser.add_argument("--json", action="store_true", help="all choices, and all that was dropped, for programs")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw where the time goes in the best ones: .png, .svg or .pdf")
 
 
 def add_serve(commands: Commands) -> None:
@@ -111,6 +174,7 @@ def add_serve(commands: Commands) -> None:
     parser.add_argument("--max-seconds", type=float, default=600.0, metavar="S", help="longest that one request may take (600)")
     parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="time for running requests after SIGTERM (30)")
     add_engine_options(parser)
+    add_mesh(parser)
 
 
 def add_generate(commands: Commands) -> None:
@@ -136,6 +200,7 @@ def add_sample(commands: Commands) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what to show, in words")
     add_generation_options(parser)
     add_engine_options(parser)
+    add_mesh(parser)
 
 
 def add_fit(commands: Commands) -> None:
@@ -179,8 +244,15 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine", "what is left out is the bundle's plan")
     group.add_argument("--backend", help="execute with this one instead")
+    signed = "take only bundles that this public key signed; may be repeated"
+    group.add_argument("--require-signature", type=Path, action="append", default=[], metavar="KEY", help=signed)
     add_precision(group)
     add_cache(group)
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    shares = "ranks on this machine that share one bundle's model, such as cp=2,tp=1; in float32 (one process)"
+    parser.add_argument("--mesh", metavar="AXIS=N,...", help=shares)
 
 
 def add_precision(parser: argparse._ActionsContainer) -> None:
@@ -196,6 +268,16 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 64x64")
     return int(width), int(height)
+
+
+def parse_seconds(text: str) -> float:
+    try:
+        seconds = float(text.removesuffix("s"))
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds above 0, such as 60s")
+    return seconds
 
 
 def parse_option(text: str) -> tuple[str, float]:
@@ -220,17 +302,59 @@ def tell_stage(stage: str, done: int, total: int) -> None:
 
 
 def run_compile(args: argparse.Namespace) -> None:
+    from reelstep.compiler.bundle import sign_bundle
+    from reelstep.compiler.load import on_this_machine
+    from reelstep.compiler.signing import read_private_key
     from reelstep.engine.build import build_bundle
 
     out = args.out or Path(f"{args.model}.reel")
     precision = PRECISIONS.get(args.precision)
+    key = read_private_key(args.sign) if args.sign else None  # a wrong file is found before the work
+    backend = args.backend or ("openvino" if args.sku == "cpu" else "tensorrt")
+    cache = None if args.portable else cache_dir(args)
     bundle = build_bundle(
-        args.model, backend=args.backend, precision=precision, out=out, cache=cache_dir(args), fitted=args.fitted, step_cache=args.step_cache,
+        args.model, backend=backend, sku=args.sku, precision=precision, out=out, cache=cache, fitted=args.fitted, step_cache=args.step_cache,
         progress=tell_stage,
     )  # fmt: skip
+    if key:
+        bundle = sign_bundle(out, key)
     if args.explain:
         print(bundle.plan.explain())
-    print(f"{bundle.path}  {bundle.total_bytes / 1e6:.1f} MB, plan {bundle.plan.hash[:16]}")
+    print(f"{bundle.path}  {bundle.total_bytes / 1e6:.1f} MB, plan {bundle.plan.hash[:16]}{f', signed by {bundle.signed_by}' if key else ''}")
+    if args.portable or not on_this_machine(args.sku):
+        engines = ", ".join(f"{program} {profile}" for program, profile in bundle.signatures)
+        print(f"left to {args.sku}: the engines of {backend} for {engines}; build them there with `reelstep finalize {bundle.path.name}`")
+
+
+def run_finalize(args: argparse.Namespace) -> None:
+    from reelstep.compiler.bundle import Bundle
+    from reelstep.compiler.finalize import explain, finalize
+
+    bundle, cache = Bundle.open(args.bundle, trusted_keys(args)), cache_dir(args)
+    done = finalize(bundle, cache, args.backend, PRECISIONS.get(args.precision), tell_stage)
+    print(explain(done, cache), end="")
+
+
+def run_sign(args: argparse.Namespace) -> None:
+    from reelstep.compiler.bundle import sign_bundle
+    from reelstep.compiler.signing import read_private_key
+
+    bundle = sign_bundle(args.bundle, read_private_key(args.key))
+    print(f"{bundle.path}  signed by {bundle.signed_by}")
+
+
+def run_keygen(args: argparse.Namespace) -> None:
+    from reelstep.compiler.signing import make_keys
+
+    private, public = (args.name.with_name(args.name.name + suffix) for suffix in (".key", ".pub"))
+    made = make_keys(private, public)
+    print(f"{private}  keep it secret: who has it signs in your name\n{public}  give it to those who serve your bundles: {made}")
+
+
+def trusted_keys(args: argparse.Namespace) -> list[PublicKey]:
+    from reelstep.compiler.signing import read_public_key
+
+    return [read_public_key(path) for path in args.require_signature]
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -262,6 +386,73 @@ def describe_menus(model: Served) -> str:
     return "".join(lines)
 
 
+def run_plan(args: argparse.Namespace) -> None:
+    from typing import get_args
+
+    from reelstep.compiler.planner import device_of, explain, plot, rank, read_device, to_json
+    from reelstep.compiler.program import Precision
+    from reelstep.compiler.skus import SKUS, detect
+    from reelstep.engine.models import MODELS
+
+    for option, value in (("--gpus", args.gpus), ("--top", args.top), ("--frames", args.frames), ("--price", args.price)):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{option} {value:g}; a number above 0")
+    spec = MODELS[args.model]
+    sku = SKUS[args.sku] if args.sku else detect()
+    device = read_device(args.corrections, sku) if args.corrections else device_of(sku)
+    samplings = planned_samplings(spec.settings, args)
+    precisions = (PRECISIONS[args.precision],) if args.precision else get_args(Precision)
+    workload = planned_workload(args, guided=any(s.pairs for s in samplings))
+    ranking = rank(workload, device, devices=args.gpus, samplings=samplings, precisions=precisions, deadline_s=args.deadline)
+    if args.plot:
+        plot(ranking, args.top, args.plot)
+    print(json.dumps(to_json(ranking, args.price), indent=2) if args.json else explain(ranking, args.top, args.price), end="\n" if args.json else "")
+
+
+def planned_samplings(settings: ModelSettings, args: argparse.Namespace) -> list[Sampling]:
+    """What was asked for; where nothing was, the measured menu of the model, its defaults, or 50 evaluations as Movie Gen has them, and fewer."""
+    from reelstep.compiler.planner import Sampling
+    from reelstep.engine.samplers.tables import SOLVERS
+
+    menu = {quality: d.menu[quality] for d in settings.defaults.values() for quality in d.qualities}
+    if menu and not (args.solver or args.nfe or args.guidance):
+        measured = "{quality}: {psnr:.1f} dB to the exact solution ({command})"
+        return [
+            Sampling(c.solver, c.steps or round(c.forwards / 2), c.forwards, measured.format(quality=quality, psnr=c.psnr_db, command=c.command))
+            for quality, c in menu.items()
+        ]
+    default = next(iter(settings.defaults.values()), None)
+    name = args.solver or (default.solver if default else "euler")
+    evaluations = SOLVERS[name].evaluations
+    counts = args.nfe or ([default.steps * evaluations] if default else [50, 25, 12, 8])
+    odd = [nfe for nfe in counts if nfe < 1 or nfe % evaluations]
+    if odd:
+        raise ConfigError(f"NFE {', '.join(map(str, odd))} of {name!r}, which takes {evaluations} a step; a positive multiple of {evaluations}")
+    rows = 1 if (args.guidance or (default.guidance if default and default.scale > 1 else "none" if default else "cfg")) == "none" else 2
+    return [Sampling(name, nfe, rows * nfe, "not measured") for nfe in counts]
+
+
+def planned_workload(args: argparse.Namespace, guided: bool) -> Workload:
+    """The model's programs at the size asked for, one row each. Latents longer than a tile are decoded by overlapping tiles."""
+    from reelstep.compiler.planner import workload_of
+    from reelstep.engine.models import MODELS
+
+    spec = MODELS[args.model]
+    settings = spec.settings
+    frames = args.frames or max(settings.limits.frames)
+    width, height = args.size or max(settings.limits.sizes)
+    side = settings.spatial_stride
+    if width % side or height % side or not width * height:
+        raise ConfigError(f"size {width}x{height}; {spec.name} needs sides that are multiples of {side} pixels")
+    _, f, h, w = settings.latent_shape(frames, width, height)
+    tile = min(f, settings.tile_frames)
+    tiles = 1 if f <= tile else -(-(f - settings.tile_overlap) // (tile - settings.tile_overlap))
+    decode = {"F": tile, "H": h, "W": w, "frames": tile * settings.temporal_stride, "height": h * side, "width": w * side}
+    sizes = {"encode_text": {}, "embed_time": {}, "denoise": {"F": f, "H": h, "W": w}, "decode": decode}
+    calls = {"encode_text": 2 if guided else 1, "embed_time": 1, "decode": tiles}
+    return workload_of(spec.name, spec.programs(spec.build()), sizes, calls)
+
+
 def run_serve(args: argparse.Namespace) -> None:
     import logging
 
@@ -285,6 +476,7 @@ def announce(address: str) -> None:
 
 def load_engine(args: argparse.Namespace, bundles: list[Path], max_running: int, max_queued: int) -> Engine:
     from reelstep.engine.loop import open_engine
+    from reelstep.parallel.mesh import Mesh
 
     return open_engine(
         bundles,
@@ -294,6 +486,8 @@ def load_engine(args: argparse.Namespace, bundles: list[Path], max_running: int,
         max_running=max_running,
         max_queued=max_queued,
         progress=tell_stage,
+        trusted=trusted_keys(args),
+        mesh=Mesh.parse(args.mesh) if args.mesh else None,
     )
 
 

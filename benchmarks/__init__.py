@@ -17,6 +17,10 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], None]] = Registry(
         "steps": "reelstep.benchmarks.steps:main",
         "flash": "reelstep.benchmarks.flash:main",
         "frechet": "reelstep.benchmarks.frechet:main",
+        "context_parallel": "reelstep.benchmarks.context_parallel:main",
+        "planner": "reelstep.benchmarks.planner:main",
+        "gpu_check": "reelstep.benchmarks.gpu_check:main",
+        "simulate": "reelstep.benchmarks.simulate:main",
     },
 )
 """Entry point of each benchmark: it takes the command line after its name."""

@@ -17,9 +17,11 @@ from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.load import Progress as LoadProgress
 from reelstep.compiler.load import load, silent
 from reelstep.compiler.program import Precision
+from reelstep.compiler.signing import PublicKey
 from reelstep.engine.build import ServedModel
 from reelstep.engine.executors import Executor
 from reelstep.engine.executors.inline import Inline
+from reelstep.engine.executors.on_mesh import open_on_mesh
 from reelstep.engine.pipelines import PIPELINES
 from reelstep.engine.pipelines.latent import Job, Pipeline
 from reelstep.engine.pipelines.state import PipelineState
@@ -27,6 +29,7 @@ from reelstep.engine.request import Call, Event, Failed, Finished, Media, Previe
 from reelstep.engine.runner import Outputs, Runner
 from reelstep.engine.scheduler import Scheduler, Ticket
 from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, Overloaded, ReelstepError, Unavailable, UnsupportedRequest, unknown
+from reelstep.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,7 @@ class Engine:
     """Runs requests on an executor. Thread-safe: `submit`, `cancel`, `close`.
 
     At most `max_running` requests hold memory; `max_queued` more may wait for a place, then Overloaded. `on_batch` hears of every tick.
+    `release`, which may be called twice, frees what the executor holds once nothing runs on it.
     """
 
     def __init__(
@@ -74,11 +78,13 @@ class Engine:
         max_running: int = 32,
         max_queued: int = 256,
         on_batch: Callable[[BatchRecord], None] | None = None,
+        release: Callable[[], None] | None = None,
     ) -> None:
         self.models = models
         self.max_running, self.max_queued = max_running, max_queued
         self._executor = executor
         self._on_batch = on_batch
+        self._release = release
         self._scheduler = Scheduler(executor.max_rows)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._running: dict[str, Running] = {}
@@ -123,6 +129,8 @@ class Engine:
             self.cancel(request_id)
         self._commands.put(self._stopped.set)
         self._thread.join()
+        if self._release is not None:
+            self._release()
 
     def _check(self, request: Request) -> None:
         served = self.models.get(request.model)
@@ -294,15 +302,29 @@ def open_engine(
     max_queued: int = 256,
     on_batch: Callable[[BatchRecord], None] | None = None,
     progress: LoadProgress = silent,
+    trusted: Sequence[PublicKey] = (),
+    mesh: Mesh | None = None,
 ) -> Engine:
-    """Load bundles and run each once, so that the first request meets warm engines.
+    """Load bundles and run each once, so that the first request meets warm engines. trusted: if any, one of these must have signed each bundle.
 
-    Raises BundleError, CompileError, NotFound (backend), or ConfigError when two bundles hold one model.
+    mesh: of ranks on this machine that share one bundle's model, in float32. Raises BundleError, CompileError, NotFound (backend), or ConfigError when
+    two bundles hold one model, and as `open_on_mesh`.
     """
+    if mesh is not None and mesh.world > 1:
+        if len(bundles) != 1:
+            raise ConfigError(f"{len(bundles)} bundles on mesh {mesh}: a process is a rank of one replica; serve each bundle from a server of its own")
+        if precision not in (None, "float32"):
+            raise ConfigError(f"precision {precision} on mesh {mesh}: ranks run float32; leave --precision out, or serve without a mesh")
+        bundle = Bundle.open(bundles[0], trusted)
+        served = {bundle.plan.model: ServedModel.of(bundle)}
+        progress(f"ranks of mesh {mesh}", 0, 1)
+        replicas = open_on_mesh(bundle, mesh, cache, backend)
+        progress(f"ranks of mesh {mesh}: ready", 1, 1)
+        return warmed_up(Engine(served, replicas, max_running=max_running, max_queued=max_queued, on_batch=on_batch, release=replicas.close))
     models: dict[str, ServedModel] = {}
     runners: dict[str, Runner] = {}
     for path in bundles:
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, trusted)
         name = bundle.plan.model
         if name in models:
             raise ConfigError(f"{path} and another bundle both hold model {name!r}; serve one of them")
@@ -310,8 +332,12 @@ def open_engine(
         limits = {key: signature.max_batch for key, signature in bundle.signatures.items()}
         models[name] = ServedModel.of(bundle)
         runners[name] = Runner(executables, limits)
-    engine = Engine(models, Inline(runners), max_running=max_running, max_queued=max_queued, on_batch=on_batch)
-    for model in models.values():
+    return warmed_up(Engine(models, Inline(runners), max_running=max_running, max_queued=max_queued, on_batch=on_batch))
+
+
+def warmed_up(engine: Engine) -> Engine:
+    """The engine, after a request to every task of its models."""
+    for model in engine.models.values():
         for task in model.settings.tasks:
             for step_cache in ("", *model.step_caches):
                 warm_up(engine, model, task, step_cache)

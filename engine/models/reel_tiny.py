@@ -72,7 +72,7 @@ class ReelTiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.text = ByteTextEncoder(TEXT_CONFIG)
-        self.denoiser = MovieGenTransformer(DENOISER_CONFIG)
+        self.denoiser = build_denoiser()
         self.tae = TAE(TAE_CONFIG)
 
 
@@ -86,6 +86,17 @@ def build() -> ReelTiny:
 def load_weights(module: nn.Module, file: Path, prefix: str = "") -> None:
     """The part of a weights file whose names begin with `prefix`, into `module`, in float32."""
     module.load_state_dict({name.removeprefix(prefix): w.float() for name, w in load_file(file).items() if name.startswith(prefix)})
+
+
+def build_denoiser() -> MovieGenTransformer:
+    """Random weights, or none where none are wanted."""
+    return MovieGenTransformer(DENOISER_CONFIG)
+
+
+def denoiser_programs(denoiser: nn.Module) -> tuple[Program, ...]:
+    """What is worth sharing among ranks."""
+    assert isinstance(denoiser, MovieGenTransformer)
+    return (denoise_program(denoiser, TEXT_CONFIG.length, PROFILES),)
 
 
 def programs(model: nn.Module) -> tuple[Program, ...]:
@@ -104,7 +115,7 @@ def programs(model: nn.Module) -> tuple[Program, ...]:
             (TensorSpec("latent", "float32", ("B", channels, 1, side, side)),), (Profile("image", {}, 16),),
         ),
         time_program(model.denoiser, 256),
-        denoise_program(model.denoiser, TEXT_CONFIG.length, PROFILES),
+        *denoiser_programs(model.denoiser),
         Program(
             "decode", Decode(model.tae), (TensorSpec("latent", "float32", ("B", channels, "F", "H", "W")),),
             (TensorSpec("video", "float32", ("B", 3, "frames", "height", "width")),), tiles,
@@ -144,4 +155,5 @@ SPEC = ModelSpec(
     card=WEIGHTS / "reel-tiny.md",
     fitted=tuple(WEIGHTS / f"reel-tiny.{name}.json" for name in FITTED),
     pieces=pieces,
+    sharding=({"build": f"{__name__}:build_denoiser", "programs": f"{__name__}:denoiser_programs", "rules": "movie-gen", "prefix": "denoiser."},),
 )

@@ -112,3 +112,4 @@ class ModelSpec:
     card: Path | None  # model card, Markdown
     fitted: tuple[Path, ...] = ()  # artifacts of fits that go into its bundle
     pieces: Callable[[nn.Module], tuple[Program, ...]] | None = None  # `denoise` split for step caches, on the same weights
+    sharding: tuple[Mapping[str, str], ...] = ()  # the parts that ranks share: arguments of executors.processes.Part, a layer above; prefixes as of `build`

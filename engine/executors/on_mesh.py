@@ -1,0 +1,129 @@
+"""A bundle on the ranks of this machine: the parts that its model's spec names are sharded, its other programs run whole on every rank."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from pkgutil import resolve_name
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.load import build_engine, choose
+from reelstep.compiler.skus.cpu import SKU
+from reelstep.compiler.storage import seal, sealed
+from reelstep.engine.build import hash_weights
+from reelstep.engine.executors.processes import Part, ShardedModel, World, start
+from reelstep.engine.executors.restarting import Bounds, Restarting
+from reelstep.engine.models import MODELS
+from reelstep.engine.models.spec import ModelSpec
+from reelstep.engine.runner import Runner
+from reelstep.engine.samplers.step_cache import PIECES
+from reelstep.errors import BundleError, ConfigError
+from reelstep.parallel.collectives import Communicator
+from reelstep.parallel.mesh import Mesh, shares
+from reelstep.parallel.rules import RULES, matching
+from reelstep.parallel.shard import empty_weights
+
+log = logging.getLogger(__name__)
+
+START_S, COLLECTIVE_S, SILENCE_S = 600.0, 60.0, 4.0
+"""Ranks export and build their graphs at every start; on a busy machine that takes minutes."""
+BOUNDS = Bounds(starts=3, window_s=600.0, reruns=2)
+AGAIN = "run `reelstep compile` again"
+
+
+@dataclass(frozen=True)
+class BundleRanks:
+    """What every rank of a bundle loads. digest: sha256 of the manifest that was verified, so that a restart takes no other bundle."""
+
+    bundle: Path
+    digest: str
+    cache: Path
+    sharded: ShardedModel
+
+    def identity(self) -> Mapping[str, str]:
+        return {**self.sharded.identity(), "bundle": self.digest}
+
+    def load(self, comm: Communicator) -> Mapping[str, Runner]:
+        """Raises BundleError for a bundle that was replaced since the first start."""
+        if comm.rank > 0:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; rank 0 says when the others end
+        bundle = Bundle.open(self.bundle)
+        if bundle.manifest["sha256"] != self.digest:
+            raise BundleError(f"{self.bundle} was replaced while it was served; start the server again")
+        shared = self.sharded.load(comm)[self.sharded.name]
+        chosen, _ = choose(bundle, self.sharded.backend, "float32")
+        whole = {key: signature for key, signature in bundle.signatures.items() if key not in shared.executables}
+        executables = {key: build_engine(bundle, key, chosen, "float32", self.cache) for key in whole}
+        limits = {key: signature.max_batch for key, signature in whole.items()}
+        return {self.sharded.name: Runner({**shared.executables, **executables}, {**shared.max_batch, **limits})}
+
+
+def open_on_mesh(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None) -> Restarting:
+    """The bundle's programs in float32 on a mesh of processes, of which this one is rank 0, and started again when a rank is lost.
+
+    Weights of what is sharded are written into `cache` once, for the ranks to read their slices. Warns of a mesh larger than this machine's cores.
+    Raises, before any process starts, ConfigError for a model that does not say how it is sharded, a bundle with the pieces of step caches and a mesh
+    larger than there are heads, BundleError for a bundle of another version or other weights of the model; then what a replica's start raises.
+    """
+    spec = spec_of(bundle)
+    parts = tuple(Part(**arguments) for arguments in spec.sharding)
+    for part in parts:
+        check_part(part, mesh, spec.name)
+    chosen, _ = choose(bundle, backend, "float32")
+    if mesh.world > SKU.units:
+        log.warning("mesh %s has %d ranks, and this machine %d cores: they wait for each other", mesh, mesh.world, SKU.units)
+    ranks = BundleRanks(bundle.path, bundle.manifest["sha256"], cache, ShardedModel(spec.name, weights_file(bundle, spec, cache), parts, chosen.name))
+    world = World(mesh, "gloo", start_s=START_S, collective_s=COLLECTIVE_S, silence_s=SILENCE_S)
+    return Restarting([partial(start, world, ranks)], BOUNDS)
+
+
+def spec_of(bundle: Bundle) -> ModelSpec:
+    """The spec of a bundle's model, which says how it is sharded. Raises ConfigError, and BundleError for another version."""
+    name, version = bundle.plan.model, bundle.plan.version
+    able = [known for known, spec in MODELS.items() if spec.sharding]
+    if name not in able:
+        raise ConfigError(f"model {name!r} does not say how it is sharded; those that do: {', '.join(able) or 'none'}. Serve it without a mesh")
+    spec = MODELS[name]
+    if version != spec.version:
+        raise BundleError(f"{bundle.path} has version {version} of {name!r}, and this package shards version {spec.version}; {AGAIN}")
+    if pieces := sorted({program for program, _ in bundle.signatures} & set(PIECES)):
+        raise ConfigError(f"{bundle.path} has {', '.join(pieces)} for step caches, which no rank can share; compile it without --step-cache")
+    return spec
+
+
+def check_part(part: Part, mesh: Mesh, model: str) -> None:
+    """Raises ConfigError where ranks along tp, or the Ulysses ranks of cp with the heads that tp leaves to one, outnumber what they would share."""
+    rules = RULES[part.rules]
+    with empty_weights():
+        module: nn.Module = resolve_name(part.build)()
+    counts = {f"{path}.{name}": value for path, sub in module.named_modules() for name, value in vars(sub).items() if type(value) is int}
+    exchanged = [path for path, rule in rules.attention.items() if rule.exchange == "context" and "cp" in {rules.axes[a] for a in rule.keys}]
+    attending = set(matching(dict.fromkeys(exchanged, True), [path for path, _ in module.named_modules()]))
+    for counted, logical in matching(rules.attributes, counts).items():
+        axis, what = rules.axes[logical], f"{logical} of {model!r}"
+        own = min(shares(counts[counted], mesh.size(axis), f"{what} on mesh {mesh}")) if axis else counts[counted]
+        if counted.rpartition(".")[0] in attending:
+            shares(own, mesh.ulysses, f"{what} that mesh {mesh} leaves to a rank of tp")
+
+
+def weights_file(bundle: Bundle, spec: ModelSpec, cache: Path) -> Path:
+    """safetensors in float32 with the names that the spec's parts ask for, checked to be the bundle's. Raises BundleError, StorageError."""
+    module = spec.build()
+    for program in spec.programs(module):
+        own = program.module.state_dict()
+        for profile in program.profiles:
+            stored = bundle.manifest["programs"].get(program.name, {}).get(profile.name, {}).get("weights", {})
+            if any(name in own and not torch.equal(own[name], bundle.tensors[there]) for name, there in stored.items()):
+                raise BundleError(f"{bundle.path} has other weights in {program.name!r} than this package's {spec.name!r}; {AGAIN}")
+    file = cache / f"weights-{hash_weights(module)}.safetensors"
+    if not sealed(file):
+        seal(file, lambda temporary: save_file(module.state_dict(), temporary))
+    return file

@@ -1,0 +1,378 @@
+"""A rank may be killed at any time, and nobody who waits for a result is told: what ran is run again, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reelstep.engine.build import ServedModel
+from reelstep.engine.executors.inline import Inline
+from reelstep.engine.executors.processes import Processes, World, start
+from reelstep.engine.executors.restarting import Bounds, Restarting
+from reelstep.engine.loop import Engine
+from reelstep.engine.models.spec import ModelSettings
+from reelstep.engine.request import Call, Defaults, Event, Failed, Finished, Limits, Request
+from reelstep.errors import BundleError, ConfigError, Unavailable
+from reelstep.parallel.mesh import Mesh
+from reelstep.tests.engine.executors.toy_ranks import MODEL, Toy, alone
+
+SETTINGS = ModelSettings(
+    tasks=("text_to_video",), limits=Limits(sizes=((16, 16),), frames=(8,), max_steps=100, max_scale=20.0, max_count=4, max_prompt_bytes=31),
+    defaults={"text_to_video": Defaults("euler", "linear", 4, 1.0, 8, 8.0)}, path="condot", prediction="velocity", latent_channels=3,
+    condition_channels=0, spatial_stride=8, temporal_stride=2, text_length=32, tile_frames=4, tile_overlap=1,
+)  # fmt: skip
+FEW = Bounds(starts=3, window_s=60.0, reruns=2)
+
+
+# The rules, on replicas that die when they are told to.
+
+
+@dataclass
+class Fake:
+    """A replica whose next calls end as `fates` say: an error, or None for an answer."""
+
+    fates: list[Exception | None] = field(default_factory=list)
+    failure: str | None = None
+    rows: int = 8
+    closed: int = 0
+    ran: int = 0
+    gate: threading.Event | None = None
+
+    @property
+    def max_rows(self) -> dict[tuple[str, str, str], int]:
+        return {("m", "p", "q"): self.rows}
+
+    def run(self, model: str, calls: Any) -> list[Any]:
+        self.ran += 1
+        if self.gate is not None:
+            assert self.gate.wait(20)
+        fate = self.fates.pop(0) if self.fates else None
+        if fate is not None:
+            self.failure = str(fate) if isinstance(fate, Unavailable) else None
+            raise fate
+        return [{"y": call.inputs["x"] + 1} for call in calls]
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def lost(words: str = "rank 1 is lost") -> Unavailable:
+    return Unavailable(words, retry_after_s=1.0)
+
+
+def call(value: float = 1.0) -> Call:
+    return Call("p", "q", {"x": torch.tensor([value])})
+
+
+def one_by_one(*replicas: Fake | Exception) -> Callable[[], Fake]:
+    """Starts these, in order."""
+    waiting = list(replicas)
+
+    def start_next() -> Fake:
+        replica = waiting.pop(0)
+        if isinstance(replica, Exception):
+            raise replica
+        return replica
+
+    return start_next
+
+
+def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not so after {seconds} s"
+        time.sleep(0.01)
+
+
+def test_calls_of_a_replica_that_dies_are_run_again_on_a_new_one(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = Fake([None, lost()]), Fake()
+    executor = Restarting([one_by_one(first, second)], FEW)
+    assert [output["y"].item() for output in executor.run("m", [call(1.0), call(2.0)])] == [2.0, 3.0]
+    assert executor.run("m", [call(5.0), call(7.0)])[1]["y"].item() == 8.0
+    assert (executor.restarts, executor.reruns) == (1, 2), "one start, two calls"
+    assert (first.closed, second.ran, second.closed) == (1, 1, 0)
+    executor.close()
+    executor.close()
+    assert second.closed == 1
+    said = {record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING}
+    assert said == {"replica 0 ended: rank 1 is lost", "2 calls of p are run again: rank 1 is lost", "replica 0 was started again"}
+    with pytest.raises(Unavailable, match="have been stopped"):
+        executor.run("m", [call()])
+
+
+def test_another_replica_goes_on_while_one_is_started() -> None:
+    gate = threading.Event()
+    dying, healthy, again = Fake([lost()]), Fake(), Fake()
+
+    def slowly(replicas: list[Fake]) -> Fake:
+        replica = replicas.pop(0)
+        if replica is again:
+            assert gate.wait(20)
+        return replica
+
+    waiting = [dying, again]
+    executor = Restarting([lambda: slowly(waiting), lambda: healthy], FEW)
+    for value in range(3):
+        assert executor.run("m", [call(value)])[0]["y"].item() == value + 1
+    assert (dying.ran, healthy.ran, executor.restarts, executor.reruns) == (1, 3, 0, 1), "the healthy one ran them all"
+    gate.set()
+    until(lambda: executor.restarts == 1)
+    executor.run("m", [call()])
+    executor.run("m", [call()])
+    assert (healthy.ran, again.ran) == (4, 1), "both take their turns"
+    executor.close()
+
+
+def test_two_callers_use_two_replicas_at_once() -> None:
+    gate = threading.Event()
+    replicas = [Fake(gate=gate), Fake(gate=gate)]
+    executor = Restarting([lambda: replicas[0], lambda: replicas[1]], FEW)
+    threads = [threading.Thread(target=executor.run, args=("m", [call()]), daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: [replica.ran for replica in replicas] == [1, 1])
+    gate.set()
+    for thread in threads:
+        thread.join(20)
+    executor.close()
+
+
+def test_calls_that_end_every_replica_are_given_up_and_others_run() -> None:
+    replicas = [Fake([lost(f"death {number}")]) for number in range(3)]
+    executor = Restarting([one_by_one(*replicas, Fake())], FEW)
+    with pytest.raises(Unavailable, match=r"'p' ran 3 times and each time the replica ended: \(1\) death 0, \(2\) death 1, \(3\) death 2$"):
+        executor.run("m", [call()])
+    assert executor.run("m", [call(1.0)])[0]["y"].item() == 2.0
+    assert (executor.restarts, executor.reruns) == (3, 2)
+    executor.close()
+
+
+def test_a_replica_that_cannot_start_is_given_up_with_all_that_was_tried_and_tried_again_later(caplog: pytest.LogCaptureFixture) -> None:
+    executor = Restarting([one_by_one(Fake([lost()]), lost("port in use"), BundleError("no file"), Fake())], Bounds(starts=2, window_s=1.0, reruns=2))
+    with pytest.raises(Unavailable, match=r"replica 0 ended 3 times in 1 s: \(1\) rank 1 is lost, \(2\) did not start: port in use, \(3\) did not start: no"):
+        executor.run("m", [call()])
+    assert executor.restarts == 0
+    assert "replica 0 has ended 3 times in 1 s and is left alone for now" in caplog.text
+    until(lambda: executor.restarts == 1)
+    assert executor.run("m", [call(1.0)])[0]["y"].item() == 2.0
+    executor.close()
+
+
+def test_errors_of_the_caller_harm_nothing() -> None:
+    replica = Fake([ConfigError("x is missing"), ValueError("a bug")])
+    executor = Restarting([one_by_one(replica)], FEW)
+    with pytest.raises(ConfigError, match="x is missing"):
+        executor.run("m", [call()])
+    with pytest.raises(ValueError, match="a bug"):
+        executor.run("m", [call()])
+    assert executor.run("m", [call()])
+    assert (executor.restarts, executor.reruns, replica.closed) == (0, 0, 0)
+    executor.close()
+
+
+def test_replicas_must_run_the_same_and_what_was_started_is_closed() -> None:
+    replicas = [Fake(), Fake(rows=4)]
+    with pytest.raises(ConfigError, match="give all the same programs"):
+        Restarting([lambda: replicas[0], lambda: replicas[1]], FEW)
+    assert [replica.closed for replica in replicas] == [1, 1]
+    with pytest.raises(BundleError, match="no file"):
+        Restarting([lambda: replicas[0], one_by_one(BundleError("no file"))], FEW)
+    assert replicas[0].closed == 2
+    with pytest.raises(ConfigError, match="no replica"):
+        Restarting([], FEW)
+    with pytest.raises(ConfigError, match="reruns are at least 0"):
+        Bounds(1, 1.0, -1)
+
+
+# The same, with processes that are killed.
+
+
+@dataclass
+class Killable:
+    """An executor over two gloo ranks, and every replica it ever had."""
+
+    folder: Path
+    made: list[Processes] = field(default_factory=list)
+
+    def restarting(self, bounds: Bounds = FEW, then: Toy | None = None, **options: Any) -> Restarting:
+        """then: what is started after the first, if another."""
+
+        def begin() -> Processes:
+            ranks = then if then and self.made else Toy(self.folder, **options)
+            replica = start(World(Mesh.parse("tp=2"), "gloo", start_s=60.0, collective_s=20.0, silence_s=4.0), ranks)
+            self.made.append(replica)
+            return replica
+
+        return Restarting([begin], bounds)
+
+    def kill(self) -> None:
+        pid = self.made[-1].children[1].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+
+    def kill_in_call(self, number: int) -> threading.Thread:
+        """As soon as rank 1 hangs in a call for the `number`-th time."""
+
+        def wait_and_kill() -> None:
+            until((self.folder / f"stop-{number}").exists, 60.0)
+            self.kill()
+
+        thread = threading.Thread(target=wait_and_kill, daemon=True)
+        thread.start()
+        return thread
+
+
+@pytest.fixture
+def killable(tmp_path: Path) -> Iterator[Killable]:
+    made = Killable(tmp_path)
+    yield made
+    for replica in made.made:
+        replica.close()
+
+
+def point(seed: int) -> Call:
+    generator = torch.Generator().manual_seed(seed)
+    return Call("denoise", "video", {"x": torch.randn((1, 3, 4, 2, 2), generator=generator), "modulation": torch.rand((1, 7, 4), generator=generator)})
+
+
+def test_a_rank_killed_twice_in_the_middle_of_a_call_and_once_while_idle_changes_no_bit(killable: Killable) -> None:
+    calls = [point(0), point(1)]
+    wanted = Inline({MODEL: alone()}).run(MODEL, calls)
+    executor = killable.restarting(stops=2)
+    killers = [killable.kill_in_call(0), killable.kill_in_call(1)]
+    outputs = executor.run(MODEL, calls)
+    for killer in killers:
+        killer.join(20)
+    assert (executor.restarts, executor.reruns) == (2, 4), "two calls, each run again twice"
+    for output, want in zip(outputs, wanted, strict=True):
+        assert torch.equal(output["velocity"], want["velocity"])
+    killable.kill()
+    until(lambda: killable.made[-1].failure is not None or executor.restarts == 3, 5.0)
+    until(lambda: executor.restarts == 3)  # without a call that asks for it
+    assert torch.equal(executor.run(MODEL, calls)[0]["velocity"], wanted[0]["velocity"])
+    assert (executor.restarts, executor.reruns) == (3, 4), "the call after a death while idle met a living replica"
+    executor.close()
+
+
+# Through the engine.
+
+
+class Heard:
+    """A listener that remembers the end."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.last: Event | None = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Finished | Failed):
+            self.last = event
+            self.ended.set()
+
+    def result(self) -> Finished:
+        assert self.ended.wait(120)
+        assert isinstance(self.last, Finished), self.last
+        return self.last
+
+
+def ask(number: int, steps: int) -> Request:
+    return Request(
+        id=f"request {number}", model=MODEL, task="text_to_video", prompt="a cat", negative_prompt="", seed=number, count=1, width=16, height=16,
+        frames=8, frames_per_second=8.0, steps=steps, scale=2.0, solver="euler", schedule="linear", guidance="cfg", guidance_options={},
+        step_cache="", step_cache_options={}, image=None, preview_every=0, priority=0, deadline=math.inf,
+    )  # fmt: skip
+
+
+def engine_on(executor: Any) -> Engine:
+    return Engine({MODEL: ServedModel(MODEL, "1", SETTINGS, ("linear",), {})}, executor, max_running=8, release=getattr(executor, "close", None))
+
+
+def submitted(engine: Engine, count: int) -> list[Heard]:
+    heard = [Heard() for _ in range(count)]
+    for number, listener in enumerate(heard):
+        engine.submit(ask(number, 3 + number % 3), listener)
+    return heard
+
+
+def check_against_one_process(heard: list[Heard]) -> None:
+    """Pictures and counts of the same requests in one process that nobody kills."""
+    engine = engine_on(Inline({MODEL: alone()}))
+    for number, (there, here) in enumerate(zip(heard, submitted(engine, len(heard)), strict=True)):
+        found, wanted = there.result(), here.result()
+        assert np.array_equal(found.media.frames, wanted.media.frames), number
+        assert (found.usage.nfe, found.usage.forwards) == (wanted.usage.nfe, wanted.usage.forwards) == (3 + number % 3, 2 * (3 + number % 3))
+    engine.close(0)
+
+
+def test_no_running_request_is_lost_to_a_kill_and_results_and_counts_are_those_without_it(killable: Killable) -> None:
+    executor = killable.restarting(stops=1)
+    engine = engine_on(executor)
+    killer = killable.kill_in_call(0)
+    heard = submitted(engine, 5)
+    check_against_one_process(heard)
+    killer.join(20)
+    assert executor.restarts == 1
+    assert executor.reruns >= 2, "both branches of at least one request"
+    children = list(killable.made[-1].children.values())
+    engine.close(0)
+    assert [child.exitcode for child in children] == [0], "the engine's end is the ranks' end"
+
+
+def test_requests_fail_clearly_where_no_replica_starts_and_the_engine_lives(killable: Killable) -> None:
+    executor = killable.restarting(Bounds(starts=2, window_s=600.0, reruns=2), then=Toy(killable.folder, broken=True), stops=1)
+    engine = engine_on(executor)
+    killer = killable.kill_in_call(0)
+    for number in range(2):
+        heard = Heard()
+        engine.submit(ask(number, 3), heard)
+        assert heard.ended.wait(120)
+        assert isinstance(heard.last, Failed)
+        assert isinstance(heard.last.error, Unavailable)
+        for words in ("replica 0 ended 3 times in 600 s", "(1) rank 1 of 2 was killed by SIGKILL", "(3) did not start: rank 1 of 2 failed at 'loaded'"):
+            assert words in str(heard.last.error)
+    killer.join(20)
+    assert executor.restarts == 0
+    engine.close(0)
+
+
+@pytest.mark.slow
+def test_of_60_requests_none_is_lost_to_20_random_kills(killable: Killable) -> None:
+    executor = killable.restarting(Bounds(starts=40, window_s=600.0, reruns=10))
+    engine = engine_on(executor)
+    draw = random.Random(0)
+    done = threading.Event()
+
+    def kill_at_random() -> None:
+        for number in range(20):
+            until(lambda number=number: executor.restarts == number or done.is_set(), 120.0)
+            if done.wait(draw.uniform(0.0, 0.3)):
+                return
+            killable.kill()
+
+    killer = threading.Thread(target=kill_at_random, daemon=True)
+    killer.start()
+    heard: list[Heard] = []
+    while len(heard) < 60 or killer.is_alive():  # 60, and more where they are done before the last kill
+        number = len(heard)
+        heard.append(Heard())
+        engine.submit(ask(number, 3 + number % 3), heard[-1])
+        if number % 3 == 2:
+            heard[-1].result()
+    done.set()
+    killer.join(20)
+    until(lambda: executor.restarts == 20, 60.0)
+    check_against_one_process(heard)
+    engine.close(0)

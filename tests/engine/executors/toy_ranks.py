@@ -1,0 +1,75 @@
+"""What the ranks of test_restarting.py load: a closed-form model whose denoiser adds up a share of each rank. Imported there by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reelstep.engine.runner import Runner
+from reelstep.parallel.collectives import Communicator
+
+MODEL = "toy"
+
+
+def share(x: Tensor, t: Tensor, place: int) -> Tensor:
+    """One rank's part of the velocity at x [B, C, F, H, W], t [B]."""
+    return torch.tanh((1.0 + 0.3 * place) * x) * (0.7 - place) * (1 + t[:, None, None, None, None])
+
+
+def denoise(add: Callable[[Tensor], Tensor], place: int) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    return lambda inputs: {"velocity": add(share(inputs["x"], inputs["modulation"][:, 0, 0], place))}
+
+
+def encode_text(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"context": inputs["tokens"].float()[:, :, None].expand(-1, -1, 4).contiguous()}
+
+
+def embed_time(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"modulation": inputs["t"][:, None, None].expand(-1, 7, 4).contiguous()}
+
+
+def decode(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"video": inputs["latent"].repeat_interleave(2, 2).repeat_interleave(8, 3).repeat_interleave(8, 4).tanh()}
+
+
+def runner(denoiser: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> Runner:
+    programs = {("encode_text", "any"): encode_text, ("embed_time", "any"): embed_time, ("denoise", "video"): denoiser, ("decode", "video"): decode}
+    return Runner(programs, dict.fromkeys(programs, 8))
+
+
+def alone() -> Runner:
+    """The model in one process: both ranks' shares, added."""
+    return runner(
+        lambda inputs: {"velocity": denoise(lambda x: x, 0)(inputs)["velocity"] + denoise(lambda x: x, 1)(inputs)["velocity"]}
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Two ranks along tp. stops: how many denoiser calls rank 1 leaves hanging, each with a file in `folder`; broken: rank 1 cannot load."""
+
+    folder: Path
+    stops: int = 0
+    broken: bool = False
+
+    def identity(self) -> Mapping[str, str]:
+        return {"weights": "none"}
+
+    def load(self, comm: Communicator) -> Mapping[str, Runner]:
+        if self.broken and comm.rank == 1:
+            raise ValueError("no memory for weights")
+        exact = denoise(lambda part: comm.all_reduce(part, "tp"), comm.at["tp"])
+
+        def hanging(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            done = len(list(self.folder.glob("stop-*")))
+            if comm.rank == 1 and done < self.stops:
+                (self.folder / f"stop-{done}").touch()
+                time.sleep(30)
+            return exact(inputs)
+
+        return {MODEL: runner(hanging)}

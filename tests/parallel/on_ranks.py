@@ -1,0 +1,241 @@
+"""What the tests of this folder run on every rank. Tensors come back as lists of arrays, counters as they are."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from reelstep.compiler.backends import BACKENDS
+from reelstep.compiler.capture import capture
+from reelstep.compiler.graphs import ops_of
+from reelstep.compiler.passes import apply_passes
+from reelstep.compiler.passes.split_at_collectives import Chain, split_at_collectives
+from reelstep.compiler.program import Profile, Program
+from reelstep.compiler.signature import Signature
+from reelstep.engine.models.byte_text import ByteTextConfig, ByteTextEncoder
+from reelstep.engine.models.movie_gen import MovieGenConfig, MovieGenTransformer, denoise_program
+from reelstep.engine.models.tae import TAE, TAEConfig
+from reelstep.errors import Unavailable
+from reelstep.parallel.collectives import Communicator
+from reelstep.parallel.context import gathered, usp
+from reelstep.parallel.mesh import Mesh, bounds, shares
+from reelstep.parallel.rules import BYTE_TEXT, MOVIE_GEN, AttentionRule, Rules
+from reelstep.parallel.shard import empty_weights, shard
+from reelstep.parallel.tiles import run_tiles
+
+# Five heads and 22 FFN units divide by none of 2, 4; 27 tokens do not either.
+DIT = MovieGenConfig(
+    layers=2, width=40, ffn=22, heads=5, latent_channels=4, condition_channels=0, patch=(1, 2, 2), positions=(3, 3, 3), text_widths=(10,),
+    time_frequencies=8, time_scale=1.0, qk_norm=True,
+)  # fmt: skip
+SHALLOW = replace(DIT, layers=1)  # where a graph is exported, which takes longest
+LATENT, TEXT = (4, 3, 6, 6), 7
+BYTES = ByteTextConfig(length=12, width=40, layers=2, heads=5)
+SMALL_TAE = TAEConfig(
+    channels=8, multipliers=(1, 1), res_blocks=1, latent_channels=4, patch=2, temporal_downs=1, groups=4, variational=False, linear_skip=False, scale=1.0,
+    shift=0.0,
+)  # fmt: skip
+
+
+def serve(rank: int, port: int, link: Any) -> None:
+    """Run the named functions of this file until the link closes."""
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+    while True:
+        name, args, ranks, number = link.recv()
+        try:
+            dist.init_process_group("gloo", rank=rank, world_size=ranks, store=dist.PrefixStore(str(number), store), timeout=timedelta(seconds=60))
+            with torch.no_grad():
+                answer = True, globals()[name](rank, *args)
+        except Exception:  # noqa: BLE001  # whatever it is, the process that asked raises it
+            answer = False, traceback.format_exc()
+        finally:
+            dist.destroy_process_group()
+        link.send(answer)
+
+
+@contextmanager
+def links(mesh: str, timeout_s: float = 60.0) -> Iterator[Communicator]:
+    comm = Communicator(Mesh.parse(mesh), timeout_s)
+    try:
+        yield comm
+    finally:
+        comm.close()
+
+
+def dit_inputs(rows: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(rows, *sizes, generator=g) for sizes in (LATENT, (7, DIT.width), (TEXT, DIT.width)))  # type: ignore[return-value]
+
+
+def sharded_dit(file: Path, comm: Communicator, text: str | None = None, config: MovieGenConfig = DIT) -> nn.Module:
+    with empty_weights():
+        module = MovieGenTransformer(config)
+    return shard(module, MOVIE_GEN.on(text=text), comm, file)
+
+
+def dit(rank: int, file: Path, cases: list[tuple[str, str | None]]) -> list[tuple[np.ndarray, dict[Any, int], int]]:
+    """Velocity, bytes sent, and weights held, for every (mesh, axis of the text)."""
+    answers = []
+    for mesh, text in cases:
+        with links(mesh) as comm:
+            part = sharded_dit(file, comm, text)
+            x, modulation, context = dit_inputs(2)
+            y = part(x, modulation, None, context)
+            held = sum(p.untyped_storage().nbytes() // 4 for p in part.parameters())
+            answers.append((y.numpy(), dict(comm.sent), held))
+    return answers
+
+
+def text_encoder(rank: int, file: Path, mesh: str, tokens: list[list[int]]) -> np.ndarray:
+    with links(mesh) as comm:
+        with empty_weights():
+            module = ByteTextEncoder(BYTES)
+        return shard(module, BYTE_TEXT, comm, file)(torch.tensor(tokens)).numpy()
+
+
+def tae_tiles(rank: int, weights: dict[str, np.ndarray], mesh: str, pieces: list[np.ndarray], encode: bool) -> list[np.ndarray]:
+    tae = TAE(SMALL_TAE).eval()
+    tae.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
+    with links(mesh) as comm:
+        return [y.numpy() for y in run_tiles(tae.encode if encode else tae.decode, [torch.from_numpy(p) for p in pieces], comm, "cp")]
+
+
+def attentions(rank: int, mesh: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None) -> dict[str, tuple[np.ndarray, dict[Any, int]]]:
+    """This rank's part of the output by the mesh's exchange and by gathering, with the bytes sent."""
+    answers = {}
+    with links(mesh) as comm:
+        lengths = shares(q.shape[2], comm.size("cp"), "tokens")
+        start, stop = bounds(lengths)[comm.at["cp"]]
+        mine = [torch.from_numpy(x)[:, :, start:stop] for x in (q, k, v)]
+        bias = None if mask is None else torch.from_numpy(mask)[..., start:stop]
+        for name, function in (("usp", usp), ("gathered", gathered)):
+            comm.sent.clear()
+            answers[name] = function(*mine, bias, lengths, comm).numpy(), dict(comm.sent)
+    return answers
+
+
+def deepspeed_ulysses(rank: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """This rank's part by DeepSpeed's DistributedAttention, and by ours."""
+    import deepspeed.comm
+    import deepspeed.comm.torch
+    from deepspeed.sequence.layer import DistributedAttention
+
+    deepspeed.comm.torch.build_shm_op = lambda: None  # an all-reduce of its own, minutes of C++, which an all-to-all does not use
+    deepspeed.comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    with links(f"cp={dist.get_world_size()}") as comm:
+        lengths = shares(q.shape[2], comm.size("cp"), "tokens")
+        start, stop = bounds(lengths)[rank]
+        mine = [torch.from_numpy(x)[:, :, start:stop].contiguous() for x in (q, k, v)]
+
+        def local(*qkv: Tensor) -> Tensor:  # [B, L, N, K], as DeepSpeed lays them out
+            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2).contiguous()
+
+        theirs = DistributedAttention(local, comm.groups["cp"], scatter_idx=2, gather_idx=1)(*(x.transpose(1, 2).contiguous() for x in mine), 0)
+        return theirs.transpose(1, 2).numpy(), usp(*mine, None, lengths, comm).numpy()
+
+
+def late(rank: int) -> str | None:
+    """Rank 1 comes too late to an all-reduce: what rank 0 is told."""
+    with links("tp=2", timeout_s=0.5) as comm:
+        comm.where = "denoise video, call 3"
+        if rank == 1:
+            time.sleep(1.5)
+            return None
+        try:
+            comm.all_reduce(torch.ones(2), "tp")
+        except Unavailable as error:
+            return str(error)
+    return "nothing"
+
+
+def uneven_collectives(rank: int) -> list[np.ndarray]:
+    with links("tp=2") as comm:
+        x = torch.arange(6.0).reshape(2, 3)[:, : 2 - rank] + 10 * rank
+        return [comm.all_gather(x, "tp", 1, (2, 1)).numpy(), comm.all_reduce(torch.full((2,), rank + 1.0), "tp").numpy()]
+
+
+class Joint(nn.Module):
+    """A block in the manner of MM-DiT: text and image keep their own projections and are joined for attention. QK-norm over the whole width, biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 6
+        for stream in ("image", "text"):
+            self.add_module(f"{stream}_qkv", nn.Linear(24, 72))
+            self.add_module(f"{stream}_out", nn.Linear(24, 24))
+        self.q_norm, self.k_norm = nn.RMSNorm(24, eps=1e-6), nn.RMSNorm(24, eps=1e-6)
+        self.attention = JointAttention(self.heads)
+        self.image_in, self.text_in, self.image_end, self.text_end = (nn.Identity() for _ in range(4))
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        image, text = self.image_in(image), self.text_in(text)
+        size = image.shape[1]
+        q, k, v = torch.cat([self.image_qkv(image), self.text_qkv(text)], 1).chunk(3, -1)
+        y = self.attention(self.q_norm(q), self.k_norm(k), v)
+        return self.image_end(self.image_out(y[:, :size])), self.text_end(self.text_out(y[:, size:]))
+
+
+class JointAttention(nn.Module):
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, *qkv: Tensor) -> Tensor:
+        return rearrange(F.scaled_dot_product_attention(*(rearrange(x, "B L (N K) -> B N L K", N=self.heads) for x in qkv)), "B N L K -> B L (N K)")
+
+
+JOINT_RULES = Rules(
+    axes={"heads": "tp", "image": "cp", "text": "cp"},
+    parameters={"*_qkv.weight": ("3 heads", ""), "*_qkv.bias": ("3 heads",), "*_out.weight": ("", "heads"), "*_out.bias": (), "[qk]_norm.weight": ("heads",)},
+    attributes={"attention.heads": "heads"},
+    inputs={"image_in": {0: ("", "image", "")}, "text_in": {0: ("", "text", "")}},
+    outputs={"image_end": ("", "image", ""), "text_end": ("", "text", "")},
+    attention={"attention": AttentionRule(("image", "text"), ("image", "text"), "context")},
+)
+
+
+def joint(rank: int, file: Path, meshes: list[str], image: np.ndarray, text: np.ndarray) -> list[list[np.ndarray]]:
+    answers = []
+    for mesh in meshes:
+        with links(mesh) as comm:
+            with empty_weights():
+                module = Joint()
+            part = shard(module, JOINT_RULES, comm, file)
+            answers.append([y.numpy() for y in part(torch.from_numpy(image), torch.from_numpy(text))])
+    return answers
+
+
+def dit_program(module: nn.Module, rows: int) -> tuple[Program, Profile, Signature]:
+    program = denoise_program(module, TEXT, [Profile("p", {"F": 3, "H": 6, "W": 6}, rows)])  # type: ignore[arg-type]
+    return program, program.profiles[0], Signature.of(program, program.profiles[0])
+
+
+def chain(rank: int, file: Path, mesh: str, rows: int, backend: str) -> tuple[np.ndarray, np.ndarray, list[str], int, str]:
+    """Velocity of the whole exported graph, and of its pieces chained; the collectives in order; how many pieces; the graph."""
+    with links(mesh) as comm:
+        part = sharded_dit(file, comm, config=SHALLOW)
+        program, profile, signature = dit_program(part, rows)
+        exported, _ = apply_passes(capture(program, profile))
+        split = split_at_collectives(exported, signature)
+        run = Chain(split, [BACKENDS[backend].build(lambda p=p: p.exported, p.signature, "float32", None, "") for p in split.pieces], comm)
+        x, modulation, context = dit_inputs(rows)
+        pieces = run({"x": x, "modulation": modulation, "context": context})["velocity"]
+        whole = exported.module(check_guards=False)(x, modulation, context)
+        left = [op for piece in split.pieces for op in ops_of(piece.exported) if "c10d" in op or "ring" in op]
+        assert not left, left
+        names = [step.op._schema.name.split("::")[1] for step in split.steps if hasattr(step, "op")]
+        return whole.numpy(), pieces.numpy(), names, len(split.pieces), str(exported.graph)
