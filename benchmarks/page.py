@@ -47,6 +47,11 @@ SECTIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "guidance at a time, with several such times. `bespoke_8` is of a shorter fit than the one that is shipped, which the next table has.",
         ("solver", "guidance", "stop", "nfe", "forwards", "psnr_db", "psnr_sd_db", "ssim", "ssim_sd", "ssim_cfg", "frechet", "frechet_sd", "seconds"),
     ),
+    "pictures": (
+        "Pictures from words by velocities",
+        "The comparison of videos above, for single pictures, to which no solver is fitted.",
+        ("solver", "nfe", "forwards", "psnr_db", "psnr_sd_db", "ssim", "ssim_sd", "frechet", "frechet_sd", "seconds"),
+    ),
     "bespoke": (
         "Bespoke between training-free and BNS",
         "Three solvers with 8 velocities, and midpoint, which the Bespoke one is made from.",

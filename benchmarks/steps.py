@@ -56,14 +56,14 @@ def ssim(a: Frames, b: Frames) -> float:
     return float(np.mean([similarity(x, y, channel_axis=-1) for x, y in zip(a, b, strict=True)]))
 
 
-def references(fields: ModelFields, noise: torch.Tensor, tolerance: float, path: Path) -> list[Frames]:
-    """The exact videos [F, H, W, 3]. path: of the .npy that keeps them; what an earlier run left there is not solved for again."""
+def references(fields: ModelFields, noise: torch.Tensor, frames: int, tolerance: float, path: Path) -> list[Frames]:
+    """The exact videos [frames, H, W, 3]. path: of the .npy that keeps them; what an earlier run left there is not solved for again."""
     decode, found = fields.programs["decode"].module, list[Frames](np.load(path)) if path.exists() else []
     for begin in range(len(found), len(noise), GROUP):
         index = torch.arange(begin, min(begin + GROUP, len(noise)))
         ends = solve(fields(index), noise[index], tolerance)[-1]
         with torch.no_grad():
-            found += list(to_pixels(decode(ends).clamp(-1, 1)))
+            found += list(to_pixels(decode(ends)[:, :, :frames].clamp(-1, 1)))  # the decoder gives whole latent frames
         kept = io.BytesIO()
         np.save(kept, np.stack(found))
         write_file(path, kept.getvalue())
@@ -181,7 +181,7 @@ def main(argv: Sequence[str]) -> None:
     fields = ModelFields.of(spec, module, fit, prompts)
     asked = [hash_weights(module), args.task, scale, defaults.frames, args.tolerance, *prompts]
     kept = args.cache / f"exact-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.npy"
-    exact = references(fields, fields.noise(0), args.tolerance, kept)
+    exact = references(fields, fields.noise(0), defaults.frames, args.tolerance, kept)
     truth = Truth(exact, features(exact))
     rows, shown_videos = list[Row](), [("the exact solution", exact[:4])]
     full: dict[tuple[str, int], list[Frames]] = {}

@@ -55,10 +55,10 @@ def capture(program: Program, profile: Profile) -> ExportedProgram:
 
 def trace(module: nn.Module, signature: Signature, varargs: bool = False) -> ExportedProgram:
     """Export `module` with a dynamic batch. varargs: its forward takes `*inputs`."""
-    rows = min(EXAMPLE_ROWS, signature.max_batch)
+    rows = EXAMPLE_ROWS if signature.max_batch > 1 else 1
     device = next(module.parameters(), torch.empty(0)).device
     examples = tuple(edge.zeros(rows, device) for edge in signature.inputs)
-    batch = {0: Dim(BATCH, min=1, max=signature.max_batch)} if signature.max_batch > 1 else {}
+    batch = {0: Dim(BATCH, min=1, max=max(rows, signature.max_batch))} if signature.max_batch > 1 else {}
     shapes = tuple(batch for _ in examples)
     with torch.no_grad():
         return export(module, examples, dynamic_shapes=(shapes,) if varargs else shapes, strict=False)

@@ -31,6 +31,14 @@ def test_the_batch_is_dynamic(rows: int) -> None:
     assert torch.equal(capture(program(torch.tanh), PROFILE).module()(x), torch.tanh(x))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_profile_of_two_rows_keeps_the_batch_apart_from_sizes_of_two(rows: int) -> None:
+    captured = capture(program(lambda x: x.view(x.shape[0], 2, 2).tanh().flatten(1)), Profile("two", {"N": 4}, 2))
+    assert all("2, 2, 2" not in str(node.args) for node in captured.graph.nodes)
+    x = torch.randn(rows, 4)
+    assert torch.equal(captured.module()(x), torch.tanh(x))
+
+
 def test_a_profile_of_one_row_is_captured_static() -> None:
     one = Profile("one", {"N": 4}, 1)
     x = torch.randn(1, 4)
