@@ -428,7 +428,8 @@ def planned_samplings(settings: ModelSettings, args: argparse.Namespace) -> list
     odd = [nfe for nfe in counts if nfe < 1 or nfe % evaluations]
     if odd:
         raise ConfigError(f"NFE {', '.join(map(str, odd))} of {name!r}, which takes {evaluations} a step; a positive multiple of {evaluations}")
-    rows = 1 if (args.guidance or (default.guidance if default and default.scale > 1 else "none" if default else "cfg")) == "none" else 2
+    own = "cfg" if default is None else default.guidance if default.scale > 1 else "none"
+    rows = 1 if (args.guidance or own) == "none" else 2
     return [Sampling(name, nfe, rows * nfe, "not measured") for nfe in counts]
 
 
@@ -436,6 +437,7 @@ def planned_workload(args: argparse.Namespace, guided: bool) -> Workload:
     """The model's programs at the size asked for, one row each. Latents longer than a tile are decoded by overlapping tiles."""
     from reelstep.compiler.planner import workload_of
     from reelstep.engine.models import MODELS
+    from reelstep.engine.models.tae import tile_starts
 
     spec = MODELS[args.model]
     settings = spec.settings
@@ -446,7 +448,7 @@ def planned_workload(args: argparse.Namespace, guided: bool) -> Workload:
         raise ConfigError(f"size {width}x{height}; {spec.name} needs sides that are multiples of {side} pixels")
     _, f, h, w = settings.latent_shape(frames, width, height)
     tile = min(f, settings.tile_frames)
-    tiles = 1 if f <= tile else -(-(f - settings.tile_overlap) // (tile - settings.tile_overlap))
+    tiles = len(tile_starts(f, tile, min(settings.tile_overlap, tile - 1)))
     decode = {"F": tile, "H": h, "W": w, "frames": tile * settings.temporal_stride, "height": h * side, "width": w * side}
     sizes = {"encode_text": {}, "embed_time": {}, "denoise": {"F": f, "H": h, "W": w}, "decode": decode}
     calls = {"encode_text": 2 if guided else 1, "embed_time": 1, "decode": tiles}
@@ -625,11 +627,11 @@ def follow(events: Iterator[ClientEvent]) -> Generation:
 
 def report(args: argparse.Namespace, result: Generation) -> None:
     """Write the files and print what they are and what they took."""
-    from reelstep.engine.media import write_file
+    from reelstep.compiler.storage import replace_file
 
     for index, artifact in enumerate(result.artifacts):
         path = args.out if args.count in (None, 1) else args.out.with_stem(f"{args.out.stem}-{index}")
-        write_file(path, artifact.data)
+        replace_file(path, artifact.data)
         print(describe_artifact(path, artifact))
     usage = result.usage
     compute = ", ".join(f"{program} {spent:.2f} s" for program, spent in usage.compute_s.items())

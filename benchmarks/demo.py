@@ -17,9 +17,9 @@ from rich.table import Table
 
 from reelstep.benchmarks.clients import server
 from reelstep.benchmarks.contact_sheet import sheet
+from reelstep.compiler.storage import replace_file
 from reelstep.engine.build import build_bundle
 from reelstep.engine.client import Client
-from reelstep.engine.media import write_file
 
 PROMPTS = (
     "a red heart spins clockwise on a blue background",
@@ -63,8 +63,8 @@ def main() -> None:
             total, usage = time.monotonic() - sent, generation.usage
             still = client.generate(prompt, image=image, seed=SEED, media_type="image/webp")
             stem = f"{i + 1}-{prompt.split(' on ')[0].replace(' ', '-')}"
-            write_file(args.out / f"{stem}.mp4", generation.artifacts[0].data)
-            write_file(args.out / f"{stem}.webp", still.artifacts[0].data)
+            replace_file(args.out / f"{stem}.mp4", generation.artifacts[0].data)
+            replace_file(args.out / f"{stem}.webp", still.artifacts[0].data)
             clips = [frames_of(still.artifacts[0].data)]
             rows.append((prompt + (f"\n(from {picture.name})" if picture else ""), clips))
             compute = sum(usage.compute_s.values())
@@ -73,7 +73,7 @@ def main() -> None:
     sheet(rows, args.out / "contact_sheet.png", zoom=2)
     console = Console(width=150, record=True)
     console.print(table)
-    write_file(args.out / "times.txt", console.export_text().encode())
+    replace_file(args.out / "times.txt", console.export_text().encode())
     print(f"{len(jobs)} videos in {args.out}/, all on one page: {args.out / 'contact_sheet.png'}; {time.monotonic() - began:.0f} s in all")
 
 

@@ -356,9 +356,9 @@ class Fleet:
         self.result.alive.append((self.now, sum(load < math.inf for load in self.loads)))
 
 
-def rows_of(calls: Round) -> dict[Key, int]:
+def rows_of(calls: Round) -> Counter[Key]:
     """Rows of each key in one round."""
-    rows: dict[Key, int] = {}
+    rows: Counter[Key] = Counter()
     for key, count in calls:
-        rows[key] = rows.get(key, 0) + count
+        rows[key] += count
     return rows

@@ -10,7 +10,6 @@ L tokens, D width, N heads, K head dim, one latent video (B = 1) unless a shape 
 from __future__ import annotations
 
 import gc
-import json
 import math
 import signal
 import statistics
@@ -19,20 +18,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from reelstep.benchmarks.harness import conditions, parser, shown
+from reelstep.benchmarks.harness import conditions, parser, show, write
 from reelstep.compiler.cost import module_flops
 from reelstep.compiler.skus import sku_of_device
 from reelstep.engine.models.movie_gen import CONFIG_30B, TEXT_TOKENS_30B, Block, MovieGenConfig, MovieGenTransformer
@@ -51,7 +48,7 @@ HALF_ATTENTION = 0.02
 FP8_PRODUCT = 0.06
 """Relative error allowed to a product of two E4M3 matrices: each rounds by 2**-4 at most and by 0.026 on average, and the two are independent."""
 FROM_HALVES = 2**-15
-"""What torch's own attentions may be off by in lse, relative to the largest."""
+"""What torch's own attentions may be off by in lse, relative to the largest, for inputs of half precision: the one on a CPU is by 2**-17."""
 STEPS = 6
 
 
@@ -153,6 +150,12 @@ def tensors(values: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
 
 
+def doubled(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With tensors of floating numbers in float64."""
+    found: tuple[Any, ...] = pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, arguments)
+    return found
+
+
 def relative(found: Tensor, truth: Tensor) -> float:
     """Of the norms, in float64."""
     truth = truth.double()
@@ -197,14 +200,11 @@ def check_op(op: Op, dtype: torch.dtype, bench: Bench) -> Finding:
     def make(*sizes: int, dtype: torch.dtype | None = dtype) -> Tensor:
         return torch.randn(sizes, generator=bench.generator, device=bench.device).to(dtype)
 
-    def exact(arguments: tuple[Any, ...]) -> Any:
-        return op.reference(*pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, arguments))
-
     pairs = []
     for arguments in op.examples(make):
         found = op.launch(*arguments) if here else op.overload(*arguments)
         float32 = 4 * torch.finfo(torch.float32).eps if here else FROM_HALVES
-        pairs.append(error_and_bound(found, op.reference(*arguments), exact(arguments), float32))
+        pairs.append(error_and_bound(found, op.reference(*arguments), op.reference(*doubled(arguments)), float32))
     error, allowed = worst(pairs)
     return checked(f"{op.name} {str(dtype).removeprefix('torch.')}", error, allowed, note="kernel" if here else "no Triton kernel here: what the op runs")
 
@@ -240,7 +240,7 @@ def memory_bound(bench: Bench) -> Iterator[Finding]:
     for name, arguments, note in large_examples(bench):
         op = OPS[name].overload
         bytes_ = sum(x.nbytes for x in (*tensors(arguments), *tensors(op(*arguments))))
-        yield bench.moved(name, bench.seconds(lambda op=op, arguments=arguments: op(*arguments)), bytes_, note=note)  # type: ignore[misc]
+        yield bench.moved(name, bench.seconds(partial(op, *arguments)), bytes_, note=note)
 
 
 def large_examples(bench: Bench) -> Iterator[tuple[str, tuple[Any, ...], str]]:
@@ -303,7 +303,7 @@ def fp8_layers(bench: Bench) -> Iterator[Finding]:
             return torch._scaled_mm(a, b, scale_a=a_step, scale_b=b_step, out_dtype=torch.bfloat16, use_fast_accum=True)
 
         error = relative(scaled()[:few], dense[:few].double() @ w.double().t())
-        plain = bench.seconds(lambda dense=dense, w=w: F.linear(dense, w))  # type: ignore[misc]
+        plain = bench.seconds(partial(F.linear, dense, w))
         quick = bench.seconds(scaled)
         yield bench.computed(f"bfloat16 linear {inner} -> {outer}", plain, flops)
         row = bench.computed(f"E4M3 linear {inner} -> {outer}", quick, flops, note=f"{plain / quick:.2f} times as fast as bfloat16")
@@ -453,6 +453,10 @@ class Piece:
     flops: float = 0.0
     bytes_: float = 0.0
 
+    def __call__(self) -> None:
+        for run in self.runs:
+            run()
+
 
 def rank_pieces(bench: Bench, cp: int, tp: int) -> Iterator[Piece]:
     """What one rank of a mesh computes of a block: tokens over cp, heads and feed-forward over tp, attention by Ulysses."""
@@ -463,13 +467,12 @@ def rank_pieces(bench: Bench, cp: int, tp: int) -> Iterator[Piece]:
     products: list[Callable[[], object]] = []
     for rows, inner, outer, count in layers:
         x, w = randn(rows, inner), randn(outer, inner)
-        products += [lambda x=x, w=w: F.linear(x, w)] * count  # type: ignore[misc]
+        products += [partial(F.linear, x, w)] * count
     yield Piece("linear layers", tuple(products), sum(2.0 * rows * inner * outer * count for rows, inner, outer, count in layers))
     own, all_heads = config.heads // (cp * tp), config.heads // tp
     for what, heads, queries, keys in (("self-attention", own, sizes.tokens, sizes.tokens), ("attention to text", all_heads, length, sizes.text)):
         q, kv = randn(1, queries, heads, k).transpose(1, 2), randn(1, keys, heads, k).transpose(1, 2)
-        run = lambda q=q, kv=kv: OPS["attention"].overload(q, kv, kv, None, k**-0.5, "auto")  # noqa: E731
-        yield Piece(what, (run,), 4.0 * heads * queries * keys * k)
+        yield Piece(what, (partial(OPS["attention"].overload, q, kv, kv, None, k**-0.5, "auto"),), 4.0 * heads * queries * keys * k)
     x, y, vector, gain = randn(1, length, d), randn(1, length, d), randn(1, d), randn(d)
     a, b = randn(1, length, ffn), randn(1, length, ffn)
     norm = (lambda: OPS["rms_modulate"].overload(x, vector, vector, gain, 1e-6, False),)
@@ -483,7 +486,7 @@ def rank_shapes(bench: Bench) -> Iterator[Finding]:
     for cp, tp in ((bench.sizes.ranks, 1), (1, bench.sizes.ranks)):
         mesh, total = f"cp={cp}" if cp > 1 else f"tp={tp}", 0.0
         for piece in rank_pieces(bench, cp, tp):
-            seconds = bench.seconds(lambda piece=piece: [run() for run in piece.runs])  # type: ignore[misc]
+            seconds = bench.seconds(piece)
             total += seconds
             what = f"{mesh}, a rank's {piece.what}"
             yield bench.computed(what, seconds, piece.flops) if piece.flops else bench.moved(what, seconds, piece.bytes_, None)
@@ -551,15 +554,6 @@ def run_parts(bench: Bench, parts: Sequence[Part], tell: Callable[[str], None] =
     return rows
 
 
-def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(title="gpu_check")
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column in ("part", "what", "unit", "note") else "right")
-    for row in rows:
-        table.add_row(*(shown(value) for value in row.values()))
-    Console(width=190).print(table)
-
-
 def device_conditions() -> dict[str, Any]:
     """Of the GPU and what drives it."""
     found = torch.cuda.get_device_properties(0)
@@ -592,20 +586,12 @@ def main(argv: Sequence[str]) -> None:
     device = torch.device("cuda", 0)
     parts = [part for part in PARTS if args.parts is None or part.name in args.parts]
     rows = run_parts(Bench(device, LARGE), parts)
-    show(rows)
+    show("gpu_check", rows, width=190)
     if args.json is not None:
-        write(args.json, rows, {**conditions(args.seed), **device_conditions()})
+        write("gpu_check", rows, {**conditions(args.seed), **device_conditions()}, args.json)
     if found := wrong(rows):
         print(f"gpu_check: {len(found)} wrong: {'; '.join(found)}", file=sys.stderr)
         raise SystemExit(1)
-
-
-def write(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
-    """As `harness.report` does. What is not a number is written as text: JSON has neither infinity nor NaN."""
-    plain = [{k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmark": "gpu_check", "conditions": about, "rows": plain}, indent=1, allow_nan=False) + "\n")
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

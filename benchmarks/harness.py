@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -69,18 +70,29 @@ def conditions(seed: int) -> dict[str, Any]:
 
 
 def report(name: str, rows: Sequence[Row], seed: int, path: Path | None, extra: Mapping[str, Any] | None = None) -> None:
-    """Print a table; write {"benchmark", "conditions", "rows", ...} where a path is given."""
+    """Print a table; write it with the conditions where a path is given."""
+    show(name, rows)
+    if path is not None:
+        write(name, rows, conditions(seed), path, extra)
+
+
+def show(name: str, rows: Sequence[Row], width: int = 160) -> None:
+    """A table of rows; words stand at the left."""
     table = Table(title=name)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
         table.add_column(column, justify="left" if isinstance(rows[0].get(column), str) else "right")
     for row in rows:
         table.add_row(*(shown(row.get(column, "")) for column in columns))
-    Console(width=160).print(table)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"benchmark": name, "conditions": conditions(seed), **(extra or {}), "rows": list(rows)}, indent=1) + "\n")
-        print(f"wrote {path}")
+    Console(width=width).print(table)
+
+
+def write(name: str, rows: Sequence[Row], about: Mapping[str, Any], path: Path, extra: Mapping[str, Any] | None = None) -> None:
+    """{"benchmark", "conditions", "rows", ...} as JSON, which has neither infinity nor NaN: in a row they are written as text."""
+    plain = [{k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"benchmark": name, "conditions": about, **(extra or {}), "rows": plain}, indent=1) + "\n")
+    print(f"wrote {path}")
 
 
 def shown(value: object) -> str:

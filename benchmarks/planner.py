@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ def measure(shapes: Sequence[Shape], precision: Precision, rounds: int, cache: P
             profile, label = shape.profile(most).name, str(shape)
             engine = engines["denoise", profile]
             inputs = inputs_of(engine.signature, shape.rows, seed)
-            contenders[label] = lambda engine=engine, inputs=inputs: engine(inputs)  # type: ignore[misc]
+            contenders[label] = partial(engine, inputs)
             networks[label] = transformer_of(bundle.program("denoise", profile))
     times = interleave(contenders, rounds)
     return [Timed(shape, networks[str(shape)], times[str(shape)].median_s) for shape in shapes]

@@ -31,9 +31,9 @@ from reelstep.benchmarks.contact_sheet import sheet
 from reelstep.benchmarks.frechet import Array, features, frechet, frechet_sd, halves
 from reelstep.benchmarks.harness import Row, parser, report
 from reelstep.benchmarks.page import markdown
+from reelstep.compiler.storage import replace_file
 from reelstep.engine.build import build_bundle, hash_weights
 from reelstep.engine.loop import Engine, open_engine
-from reelstep.engine.media import write_file
 from reelstep.engine.models import MODELS
 from reelstep.engine.pipelines.latent import to_pixels
 from reelstep.engine.request import Finished, Fit, Request, choose
@@ -66,7 +66,7 @@ def references(fields: ModelFields, noise: torch.Tensor, frames: int, tolerance:
             found += list(to_pixels(decode(ends)[:, :, :frames].clamp(-1, 1)))  # the decoder gives whole latent frames
         kept = io.BytesIO()
         np.save(kept, np.stack(found))
-        write_file(path, kept.getvalue())
+        replace_file(path, kept.getvalue())
         print(f"exact solutions: {len(found)} of {len(noise)}", flush=True)
     return found
 

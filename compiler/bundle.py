@@ -101,6 +101,7 @@ def is_bundle(path: Path) -> bool:
 def sign_bundle(path: Path, key: PrivateKey) -> Bundle:
     """Verify the bundle and sign its manifest, in place of a good signature before. Raises BundleError, StorageError."""
     replace_file(path / SIGNATURE, sign(canonical_json(Bundle.open(path).manifest), key))
+    sync(path)
     return Bundle.open(path, (key.public,))
 
 

@@ -21,9 +21,6 @@ from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS, Sku
 from reelstep.errors import CompileError, ConfigError
 
-CPU_BACKENDS = frozenset({"openvino", "inductor", "eager"})
-"""Those whose engines run on the CPU; 'null' runs nowhere, and so for any SKU."""
-
 
 def compile_model(
     *,
@@ -62,8 +59,8 @@ def compile_model(
 def choose_precision(backend: str, sku: Sku, precision: Precision | None) -> tuple[Precision, str]:
     """The precision of a plan, and why. Raises NotFound (backend), ConfigError for a backend that does not run on the SKU, CompileError for a precision."""
     chosen = BACKENDS[backend]
-    if backend != "null" and (backend in CPU_BACKENDS) != (sku.name == "cpu"):
-        fitting = sorted({name for name in BACKENDS if (name in CPU_BACKENDS) == (sku.name == "cpu")} | {"null"})
+    if not chosen.runs_on(sku.arch):
+        fitting = sorted(name for name, other in BACKENDS.items() if other.runs_on(sku.arch))
         raise ConfigError(f"backend {backend!r} does not run on {sku.name}; choose {' or '.join(fitting)}, or another SKU")
     if on_this_machine(sku.name):
         wanted, reason = (precision, "asked for") if precision else chosen.default_precision()
@@ -76,9 +73,7 @@ def choose_precision(backend: str, sku: Sku, precision: Precision | None) -> tup
     return ("bfloat16", f"{sku.name} has native bfloat16") if sku.bf16 else ("float32", f"{sku.name} has no native bfloat16")
 
 
-def capture_all(
-    programs: Sequence[Program], progress: Progress = silent, keep: Iterable[str] = ()
-) -> tuple[tuple[Captured, ...], tuple[ProgramPlan, ...]]:
+def capture_all(programs: Sequence[Program], progress: Progress = silent, keep: Iterable[str] = ()) -> tuple[tuple[Captured, ...], tuple[ProgramPlan, ...]]:
     """Every program at every profile after the passes, and what is known of it before a precision is chosen. keep: ops that stay whole.
 
     Raises ConfigError, CompileError.

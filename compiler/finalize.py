@@ -18,14 +18,12 @@ from torch.export import ExportedProgram
 from reelstep.compiler.backends import Backend
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.load import Progress, build_engine, choose, own_precision, silent
-from reelstep.compiler.program import Precision
+from reelstep.compiler.program import FLOAT_BYTES, Precision
 from reelstep.compiler.skus import SKUS
 from reelstep.compiler.storage import watch_seals
 from reelstep.errors import CompileError, StorageError
 
 Key = tuple[str, str]
-
-FLOAT_BYTES: dict[Precision, int] = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)

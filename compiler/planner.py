@@ -16,11 +16,11 @@ from typing import Any
 from reelstep.compiler.capture import capture
 from reelstep.compiler.cost import Axis, Layout, Op, Transformer, graph_ops, graph_parameters, transformer_of
 from reelstep.compiler.passes.drop_unused_weights import drop_unused_weights
-from reelstep.compiler.program import Precision, Profile, Program
+from reelstep.compiler.program import FLOAT_BYTES, Precision, Profile, Program
 from reelstep.compiler.skus import Link, Sku
 from reelstep.errors import ConfigError, StorageError
+from reelstep.parallel.mesh import divisors
 
-ELEMENT_BYTES: Mapping[Precision, int] = {"float32": 4, "bfloat16": 2}
 GUIDED = 2
 """Rows of a guidance pair."""
 
@@ -89,7 +89,7 @@ def device_of(sku: Sku) -> Device:
         "float32": ASSUMED,
         "bfloat16": replace(ASSUMED, attention=PUBLISHED_ATTENTION.get(sku.arch, ASSUMED.attention)),
     }
-    return Device(sku, {precision: known[precision] for precision in ELEMENT_BYTES if precision in sku.peak_flops})
+    return Device(sku, {precision: known[precision] for precision in FLOAT_BYTES if precision in sku.peak_flops})
 
 
 def read_device(path: Path, sku: Sku) -> Device:
@@ -101,7 +101,7 @@ def read_device(path: Path, sku: Sku) -> Device:
         known = {p: Corrections(**{f.name: Figure(**data["corrections"][p][f.name]) for f in fields(Corrections)}) for p in data["corrections"]}
         peaks = {str(dtype): float(rate) for dtype, rate in data["peak_flops"].items()}
         measured = replace(sku, peak_flops=peaks, bandwidth_bytes_per_s=float(data["bandwidth_bytes_per_s"]), source=f"measured: {path}, {data['machine']}")
-        return Device(measured, {precision: known[precision] for precision in ELEMENT_BYTES if precision in known})
+        return Device(measured, {precision: known[precision] for precision in FLOAT_BYTES if precision in known})
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -250,7 +250,7 @@ def spent_on(ops: Sequence[Op], device: Device, precision: Precision) -> Spent:
 
 def _moved_bytes(op: Op, precision: Precision) -> float:
     """Of an element. Between products about half of what is read and written is the residual stream, which stays in float32."""
-    return (4 + ELEMENT_BYTES[precision]) / 2 if op.kind == "pointwise" else ELEMENT_BYTES[precision]
+    return (4 + FLOAT_BYTES[precision]) / 2 if op.kind == "pointwise" else FLOAT_BYTES[precision]
 
 
 def spent_on_call(transformer: Transformer, rows: int, layout: Layout, device: Device, precision: Precision) -> Spent:
@@ -263,7 +263,7 @@ def spent_on_call(transformer: Transformer, rows: int, layout: Layout, device: D
     found = spent_on(ops, device, precision) + Spent(start=reached.call_s.value)
     block = next(op for op in ops if op.kind == "attention")  # to itself: of one layer, of one block of keys on the ring
     hidden = spent_on([replace(block, count=transformer.layers * (layout.ring - 1))], device, precision).total
-    for transfer in transformer.transfers(rows, layout, ELEMENT_BYTES[precision]):
+    for transfer in transformer.transfers(rows, layout, FLOAT_BYTES[precision]):
         seconds = transfer.bytes / (_link(transfer.axis, layout, device.sku).bytes_per_s * reached.link.value)
         found += Spent(link=max(0.0, seconds - hidden) if transfer.axis == "ring" else seconds, start=transfer.rounds * reached.message_s.value)
     return found
@@ -296,7 +296,7 @@ def check_layout(transformer: Transformer, layout: Layout) -> None:
 
 def memory_of(workload: Workload, sampling: Sampling, rows: int, layout: Layout, device: Device, precision: Precision) -> Memory:
     """Of rank 0, which holds the other programs and the sampler's state too."""
-    size, denoiser = ELEMENT_BYTES[precision], workload.denoiser
+    size, denoiser = FLOAT_BYTES[precision], workload.denoiser
     kept = {stage.name: 4 if stage.keep_f32 else size for stage in workload.stages}
     denoising = denoiser.activation_bytes(rows, layout, size)
     latent = 4 * denoiser.tokens * denoiser.values_out
@@ -312,11 +312,11 @@ def memory_of(workload: Workload, sampling: Sampling, rows: int, layout: Layout,
 def layouts(devices: int) -> list[Layout]:
     """All of so many ranks, or of a number that divides it: the rest serve other videos."""
     found = []
-    for ranks in (n for n in range(1, devices + 1) if devices % n == 0):
+    for ranks in divisors(devices):
         for cfg in (n for n in (1, GUIDED) if ranks % n == 0):
-            for tp in (n for n in range(1, ranks // cfg + 1) if ranks // cfg % n == 0):
+            for tp in divisors(ranks // cfg):
                 cp = ranks // cfg // tp
-                found += [Layout(cfg, ulysses, cp // ulysses, tp) for ulysses in range(1, cp + 1) if cp % ulysses == 0]
+                found += [Layout(cfg, ulysses, cp // ulysses, tp) for ulysses in divisors(cp)]
     return found
 
 
@@ -452,8 +452,8 @@ def _why_dropped(dropped: Sequence[Dropped], top: int) -> list[str]:
 def _grounds(device: Device, precisions: set[Precision]) -> list[str]:
     """Every number that the prediction stands on."""
     lines = [f"rates of {device.sku.name}: {device.sku.source}"]
-    for chosen in dict.fromkeys(device.corrections[p] for p in ELEMENT_BYTES if p in precisions):
-        names = ", ".join(p for p in ELEMENT_BYTES if p in precisions and device.corrections[p] == chosen)
+    for chosen in dict.fromkeys(device.corrections[p] for p in FLOAT_BYTES if p in precisions):
+        names = ", ".join(p for p in FLOAT_BYTES if p in precisions and device.corrections[p] == chosen)
         lines.append(f"of which it reaches in {names}:")
         lines += [f"  {f.name} {getattr(chosen, f.name).value:.4g}  {getattr(chosen, f.name).source}" for f in fields(Corrections)]
     return [*lines, *(f"assumed: {text}" for text in MODEL_ASSUMPTIONS)]

@@ -15,6 +15,7 @@ BATCH = "B"
 
 DType = Literal["float32", "int64"]
 Precision = Literal["float32", "bfloat16"]
+FLOAT_BYTES: Mapping[Precision, int] = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)

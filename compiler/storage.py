@@ -49,15 +49,25 @@ def sync(path: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write beside `path`, then rename over it. Raises StorageError; what was there is then kept."""
-    temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
+    """Write the whole file or leave what was there: a temporary beside it, flushed, then renamed. Raises StorageError."""
+    temporary: Path | None = None
     try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
         write_file(temporary, data)
+        temporary.chmod(0o666 & ~current_umask())
         temporary.replace(path)
-        sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error}. What was there before is kept; free some space or choose another path") from error
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; what was there is unchanged. Free some space or choose another path") from error
+
+
+def current_umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 @contextmanager

@@ -5,9 +5,7 @@ F frames, H W pixels; everything uint8 RGB, or RGBA where a picture came with al
 
 from __future__ import annotations
 
-import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable
 from fractions import Fraction
@@ -20,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from reelstep.engine.request import Limits
-from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, StorageError, unknown
+from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, unknown
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -138,27 +136,3 @@ def media_type_of(path: Path) -> str:
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"cannot write {path.name!r}: suffix {path.suffix!r} is none of {', '.join(SUFFIXES)}; rename the output")
     return SUFFIXES[path.suffix.lower()]
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write the whole file or leave what was there: temporary file, fsync, rename. Raises StorageError."""
-    temporary: Path | None = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~current_umask())
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror or error}; what was there is unchanged") from error
-
-
-def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -113,8 +113,7 @@ def _paths(module: nn.Module) -> list[str]:
 def _units(module: nn.Module, rules: Rules, comm: Communicator) -> dict[str, int]:
     """Logical axes that split in whole units, and how many there are, read from the modules that count them."""
     units: dict[str, int] = {}
-    for path, logical in _attributes(module, rules).items():
-        count = _get(module, path)
+    for path, (logical, count) in counts_of(module, rules).items():
         if units.setdefault(logical, count) != count:
             raise ConfigError(f"{path} counts {count} {logical}, and another module {units[logical]}; give them different logical axes")
     for logical, count in units.items():
@@ -124,17 +123,18 @@ def _units(module: nn.Module, rules: Rules, comm: Communicator) -> dict[str, int
     return units
 
 
-def _attributes(module: nn.Module, rules: Rules) -> dict[str, str]:
-    counted = [f"{path}.{name}" for path, sub in module.named_modules() for name, value in vars(sub).items() if type(value) is int]
-    return matching(rules.attributes, counted)
+def counts_of(module: nn.Module, rules: Rules) -> dict[str, tuple[str, int]]:
+    """The integer attributes of modules that count a logical axis, by path: which axis, and how many."""
+    counts = {f"{path}.{name}": value for path, sub in module.named_modules() for name, value in vars(sub).items() if type(value) is int}
+    return {path: (logical, counts[path]) for path, logical in matching(rules.attributes, counts).items()}
 
 
 def _set_shares(module: nn.Module, rules: Rules, comm: Communicator) -> None:
-    for path, logical in _attributes(module, rules).items():
+    for path, (logical, count) in counts_of(module, rules).items():
         axis = rules.axes[logical]
         if axis is not None:
             owner, _, name = path.rpartition(".")
-            setattr(module.get_submodule(owner), name, shares(_get(module, path), comm.size(axis), logical)[comm.at[axis]])
+            setattr(module.get_submodule(owner), name, shares(count, comm.size(axis), logical)[comm.at[axis]])
 
 
 def _install(module: nn.Module, rules: Rules, comm: Communicator, lengths: Lengths) -> None:

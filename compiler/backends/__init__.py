@@ -46,6 +46,10 @@ class Backend(Protocol):
         """What is used if nobody says otherwise, and why."""
         ...
 
+    def runs_on(self, arch: str) -> bool:
+        """Whether its engines are for an arch; a backend that computes nothing plans for any."""
+        ...
+
     def keeps(self, arch: str) -> frozenset[str]:
         """Ops of `reelstep.kernels` that it runs whole on an arch; its graphs have the formulas of the others."""
         ...

@@ -12,6 +12,7 @@ from reelstep.compiler.backends import Graph
 from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import TORCH_DTYPES, Signature
+from reelstep.compiler.skus import is_gpu
 
 
 class EagerExecutable:
@@ -35,6 +36,9 @@ class EagerBackend:
 
     def default_precision(self) -> tuple[Precision, str]:
         return "float32", "eager is the reference; bfloat16 (autocast) only on request"
+
+    def runs_on(self, arch: str) -> bool:
+        return not is_gpu(arch)
 
     def keeps(self, arch: str) -> frozenset[str]:
         return frozenset()

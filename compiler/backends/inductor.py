@@ -25,6 +25,7 @@ from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.passes.mixed_precision import mixed_precision
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
+from reelstep.compiler.skus import is_gpu
 from reelstep.compiler.skus.cpu import SKU
 from reelstep.compiler.storage import seal, sealed
 from reelstep.errors import CompileError
@@ -65,8 +66,11 @@ class InductorBackend:
             return "float32", "the only one this backend builds for a CPU"
         return "bfloat16", "every GPU in the table of SKUs has tensor cores for bfloat16"
 
+    def runs_on(self, arch: str) -> bool:
+        return not is_gpu(arch)
+
     def keeps(self, arch: str) -> frozenset[str]:
-        return frozenset(OPS) if arch.startswith("sm") else frozenset()  # a call to one cannot be fused with what stands beside it
+        return frozenset(OPS) if is_gpu(arch) else frozenset()  # a call to one cannot be fused with what stands beside it
 
     def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> InductorExecutable:
         if precision not in self.precisions:

@@ -29,6 +29,9 @@ class NullBackend:
     def default_precision(self) -> tuple[Precision, str]:
         return "float32", "nothing is computed"
 
+    def runs_on(self, arch: str) -> bool:
+        return True
+
     def keeps(self, arch: str) -> frozenset[str]:
         return frozenset()
 

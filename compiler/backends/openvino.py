@@ -20,6 +20,7 @@ from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.passes.mixed_precision import mixed_precision
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import TORCH_DTYPES, Signature
+from reelstep.compiler.skus import is_gpu
 from reelstep.compiler.skus.cpu import SKU
 from reelstep.compiler.storage import seal, sealed, write_file
 from reelstep.errors import CompileError
@@ -72,6 +73,9 @@ class OpenVinoBackend:
         if not SKU.bf16:
             return "float32", "the CPU has no native bfloat16 (AVX512-BF16 or AMX)"
         return "bfloat16", "the CPU has AMX-BF16" if "amx_bf16" in SKU.features else "the CPU has AVX512-BF16"
+
+    def runs_on(self, arch: str) -> bool:
+        return not is_gpu(arch)
 
     def keeps(self, arch: str) -> frozenset[str]:
         return frozenset()

@@ -56,6 +56,10 @@ SKUS: Registry[Sku] = Registry(
 )
 
 
+def is_gpu(arch: str) -> bool:
+    return arch.startswith("sm")
+
+
 def sku_of_device(device_name: str) -> Sku:
     """The SKU of a CUDA device by the name its driver gives. Raises NotFound with the names there are: peaks of a near variant would mislead."""
     names = {name: sku for sku in SKUS.values() for name in sku.device_names}

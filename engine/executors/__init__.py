@@ -9,6 +9,11 @@ from reelstep.engine.request import Call
 from reelstep.engine.runner import Outputs
 from reelstep.engine.scheduler import Key
 
+LOOK_S = 0.1
+"""How often it is looked whether what runs elsewhere lives."""
+RETRY_S = 5.0
+"""After which a caller of a lost replica may come again."""
+
 
 class Executor(Protocol):
     """Runs a batch of calls of one model and one key."""

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.bundle import AGAIN, Bundle
 from reelstep.compiler.load import build_engine, choose
 from reelstep.compiler.skus.cpu import SKU
 from reelstep.compiler.storage import seal, sealed
@@ -29,14 +29,13 @@ from reelstep.errors import BundleError, ConfigError
 from reelstep.parallel.collectives import Communicator
 from reelstep.parallel.mesh import Mesh, shares
 from reelstep.parallel.rules import RULES, matching
-from reelstep.parallel.shard import empty_weights
+from reelstep.parallel.shard import counts_of, empty_weights
 
 log = logging.getLogger(__name__)
 
 START_S, COLLECTIVE_S, SILENCE_S = 600.0, 60.0, 4.0
 """Ranks export and build their graphs at every start; on a busy machine that takes minutes."""
 BOUNDS = Bounds(starts=3, window_s=600.0, reruns=2)
-AGAIN = "run `reelstep compile` again"
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,11 @@ def check_part(part: Part, mesh: Mesh, model: str) -> None:
     rules = RULES[part.rules]
     with empty_weights():
         module: nn.Module = resolve_name(part.build)()
-    counts = {f"{path}.{name}": value for path, sub in module.named_modules() for name, value in vars(sub).items() if type(value) is int}
     exchanged = [path for path, rule in rules.attention.items() if rule.exchange == "context" and "cp" in {rules.axes[a] for a in rule.keys}]
     attending = set(matching(dict.fromkeys(exchanged, True), [path for path, _ in module.named_modules()]))
-    for counted, logical in matching(rules.attributes, counts).items():
+    for counted, (logical, count) in counts_of(module, rules).items():
         axis, what = rules.axes[logical], f"{logical} of {model!r}"
-        own = min(shares(counts[counted], mesh.size(axis), f"{what} on mesh {mesh}")) if axis else counts[counted]
+        own = min(shares(count, mesh.size(axis), f"{what} on mesh {mesh}")) if axis else count
         if counted.rpartition(".")[0] in attending:
             shares(own, mesh.ulysses, f"{what} that mesh {mesh} leaves to a rank of tp")
 

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,7 @@ from reelstep.compiler.passes.split_at_collectives import Chain, Piece, split_at
 from reelstep.compiler.program import Profile, Program
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.storage import sha256_file
+from reelstep.engine.executors import LOOK_S, RETRY_S
 from reelstep.engine.request import Call
 from reelstep.engine.runner import Outputs, Runner
 from reelstep.engine.scheduler import Key
@@ -47,9 +48,6 @@ from reelstep.parallel.shard import empty_weights, shard
 
 log = logging.getLogger(__name__)
 
-RETRY_S = 5.0
-LOOK_S = 0.1
-"""How often rank 0 looks whether the others live."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,9 @@ class ShardedModel:
         limits: dict[tuple[str, str], int] = {}
         for part in self.parts:
             with empty_weights():
-                module = _named(part.build)()
+                module = resolve_name(part.build)()
             module = shard(module, RULES[part.rules], comm, self.file, part.prefix)
-            for program in _named(part.programs)(module):
+            for program in resolve_name(part.programs)(module):
                 for profile in program.profiles:
                     # An all-to-all packs rows among other sizes: a graph of it is of one row.
                     own = replace(profile, max_batch=1) if comm.size("cp") > 1 else profile
@@ -123,11 +121,6 @@ class ShardedModel:
 
 def _graph(piece: Piece) -> ExportedProgram:
     return piece.exported
-
-
-def _named(address: str) -> Any:
-    module, _, attribute = address.partition(":")
-    return getattr(import_module(module), attribute)
 
 
 def start(world: World, ranks: Ranks) -> Processes:

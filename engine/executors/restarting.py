@@ -13,17 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from reelstep.engine.executors import Executor
+from reelstep.engine.executors import LOOK_S, RETRY_S, Executor
 from reelstep.engine.request import Call
 from reelstep.engine.runner import Outputs
 from reelstep.engine.scheduler import Key
 from reelstep.errors import ConfigError, Unavailable
 
 log = logging.getLogger(__name__)
-
-LOOK_S = 0.1
-"""How often it is looked whether the replicas live."""
-RETRY_S = 5.0
 
 
 class Replica(Executor, Protocol):

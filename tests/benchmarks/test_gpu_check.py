@@ -30,9 +30,9 @@ from reelstep.benchmarks.gpu_check import (
     rank_pieces,
     run_parts,
     worst,
-    write,
     wrong,
 )
+from reelstep.benchmarks.harness import write
 from reelstep.engine.models.movie_gen import CONFIG_30B
 from reelstep.kernels import OPS
 
@@ -155,7 +155,7 @@ def test_a_part_that_fails_or_takes_too_long_keeps_its_rows_and_stops_no_other(b
 
 def test_rows_are_written_as_json_without_nan(tmp_path: Path) -> None:
     row = {"part": "p", "what": "w", "error": math.nan, "rate": 2.5, "right": None}
-    write(tmp_path / "deep" / "rows.json", [row], {"gpu": "none"})
+    write("gpu_check", [row], {"gpu": "none"}, tmp_path / "deep" / "rows.json")
     written = json.loads((tmp_path / "deep" / "rows.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert written["rows"] == [{**row, "error": "nan"}]
     assert written["conditions"] == {"gpu": "none"}

@@ -36,7 +36,8 @@ def test_exact_videos_are_kept_and_an_interrupted_run_goes_on_where_it_was(tmp_p
     monkeypatch.setattr(steps, "solve", solve)
 
     class Fields:
-        programs = {"decode": SimpleNamespace(module=lambda z: z)}  # noqa: RUF012
+        def __init__(self):
+            self.programs = {"decode": SimpleNamespace(module=lambda z: z)}
 
         def __call__(self, index):
             return None

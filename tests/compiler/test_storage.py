@@ -1,15 +1,19 @@
-"""Seals of a cache: HMAC-SHA256 of RFC 2104 written out, and what it keeps out."""
+"""Seals of a cache: HMAC-SHA256 of RFC 2104 written out, and what it keeps out; files that are replaced whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import resource
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from reelstep.compiler.storage import SECRET, seal, sealed, watch_seals, write_file
+from reelstep.compiler.storage import SECRET, replace_file, seal, sealed, watch_seals, write_file
 from reelstep.errors import StorageError
 
 
@@ -74,3 +78,39 @@ def test_a_secret_that_others_can_read_or_that_is_a_link_is_refused(tmp_path: Pa
     secret.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StorageError, match="cannot read"):
         sealed(path)
+
+
+def test_writing_replaces_a_file_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    path.write_bytes(b"old")
+    replace_file(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["out.mp4"]
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from reelstep.compiler.storage import replace_file
+from reelstep.errors import StorageError
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    replace_file(Path(sys.argv[1]), b"n" * 5000)
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_when_the_disk_takes_no_more_the_old_file_stays(tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    path.write_bytes(b"old")
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] != 0
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=60, cwd="/")
+    assert "what was there is unchanged" in done.stdout, done.stderr
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["out.mp4"]
+
+
+def test_a_missing_folder_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="No such file"):
+        replace_file(tmp_path / "none" / "out.png", b"x")

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import struct
-import subprocess
-import sys
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -17,9 +13,9 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageSequence
 
-from reelstep.engine.media import ENCODERS, SUFFIXES, decode_picture, encode, fit_picture, media_type_of, write_file
+from reelstep.engine.media import ENCODERS, SUFFIXES, decode_picture, encode, fit_picture, media_type_of
 from reelstep.engine.request import Limits
-from reelstep.errors import ConfigError, InvalidRequest, NotFound, StorageError
+from reelstep.errors import ConfigError, InvalidRequest, NotFound
 
 LIMITS = Limits(sizes=((64, 64),), frames=(1, 8), max_steps=10, max_scale=10.0, max_count=1, max_image_bytes=50_000, max_image_pixels=10_000)
 Pixels = npt.NDArray[np.uint8]
@@ -164,39 +160,3 @@ def test_every_suffix_has_an_encoder_and_unknown_ones_say_which_are_known() -> N
         media_type_of(Path("out.avi"))
     with pytest.raises(NotFound, match="known: image/gif"):
         encode(smooth(1, 2, 2), 8.0, "video/ogg")
-
-
-def test_writing_replaces_a_file_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    path = tmp_path / "out.mp4"
-    path.write_bytes(b"old")
-    write_file(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["out.mp4"]
-
-
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-from reelstep.engine.media import write_file
-from reelstep.errors import StorageError
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    write_file(Path(sys.argv[1]), b"n" * 5000)
-except StorageError as error:
-    print(error)
-"""
-
-
-def test_when_the_disk_takes_no_more_the_old_file_stays(tmp_path: Path) -> None:
-    path = tmp_path / "out.mp4"
-    path.write_bytes(b"old")
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] != 0
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=60, cwd="/")
-    assert "what was there is unchanged" in done.stdout, done.stderr
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["out.mp4"]
-
-
-def test_a_missing_folder_is_a_storage_error(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="No such file"):
-        write_file(tmp_path / "none" / "out.png", b"x")

@@ -16,16 +16,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from reelstep.benchmarks.gpu_check import DTYPES, FROM_HALVES, doubled, error_and_bound, tensors
 from reelstep.kernels import OPS
 from reelstep.kernels.jit import HAS_TRITON
 from reelstep.kernels.op import Make, Op
 
-FROM_HALVES = 2**-15
-"""What torch's own attentions may be off by in lse, relative to the largest, for inputs of half precision: the one on a CPU is by 2**-17."""
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -62,30 +58,12 @@ def examples(op: Op, dtype: torch.dtype, device: str = "cpu", layout: str = "con
     return op.examples(LAYOUTS[layout](torch.Generator().manual_seed(0), dtype, device))
 
 
-def doubled(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    found: tuple[Any, ...] = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, arguments)
-    return found
-
-
-def outputs(found: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(found) if isinstance(x, Tensor)]
-
-
-def largest_error(found: Tensor, truth: Tensor) -> float:
-    """Infinities must agree and then differ by nothing."""
-    found, truth = found.double(), truth.double()
-    return torch.where(found == truth, 0.0, (found - truth).abs()).amax().item() if truth.numel() else 0.0
-
-
 def compare(found: Any, formula: Any, truth: Any, what: str, float32: float = 4 * torch.finfo(torch.float32).eps) -> None:
     """The kernel may err twice as much as the formula in float32 does, and by one rounding of its output; four in float32, since the order of sums differs."""
-    for one, like, exact in zip_longest(outputs(found), outputs(formula), outputs(truth)):
+    for one, like in zip_longest(tensors(found), tensors(formula)):
         assert (one.shape, one.dtype) == (like.shape, like.dtype), what
-        finite = exact.double().isfinite()
-        step = float32 if one.dtype == torch.float32 else torch.finfo(one.dtype).eps
-        bound = 2 * largest_error(like, exact) + step * (exact.double()[finite].abs().amax().item() if finite.any() else 0.0)
-        error = largest_error(one, exact)
-        assert error <= bound, f"{what}: error {error:.3e}, allowed {bound:.3e}"
+    error, bound = error_and_bound(found, formula, truth, float32)
+    assert error <= bound, f"{what}: error {error:.3e}, allowed {bound:.3e}"
 
 
 def compare_kernel(name: str, dtype: torch.dtype, device: str) -> None:

@@ -15,8 +15,8 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from reelstep.compiler.storage import replace_file
 from reelstep.engine.build import build_table, hash_weights
-from reelstep.engine.media import write_file
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import ModelSpec
 from reelstep.engine.request import Defaults, Fit
@@ -240,4 +240,4 @@ def print_scores(scores: Mapping[str, float]) -> None:
 
 def write(path: Path, fitted: Fitted) -> None:
     """The artifact as JSON. Raises StorageError; what was there is then kept."""
-    write_file(path, (json.dumps(fitted.to_json(), indent=1) + "\n").encode())
+    replace_file(path, (json.dumps(fitted.to_json(), indent=1) + "\n").encode())

@@ -24,6 +24,7 @@ import torch
 from reelstep.compiler.backends import Graph
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
+from reelstep.compiler.skus import is_gpu
 from reelstep.errors import CompileError
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ class TensorRtBackend:
 
     def default_precision(self) -> tuple[Precision, str]:
         return "bfloat16", "every GPU in the table of SKUs has tensor cores for bfloat16"
+
+    def runs_on(self, arch: str) -> bool:
+        return is_gpu(arch)
 
     def keeps(self, arch: str) -> frozenset[str]:
         """None: a kernel of ours would be a plugin of TensorRT's."""
