@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path as File
 from typing import Any
@@ -25,9 +26,9 @@ from reelstep.engine.samplers.fold import Rule, fold, state, velocity
 from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import Path
 from reelstep.errors import ConfigError
-from reelstep.training import checkpoint
-from reelstep.training.field import Field, Fields, Fit, Pairs, descend, square_error, validate
+from reelstep.training.field import Field, Fields, Fit, Pairs, square_error, validate
 from reelstep.training.learning_rate import learning_rate
+from reelstep.training.trainer import ALONE, Processes, Trainer
 
 FLOOR = 1e-12  # of a mean square error, so that a perfect sample does not rule the mean of logarithms
 REWEIGHTINGS = 5
@@ -156,27 +157,28 @@ class Moments:
 
 
 class Solver(nn.Module):
-    """The free numbers of a table, float64: increments of its times through a softmax, so that they stay in order; and its rows.
+    """The free numbers of a table: of its times, the logarithms of gaps through a softmax, so that they stay in order; and its rows.
 
     A row is a[i], b[i][0], ..., b[i][i]. Neighbouring velocities are nearly collinear, so that steps on the coefficients themselves would go nowhere:
     free are moves from the table's rows, in coordinates where each changes the state by its own size, root mean square. scales: from moves to
-    coefficients, [i + 2, i + 2] for each row, of `scales`.
+    coefficients, [i + 2, i + 2] for each row, of `scales`. Free numbers are float32, as all that DeepSpeed trains; being moves from where they began,
+    they lose nothing by it. What is made of them is float64.
     """
 
     def __init__(self, table: Table, scales: Sequence[Tensor]) -> None:
         super().__init__()
         steps = [max(t - s, 1e-6) for s, t in pairwise(table.times)]
-        self.origin, self.scales = table, scales
-        self.increments = nn.Parameter(torch.tensor(steps, dtype=torch.float64).log())
-        self.moves = nn.ParameterList(torch.zeros(len(scale), dtype=torch.float64) for scale in scales)
+        self.origin, self.scales, self.gaps = table, scales, torch.tensor(steps, dtype=torch.float64).log()
+        self.widening = nn.Parameter(torch.zeros(len(steps)))
+        self.moves = nn.ParameterList(torch.zeros(len(scale)) for scale in scales)
 
     def times(self) -> Tensor:
         """[n + 1], from 0 to 1."""
-        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.softmax(self.increments, 0).cumsum(0)])
+        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.softmax(self.gaps + self.widening, 0).cumsum(0)])
 
     def rows(self) -> list[Tensor]:
         starts = (torch.tensor([a, *b], dtype=torch.float64) for a, b in zip(self.origin.a, self.origin.b, strict=True))
-        return [start + scale @ move for start, scale, move in zip(starts, self.scales, self.moves, strict=True)]
+        return [start + scale @ move.double() for start, scale, move in zip(starts, self.scales, self.moves, strict=True)]
 
     def forward(self, field: Field, noise: Tensor) -> Tensor:
         """The end of the rollout."""
@@ -230,53 +232,50 @@ def fit_bns(
     options: Options,
     progress: Callable[[int, float, float], None] = lambda iteration, loss, best: None,
     saved: File | None = None,
+    processes: Processes = ALONE,
 ) -> Fit[Table]:
     """Fit from `initial`. progress hears (iteration, loss, best validation dB). saved: a file to resume from, the same numbers as without a break.
 
-    The result's iteration is POLISHED where the polish made it better.
+    processes: that share each batch, and all give the same fit. The result's iteration is POLISHED where the polish made it better.
 
-    Raises ConfigError if `initial` cannot be fitted: noise in it, or times that repeat.
+    Raises ConfigError if `initial` cannot be fitted: noise in it, or times that repeat; for a batch that the processes cannot share; and for a file that
+    others saved.
     """
     if initial.noise or any(s >= t for s, t in pairwise(initial.times)) or initial.times[0] != 0 or initial.times[-1] != 1:
         raise ConfigError(f"table {initial.name!r} cannot be fitted: it needs times that increase from 0 to 1, and no fresh noise")
     fields, pairs = train
-    if saved is not None and (found := checkpoint.load(saved)) is not None:
-        solver = Solver(initial, found["scales"])
-        solver.load_state_dict(found["solver"])
+    batch = min(options.batch, len(pairs.noise))
+    share = processes.share(batch, "pairs of a batch")
+    solver = Solver(initial, scales(initial, fields, pairs, options.rows))
+    groups: list[dict[str, Any]] = [{"params": [solver.widening]}, {"params": list(solver.moves)}]
+    trainer = processes.trainer(solver, torch.optim.Adam(groups), small=True)
+    if saved is not None and (found := processes.load(saved, {"solver": trainer})) is not None:
         begin, fit = found["iteration"], Fit(**{**found["fit"], "solver": Table.from_json(found["fit"]["solver"])})
     else:
-        found = None
-        solver = Solver(initial, scales(initial, fields, pairs, options.rows))
         begin, fit = 0, Fit.of(initial, validate(initial, *validation, options.rows))
     rates = (options.times_rate, options.rate * 10 ** (-fit.start_db / 20))
-    groups: list[dict[str, Any]] = [{"params": [solver.increments]}, {"params": list(solver.moves)}]
-    optimizer = torch.optim.Adam(groups)
-    if found is not None:
-        optimizer.load_state_dict(found["optimizer"])
     for iteration in range(begin, options.iterations):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = learning_rate(iteration, options.iterations, rate)
-        chosen = np.random.default_rng((options.seed, iteration)).choice(len(pairs.noise), min(options.batch, len(pairs.noise)), replace=False)
-        loss = step(solver, optimizer, fields, pairs, torch.from_numpy(chosen), options.rows)
+        trainer.set_rates([learning_rate(iteration, options.iterations, rate) for rate in rates])
+        chosen = np.random.default_rng((options.seed, iteration)).choice(len(pairs.noise), batch, replace=False)
+        loss = step(solver, trainer, fields, pairs, torch.from_numpy(chosen)[share], options.rows)
         if not math.isfinite(loss):
             return replace(fit, note=f"the loss was {loss} at iteration {iteration}; the best iterate before it is kept. Try a lower rate")
         if (iteration + 1) % options.validate_every == 0 or iteration + 1 == options.iterations:
             fit = fit.after(iteration + 1, solver.table(), validate(solver.table(), *validation, options.rows))
             if saved is not None:
-                parts = {"solver": solver.state_dict(), "scales": list(solver.scales), "optimizer": optimizer.state_dict()}
-                checkpoint.save(saved, {"iteration": iteration + 1, "fit": asdict(fit), **parts})
+                processes.save(saved, {"iteration": iteration + 1, "fit": asdict(fit)}, {"solver": trainer})
         progress(iteration + 1, loss, fit.best_db)
     polished = polish(fit.solver, fields, pairs, options.rows)
     return fit.better(POLISHED, polished, validate(polished, *validation, options.rows))
 
 
-def step(solver: Solver, optimizer: torch.optim.Optimizer, fields: Fields, pairs: Pairs, chosen: Tensor, rows: int) -> float:
+def step(solver: Solver, trainer: Trainer, fields: Fields, pairs: Pairs, chosen: Tensor, rows: int) -> float:
     """One step on the pairs `chosen`, their gradients summed over pieces of `rows`. Returns the loss; a loss that is not finite moves nothing."""
 
     def loss(index: Tensor) -> Tensor:
         return log_error(solver(fields(index), pairs.noise[index]), pairs.ends[index]).sum() / len(chosen)
 
-    return descend(optimizer, map(loss, chosen.split(rows)))
+    return trainer.descend([partial(loss, index) for index in chosen.split(rows)])
 
 
 def polish(table: Table, fields: Fields, pairs: Pairs, rows: int) -> Table:

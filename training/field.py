@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from scipy.integrate import solve_ivp
 from scipy.interpolate import CubicSpline
-from torch import Tensor
+from torch import Tensor, nn
 
 from reelstep.engine.samplers.guidance import GuidanceState, Rule, guided
 from reelstep.engine.samplers.ns import Table, drive, sample, start
@@ -138,13 +138,18 @@ def ends_under(
     return torch.cat(ends), forwards / len(noises)
 
 
-def descend(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor]) -> float:
-    """One step on the sum of losses, made and differentiated one after the other, to bound memory. Returns it; one that is not finite moves nothing."""
+def descend(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], clip: float | None = None) -> float:
+    """One step on the sum of losses, made and differentiated one after the other, to bound memory. Returns it; one that is not finite moves nothing.
+
+    clip: the norm to which the gradient is cut. If that norm is not finite, nothing moves either, and nan comes back.
+    """
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for loss in losses:
         loss.backward()
         total += loss.item()
+    if clip is not None and not nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip).isfinite():
+        return math.nan
     if math.isfinite(total):
         optimizer.step()
     return total

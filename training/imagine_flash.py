@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path as File
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,9 +38,9 @@ from reelstep.engine.samplers.ns import Table, drive, sample, start
 from reelstep.engine.samplers.paths import PATHS, Path
 from reelstep.engine.samplers.tables import SOLVERS, ddim
 from reelstep.errors import ConfigError
-from reelstep.training import checkpoint
 from reelstep.training.field import Field, Fields, Network, Networks, at_number
 from reelstep.training.learning_rate import learning_rate
+from reelstep.training.trainer import ALONE, Processes, Trainer
 
 Conditions = Callable[[np.random.Generator, int], Tensor]
 """Draws the indices [B] of as many conditions as asked."""
@@ -217,27 +216,26 @@ class Head(nn.Module):
 
 
 class Adversary:
-    """A head with its optimiser. features: of latents, differentiable. Hinge losses of Lim and Ye 2017, arXiv:1705.02894."""
+    """A head with its trainer. features: of latents, differentiable. Hinge losses of Lim and Ye 2017, arXiv:1705.02894."""
 
-    def __init__(self, features: Callable[[Tensor], Tensor], like: Tensor, options: Options) -> None:
+    def __init__(self, features: Callable[[Tensor], Tensor], like: Tensor, options: Options, processes: Processes = ALONE) -> None:
         self.features, seen = features, features(like)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.head = Head(seen[0].numel(), options.head_width).to(seen)
-        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=options.head_rate, betas=(0.5, 0.99), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self.head.parameters(), lr=options.head_rate, betas=(0.5, 0.99), weight_decay=0.0)
+        self.trainer = processes.trainer(self.head, optimizer, small=True)
 
     def term(self, data: Tensor) -> Tensor:
-        """The student's loss, []: it is to be taken for the teacher."""
-        return -self.head(self.features(data)).mean()
+        """The student's loss, []: it is to be taken for the teacher. No gradient goes into the head."""
+        frozen = {name: p.detach() for name, p in self.head.named_parameters()}
+        return -torch.func.functional_call(self.head, frozen, (self.features(data),)).mean()
 
     def step(self, target: Tensor, data: Tensor) -> None:
         """Train the head on what the teacher and the student made."""
         with torch.no_grad():
             real, made = self.features(target), self.features(data)
-        loss = F.relu(1 - self.head(real)).mean() + F.relu(1 + self.head(made)).mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        self.trainer.descend([lambda: F.relu(1 - self.head(real)).mean() + F.relu(1 + self.head(made)).mean()])
 
 
 @dataclass(frozen=True)
@@ -306,56 +304,55 @@ def distil(
     features: Callable[[Tensor], Tensor] = lambda latents: latents,
     progress: Callable[[int, float, float], None] = lambda iteration, loss, best: None,
     saved: File | None = None,
+    processes: Processes = ALONE,
 ) -> Distilled:
     """Train `student`, a copy of the teacher, and leave it with the weights that validated best, those it came with among them.
 
     fields: its velocities, with gradients into its parameters. networks: the teacher's branches of guidance, frozen. features: of latents, for the
     adversarial head. progress hears (iterations done, loss, best score). saved: a file to resume from, to the same numbers as without a break.
-    A loss that is not finite ends it with a note. Raises ConfigError for a file of a run with other options.
+    processes: that share each batch; where they split the student, it is whole at the end on the first of them alone.
+    A loss that is not finite ends it with a note. Raises ConfigError for a file of a run with other options or processes, and for a batch that the
+    processes cannot share.
     """
+    share = processes.share(options.batch, "samples of a batch")
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.rate, weight_decay=options.weight_decay)
-    parts: dict[str, Any] = {"student": student, "optimizer": optimizer}
+    trainers = {"student": (trainer := processes.trainer(student, optimizer, clip=1.0))}
     adversary = None
     if options.adversarial:
-        adversary = Adversary(features, validation.noise[:1], options)
-        parts |= {"head": adversary.head, "head_optimizer": adversary.optimizer}
-    if saved is not None and (found := checkpoint.load(saved)) is not None:
+        adversary = Adversary(features, validation.noise[:1], options, processes)
+        trainers["head"] = adversary.trainer
+
+    def score() -> float:
+        return trainer.run(lambda: validation.score(fields, options.grid, options.rows))
+
+    if saved is not None and (found := processes.load(saved, trainers)) is not None:
         if found["options"] != asdict(options):
             raise ConfigError(f"{saved} is of a distillation with {found['options']}; continue with these, or give another file")
-        for name, part in parts.items():
-            part.load_state_dict(found[name])
         done, best, result = found["iteration"], found["best"], Distilled(**found["result"])
     else:
-        score = validation.score(fields, options.grid, options.rows)
-        done, best, result = 0, weights(student), Distilled(score, score, 0, ((0, score),))
+        at_start = score()
+        done, best, result = 0, trainer.weights(), Distilled(at_start, at_start, 0, ((0, at_start),))
     for iteration in range(done, options.iterations):
-        optimizer.param_groups[0]["lr"] = learning_rate(iteration, options.iterations, options.rate)
+        trainer.set_rates([learning_rate(iteration, options.iterations, options.rate)])
         rng = np.random.default_rng((options.seed, iteration))
-        loss = take_step(optimizer, trained, adversary, fields, networks, conditions, validation.noise, options, rng)
+        loss = take_step(trainer, adversary, fields, networks, conditions, validation.noise, options, rng, share)
         if not math.isfinite(loss):
             result = replace(result, note=f"the loss was {loss} at iteration {iteration}; the best iterate before it is kept. Try a lower rate")
             break
         if (iteration + 1) % options.validate_every == 0 or iteration + 1 == options.iterations:
-            result = result.after(iteration + 1, validation.score(fields, options.grid, options.rows))
+            result = result.after(iteration + 1, score())
             if result.iteration == iteration + 1:
-                best = weights(student)
+                best = trainer.weights()
             if saved is not None:
-                now = {"iteration": iteration + 1, "best": best, "result": asdict(result), "options": asdict(options)}
-                checkpoint.save(saved, {**now, **{name: part.state_dict() for name, part in parts.items()}})
+                processes.save(saved, {"iteration": iteration + 1, "best": best, "result": asdict(result), "options": asdict(options)}, trainers)
         progress(iteration + 1, loss, result.best)
-    student.load_state_dict(best)
+    trainer.finish(best)
     return result
 
 
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of its state."""
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
 def take_step(
-    optimizer: torch.optim.Optimizer,
-    trained: Sequence[nn.Parameter],
+    trainer: Trainer,
     adversary: Adversary | None,
     fields: Fields,
     networks: Networks,
@@ -363,26 +360,26 @@ def take_step(
     like: Tensor,
     options: Options,
     rng: np.random.Generator,
+    share: slice,
 ) -> float:
-    """One update at a random step of the grid, on noise as `like`. Returns the loss, nan too if only its gradient is not finite; then nothing moves."""
-    grid, step, index = options.grid, int(rng.integers(options.grid.steps)), conditions(rng, options.batch)
-    noise, eps = (torch.from_numpy(rng.standard_normal((options.batch, *like.shape[1:]))).to(like) for _ in range(2))
+    """One update at a random step of the grid, on this process's share of noise as `like`. Returns the loss, nan too if only its gradient is not finite."""
+    grid, step, index = options.grid, int(rng.integers(options.grid.steps)), conditions(rng, options.batch)[share]
+    noise, eps = (torch.from_numpy(rng.standard_normal((options.batch, *like.shape[1:])))[share].to(like) for _ in range(2))
     student, network = fields(index), networks(index)
-    state = student_state(student, grid, noise, step)
-    data = student_data(student, grid, state, step)
-    if grid.gamma is None:
-        target = backward_target(network, options.teacher, grid, state, step)
-    else:
-        target = shifted_target(network, options.teacher, grid, data, eps, step)
-    loss = F.mse_loss(data, target)
-    if adversary is not None:
-        loss = loss + options.adversarial * adversary.term(data)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward(inputs=list(trained))
-    size = nn.utils.clip_grad_norm_(trained, 1.0)
-    if not (loss.isfinite() and size.isfinite()):
-        return math.nan
-    optimizer.step()
-    if adversary is not None:
-        adversary.step(target, data.detach())
-    return loss.item()
+    made: list[tuple[Tensor, Tensor]] = []
+
+    def loss() -> Tensor:
+        state = student_state(student, grid, noise, step)
+        data = student_data(student, grid, state, step)
+        if grid.gamma is None:
+            target = backward_target(network, options.teacher, grid, state, step)
+        else:
+            target = shifted_target(network, options.teacher, grid, data, eps, step)
+        made.append((target, data.detach()))
+        found = F.mse_loss(data, target)
+        return found if adversary is None else found + options.adversarial * adversary.term(data)
+
+    total = trainer.descend([loss])
+    if adversary is not None and math.isfinite(total):
+        adversary.step(*made[0])
+    return total

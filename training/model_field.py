@@ -5,10 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from reelstep.compiler.program import Program
 from reelstep.engine.models.byte_text import tokenize
@@ -20,11 +24,34 @@ from reelstep.engine.samplers.guidance import GUIDANCE, GuidanceState
 from reelstep.engine.samplers.ns import drive
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.errors import UnsupportedRequest
+from reelstep.parallel.collectives import Communicator
+from reelstep.parallel.rules import RULES
+from reelstep.parallel.shard import empty_weights, shard
 from reelstep.training.field import Field, Network
 from reelstep.training.plain_attention import PlainAttention
 
 TASKS = ("text_to_image", "text_to_video")
 """Tasks whose only condition is a prompt."""
+
+
+def split_over(comm: Communicator, spec: ModelSpec, module: nn.Module) -> None:
+    """Leave of the parts of a model that ranks can share this rank's piece, frozen; the others as they are. Collective.
+
+    Raises UnsupportedRequest for a model without such parts, ConfigError where a mesh is too large for it.
+    """
+    if not spec.sharding:
+        raise UnsupportedRequest(f"model {spec.name!r} names no parts that processes could share; train it without a mesh")
+    for part in spec.sharding:
+        path = part["prefix"].rstrip(".")
+        whole = module.get_submodule(path)
+        with empty_weights():
+            piece = resolve_name(part["build"])()
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "whole.safetensors")
+            save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, file)
+            piece = shard(piece, RULES[part["rules"]], comm, file)
+        owner, _, name = path.rpartition(".")
+        setattr(module.get_submodule(owner), name, piece)
 
 
 @dataclass(frozen=True)
@@ -42,7 +69,7 @@ class ModelFields:
     half: bool = False
 
     @classmethod
-    def of(cls, spec: ModelSpec, module: torch.nn.Module, fit: Fit, prompts: Sequence[str]) -> ModelFields:
+    def of(cls, spec: ModelSpec, module: nn.Module, fit: Fit, prompts: Sequence[str]) -> ModelFields:
         """Encodes the prompts. Raises UnsupportedRequest for a task with other conditions."""
         if any(task not in TASKS or task not in spec.settings.tasks for task in fit.tasks):
             raise UnsupportedRequest(f"model {spec.name!r} has no fits for {', '.join(fit.tasks)}; tasks with a prompt alone: {', '.join(TASKS)}")

@@ -19,6 +19,6 @@ class PlainAttention(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         q_BNLK, k_BNSK, v_BNSK = args
         scores = (q_BNLK / math.sqrt(q_BNLK.shape[-1])) @ k_BNSK.transpose(-1, -2)
-        if kwargs:
+        if kwargs and kwargs["attn_mask"] is not None:
             scores = scores + kwargs["attn_mask"]
         return torch.softmax(scores, -1, dtype=scores.dtype) @ v_BNSK

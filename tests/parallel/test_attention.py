@@ -61,7 +61,6 @@ def test_bytes_sent_are_those_of_the_formulas(world: Any, ranks: int) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="an independent Ulysses is not installed: pip install 'reelstep[deepspeed]'")
-@pytest.mark.slow  # its import alone takes seconds on every rank
 def test_deepspeeds_distributed_attention_agrees(world: Any) -> None:
     q, k, v = tensors(heads=4, length=28)  # DeepSpeed wants lengths that divide
     answers = world.run(2, on_ranks.deepspeed_ulysses, q, k, v)

@@ -33,8 +33,8 @@ from reelstep.training.imagine_flash import (
     student_ends,
     student_state,
     teacher_ends,
-    weights,
 )
+from reelstep.training.trainer import weights
 
 FOUR = torch.tensor([[2, 0], [-2, 0], [0, 2], [0, -2]], dtype=torch.float64)
 ONE = torch.tensor([[1.5, -0.5]], dtype=torch.float64)

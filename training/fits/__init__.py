@@ -29,7 +29,8 @@ from reelstep.errors import ConfigError, ReelstepError, UnsupportedRequest
 from reelstep.registry import Registry
 from reelstep.training import checkpoint
 from reelstep.training.field import Pairs, solve, validate
-from reelstep.training.model_field import TASKS, ModelFields
+from reelstep.training.model_field import TASKS, ModelFields, split_over
+from reelstep.training.trainer import ALONE, Processes
 
 FITS: Registry[Callable[[Sequence[str]], None]] = Registry(
     "fit",
@@ -102,8 +103,8 @@ class Subject:
         return Fitted(name, method, self.spec.name, self.model_hash, self.fit, made, conditions, scores)
 
 
-def prepare(args: argparse.Namespace, fit: Callable[[Defaults, float], Fit]) -> Subject:
-    """Build the model and encode the prompts. fit: from the task's defaults and the scale to what is fitted.
+def prepare(args: argparse.Namespace, fit: Callable[[Defaults, float], Fit], processes: Processes = ALONE) -> Subject:
+    """Build the model and encode the prompts. fit: from the task's defaults and the scale to what is fitted. processes: that may split the model.
 
     Raises NotFound, ConfigError or UnsupportedRequest before any of that for options that do not go together.
     """
@@ -120,12 +121,15 @@ def prepare(args: argparse.Namespace, fit: Callable[[Defaults, float], Fit]) -> 
     wanted = fit(defaults, defaults.scale if args.scale is None else args.scale)
     prompts = choose_prompts(args)
     module = spec.build()
+    model_hash = hash_weights(module)
+    if processes.mesh is not None:
+        split_over(processes.mesh, spec, module)
     train, validation = (ModelFields.of(spec, module, wanted, each) for each in prompts)
     noises = train.noise(args.seed), validation.noise(args.seed + VALIDATION_SEED)
-    return Subject(spec, module, hash_weights(module), wanted, train, validation, prompts, noises)
+    return Subject(spec, module, model_hash, wanted, train, validation, prompts, noises)
 
 
-def prepare_solver(args: argparse.Namespace) -> tuple[Subject, tuple[Pairs, Pairs], Path]:
+def prepare_solver(args: argparse.Namespace, processes: Processes = ALONE) -> tuple[Subject, tuple[Pairs, Pairs], Path]:
     """A subject, its exact paths to fit and to validate, and the folder that keeps them: the next fit of this model finds them there.
 
     The paths are solved in float32; the subject then runs in half precision, whose error, of some 54 dB, is far below a solver's.
@@ -139,12 +143,12 @@ def prepare_solver(args: argparse.Namespace) -> tuple[Subject, tuple[Pairs, Pair
         GUIDANCE[args.guidance].build(scale, PATHS[MODELS[args.model].settings.path], options)
         return Fit((args.task,), args.out.stem, "", args.nfe, args.guidance, options, scale)
 
-    subject = prepare(args, fit)
+    subject = prepare(args, fit, processes)
     wanted = subject.fit
     asked = [subject.model_hash, args.task, wanted.guidance, wanted.guidance_options, wanted.scale, *subject.prompts, args.seed, args.tolerance]
     folder = args.cache / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-    train = solve_pairs(subject.train, subject.noises[0], args.tolerance, folder / "train.pt")
-    validation = solve_pairs(subject.validation, subject.noises[1], args.tolerance, folder / "validation.pt")
+    train = solve_pairs(subject.train, subject.noises[0], args.tolerance, folder / "train.pt", processes)
+    validation = solve_pairs(subject.validation, subject.noises[1], args.tolerance, folder / "validation.pt", processes)
     fast = replace(subject, train=replace(subject.train, half=True), validation=replace(subject.validation, half=True))
     return fast, (train, validation), folder
 
@@ -178,16 +182,22 @@ def choose_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     return [(found[:half] * args.pairs)[k] for k in range(args.pairs)], [(found[half:] * args.pairs)[k] for k in range(args.pairs)]
 
 
-def solve_pairs(fields: ModelFields, noise: Tensor, tolerance: float, path: Path) -> Pairs:
-    """Reference paths of the noises, a piece at a time; what was solved before an interruption is kept."""
-    paths: list[Tensor] = []
-    if (saved := checkpoint.load(path)) is not None:
+def solve_pairs(fields: ModelFields, noise: Tensor, tolerance: float, path: Path, processes: Processes = ALONE) -> Pairs:
+    """Reference paths of the noises, a piece at a time; what was solved before an interruption is kept. Processes take turns at the pieces."""
+    pieces = torch.arange(len(noise)).split(ROWS)[processes.place :: processes.shares]
+    own, paths = path if processes.shares == 1 else path.with_stem(f"{path.stem}_{processes.place}_of_{processes.shares}"), list[Tensor]()
+    if (saved := checkpoint.load(own)) is not None:
         paths = list(saved["paths"].split(ROWS, 1))
-    for index in torch.arange(len(noise)).split(ROWS)[len(paths) :]:
+    for index in pieces[len(paths) :]:
         paths.append(solve(fields(index), noise[index], tolerance, POINTS))
-        checkpoint.save(path, {"paths": torch.cat(paths, 1)})
-        print(f"reference solutions, {path.stem}: {sum(part.shape[1] for part in paths)} of {len(noise)}", flush=True)
-    whole = torch.cat(paths, 1)
+        if processes.leads:
+            checkpoint.save(own, {"paths": torch.cat(paths, 1)})
+        if processes.first:
+            print(f"reference solutions, {path.stem}: {len(paths)} of {len(pieces)} pieces", flush=True)
+    whole = noise.new_zeros(POINTS, *noise.shape)
+    for index, found in zip(pieces, paths, strict=True):
+        whole[:, index] = found
+    whole = processes.total(whole)
     return Pairs(noise, whole[-1], whole)
 
 
@@ -207,10 +217,10 @@ def baselines(subject: Subject, pairs: Pairs) -> dict[str, float]:
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[int, float, float], None]]:
+def progress_bar(total: int, shown: bool = True) -> Iterator[Callable[[int, float, float], None]]:
     """A bar for (iterations done, loss, best dB)."""
     columns = (TextColumn("loss {task.fields[loss]:.3f}, best {task.fields[best]:.2f} dB"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
+    with Progress(*columns, disable=not shown) as bar:
         task = bar.add_task("", total=total, loss=0.0, best=0.0)
         yield lambda done, loss, best: bar.update(task, completed=done, loss=loss, best=best)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Sequence
 
 from reelstep.engine.models import MODELS
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.training import bns
+from reelstep.training.distributed import start
 from reelstep.training.fits import ROWS, baselines, plot_scores, prepare_solver, print_scores, progress_bar, solver_parser, write
+from reelstep.training.trainer import Processes
 
 TEXT = """\
 Fit a BNS solver: all times and coefficients of a table of NFE velocities, to one model under one scale.
@@ -16,6 +19,7 @@ Fit a BNS solver: all times and coefficients of a table of NFE velocities, to on
 examples:
   reelstep fit bns reel-tiny --nfe 8 -o bns_8.json
   reelstep compile reel-tiny --fitted bns_8.json       then: reelstep generate "..." --solver bns_8 -o out.mp4
+  torchrun --nproc-per-node 2 -m reelstep fit bns reel-tiny --nfe 8 -o bns_8.json       (docs/training.md)
 """
 
 
@@ -25,25 +29,35 @@ def main(arguments: Sequence[str]) -> None:
     made.add_argument("--batch", type=int, default=8, metavar="N", help="pairs of an iteration (%(default)s)")
     made.add_argument("--rate", type=float, default=0.05, metavar="X", help="of Adam, as a share of the error at the start (%(default)g)")
     made.add_argument("--sigma-0", type=float, default=1.0, metavar="X", help="deviation of the source it starts in; 5 to 10 for high scales (%(default)g)")
+    made.add_argument("--mesh", default="", metavar="AXES", help="with torchrun: processes that hold the model together, as tp=2 or cp=2 (each has it whole)")
     args = made.parse_args(arguments)
+    with start(mesh=args.mesh) as processes:
+        fit(args, processes)
+
+
+def fit(args: argparse.Namespace, processes: Processes) -> None:
     options = bns.Options(iterations=args.iterations, batch=args.batch, rows=ROWS, rate=args.rate, validate_every=20, seed=args.seed)
+    processes.share(min(args.batch, args.pairs), "pairs of a batch")  # before hours of references
     times = bns.initial_table(args.nfe, PATHS[MODELS[args.model].settings.path], args.sigma_0)
-    subject, (train, validation), folder = prepare_solver(args)
+    subject, (train, validation), folder = prepare_solver(args, processes)
     saved = folder / f"bns_{args.nfe}_{args.sigma_0:g}_{args.rate:g}_{args.batch}_{args.iterations}.pt"
     began = time.monotonic()
     initial = bns.solve_rows(times, subject.train, train, ROWS)
-    print(f"rows solved for, {time.monotonic() - began:.0f} s", flush=True)
-    with progress_bar(options.iterations) as progress:
-        fit = bns.fit_bns(initial, (subject.train, train), (subject.validation, validation), options, progress, saved)
+    if processes.first:
+        print(f"rows solved for, {time.monotonic() - began:.0f} s", flush=True)
+    with progress_bar(options.iterations, processes.first) as progress:
+        found = bns.fit_bns(initial, (subject.train, train), (subject.validation, validation), options, progress, saved, processes)
     seconds = time.monotonic() - began
     name = args.out.stem
-    scores = {name: fit.best_db, "start": fit.start_db, **baselines(subject, validation)}
+    scores = {name: found.best_db, "start": found.start_db, **baselines(subject, validation)}
     conditions = {
         "initial": "rows solved for one after the other, on equal times of the source", "sigma_0": args.sigma_0, "reference": f"RK45 at {args.tolerance:g}",
-        "pairs": args.pairs, "iterations": args.iterations, "best_iteration": fit.iteration, "batch": args.batch, "rate": args.rate,
-        "seed": args.seed, "dtype": "bfloat16 products", "seconds": round(seconds), "note": fit.note,
+        "pairs": args.pairs, "iterations": args.iterations, "best_iteration": found.iteration, "batch": args.batch, "rate": args.rate,
+        "seed": args.seed, "dtype": "bfloat16 products", "seconds": round(seconds), "processes": str(processes), "note": found.note,
     }  # fmt: skip
-    write(args.out, subject.artifact("bns", fit.solver, name, conditions, scores))
-    plot_scores(args.out.with_suffix(".png"), f"BNS, {args.nfe} NFE, scale {subject.fit.scale:g}", fit.history, scores)
+    if not processes.first:
+        return
+    write(args.out, subject.artifact("bns", found.solver, name, conditions, scores))
+    plot_scores(args.out.with_suffix(".png"), f"BNS, {args.nfe} NFE, scale {subject.fit.scale:g}", found.history, scores)
     print_scores(scores)
-    print(f"{args.out}  {args.nfe} NFE at scale {subject.fit.scale:g}, {seconds:.0f} s{'; ' + fit.note if fit.note else ''}")
+    print(f"{args.out}  {args.nfe} NFE at scale {subject.fit.scale:g}, {seconds:.0f} s{'; ' + found.note if found.note else ''}")

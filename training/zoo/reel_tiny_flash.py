@@ -1,7 +1,8 @@
 """Recipe of `reel-tiny-flash`: a student of `reel-tiny` that makes a video from words in one to three steps, by Imagine Flash.
 
-`python -P -m reelstep.training.zoo.reel_tiny_flash`. Seeded; resumes from checkpoints/reel-tiny-flash/student.pt. Needs the weights of reel-tiny and no
-data: prompts and noise are enough. Only the denoiser learns; text encoder and autoencoder are the teacher's.
+`python -P -m reelstep.training.zoo.reel_tiny_flash`, or in N processes `torchrun --nproc-per-node N -m reelstep.training.zoo.reel_tiny_flash`. Seeded;
+resumes from checkpoints/reel-tiny-flash/student.pt. Needs the weights of reel-tiny and no data: prompts and noise are enough. Only the denoiser learns;
+text encoder and autoencoder are the teacher's.
 
 The teacher starts from the student's own state (backward distillation, no shift): its target then follows from what the student sees, so that the mean over
 targets, which a square error seeks, is not blurred by noise that the student cannot know.
@@ -23,13 +24,16 @@ from torch import Tensor
 from reelstep.engine.models.reel_tiny import SPEC, WEIGHTS, ReelTiny, build
 from reelstep.engine.request import Fit
 from reelstep.engine.samplers.paths import PATHS
+from reelstep.training.distributed import STAGES, start
 from reelstep.training.imagine_flash import Distilled, Options, StudentGrid, Teacher, Validation, distil, teacher_ends
 from reelstep.training.model_field import ModelFields
+from reelstep.training.trainer import ALONE, Processes
 from reelstep.training.zoo.stickers import prompts
 
 TASK = "text_to_video"
 TIMES = (0.0, 1 / 3, 2 / 3, 1.0)  # fewer steps leave out the last ones and end in the data predicted there
 PROMPTS, VALIDATION_PROMPTS, SAMPLES_OF_EACH = 1024, 8, 8
+ROWS = 8  # of the teacher's ends made at once
 VALIDATION_NFE = 16  # of the teacher's ends that students are scored against
 
 
@@ -38,15 +42,18 @@ def fields_of(model: ReelTiny, guidance: str, scale: float, words: Sequence[str]
     return replace(ModelFields.of(SPEC, model, Fit((TASK,), "", "", 1, guidance, {}, scale), words), half=True)
 
 
-def validation_of(teacher: ModelFields, how: Teacher, seed: int) -> Validation:
+def validation_of(teacher: ModelFields, how: Teacher, seed: int, processes: Processes) -> Validation:
     """Noise for students, and the teacher's ends from other noise, some of each prompt."""
     index = torch.arange(VALIDATION_PROMPTS).repeat_interleave(SAMPLES_OF_EACH)
     noise, other = (torch.randn((len(index), *teacher.latent_shape), generator=torch.Generator().manual_seed(seed + k)) for k in (1, 2))
-    return Validation(index, noise, teacher_ends(teacher.network, replace(how, nfe=VALIDATION_NFE), PATHS[SPEC.settings.path], index, other, rows=8))
+    ends, path = torch.zeros_like(other), PATHS[SPEC.settings.path]
+    for mine in torch.arange(len(index)).split(ROWS)[processes.place :: processes.shares]:
+        ends[mine] = teacher_ends(teacher.network, replace(how, nfe=VALIDATION_NFE), path, index[mine], other[mine])
+    return Validation(index, noise, processes.total(ends))
 
 
-def train(iterations: int, batch: int, rate: float, seed: int, out: Path) -> tuple[ReelTiny, Distilled]:
-    """The student and how its scores went."""
+def train(iterations: int, batch: int, rate: float, seed: int, out: Path, processes: Processes = ALONE) -> tuple[ReelTiny, Distilled]:
+    """The student, whole on the first process, and how its scores went."""
     scale = SPEC.settings.defaults[TASK].scale
     how = Teacher(nfe=4, scale=scale, solver="ab2")
     words = prompts(PROMPTS + VALIDATION_PROMPTS, seed)
@@ -56,7 +63,7 @@ def train(iterations: int, batch: int, rate: float, seed: int, out: Path) -> tup
     student.denoiser.requires_grad_(True)
     student.denoiser.text.requires_grad_(False)  # what it gives is the same in every step, and the engine runs it with the text encoder
     held_out = words[PROMPTS:]
-    validation = validation_of(fields_of(teacher, "cfg", scale, held_out), how, seed)
+    validation = validation_of(fields_of(teacher, "cfg", scale, held_out), how, seed, processes)
     shifted = replace(validation, index=validation.index + PROMPTS)
     grid = StudentGrid(SPEC.settings.path, TIMES, gamma=None)
     options = Options(grid, how, iterations, batch, rate, weight_decay=0.0, validate_every=100, rows=16, seed=seed)
@@ -66,11 +73,12 @@ def train(iterations: int, batch: int, rate: float, seed: int, out: Path) -> tup
         return torch.from_numpy(rng.integers(PROMPTS, size=count))
 
     def tell(done: int, loss: float, best: float) -> None:
-        if done % 25 == 0:
+        if done % 25 == 0 and processes.first:
             print(f"iteration {done} of {iterations}, loss {loss:.4f}, best energy distance {best:.3f}, {time.monotonic() - began:.0f} s", flush=True)
 
     out.mkdir(parents=True, exist_ok=True)
-    return student, distil(student.denoiser, fields, networks, conditions, shifted, options, progress=tell, saved=out / "student.pt")
+    saved = out / "student.pt"
+    return student, distil(student.denoiser, fields, networks, conditions, shifted, options, progress=tell, saved=saved, processes=processes)
 
 
 def main() -> None:
@@ -81,11 +89,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("checkpoints/reel-tiny-flash"))
     parser.add_argument("--target", type=Path, default=WEIGHTS / "reel-tiny-flash.safetensors", help="the student's denoiser, bfloat16")
+    parser.add_argument("--zero", type=int, default=0, choices=STAGES, help="with torchrun: what is split beside the batch (%(default)s, nothing)")
+    parser.add_argument("--half", action="store_true", help="with --zero 1, 2 or 3: weights in bfloat16 beside float32 copies")
     args = parser.parse_args()
-    student, result = train(args.iterations, args.batch, args.rate, args.seed, args.out)
-    save_file({name: value.to(torch.bfloat16).contiguous() for name, value in student.denoiser.state_dict().items()}, args.target)
+    with start(args.zero, half=args.half) as processes:
+        student, result = train(args.iterations, args.batch, args.rate, args.seed, args.out, processes)
+        if processes.first:
+            write(args.target, student, result)
+
+
+def write(target: Path, student: ReelTiny, result: Distilled) -> None:
+    save_file({name: value.to(torch.bfloat16).contiguous() for name, value in student.denoiser.state_dict().items()}, target)
     print("energy distance " + ", ".join(f"{score:.3f} at {done}" for done, score in result.history))
-    print(f"{args.target}: iterate {result.iteration}, {args.target.stat().st_size:,} bytes{'; ' + result.note if result.note else ''}")
+    print(f"{target}: iterate {result.iteration}, {target.stat().st_size:,} bytes{'; ' + result.note if result.note else ''}")
 
 
 if __name__ == "__main__":
