@@ -9,8 +9,9 @@ import queue
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from reelstep import __version__
 from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, NotFound, ReelstepError, UnsupportedRequest
@@ -18,12 +19,19 @@ from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, NotFoun
 if TYPE_CHECKING:
     from reelstep.compiler.planner import Sampling, Workload
     from reelstep.compiler.program import Precision
+    from reelstep.compiler.quantisation import Quantisation
     from reelstep.compiler.signing import PublicKey
     from reelstep.engine.client import Artifact, ClientEvent, Generation, Options
+    from reelstep.engine.executors.replicas import Elsewhere
     from reelstep.engine.models.spec import ModelSettings
     from reelstep.engine.resolve import Ask, Engine, Served
 
+T = TypeVar("T")
 USER_ERRORS = (ConfigError, InvalidRequest, UnsupportedRequest, NotFound)
+QUANTISE_PROMPTS = 4
+"""To measure layers on, and as many to compare with."""
+MAX_ERROR, MIN_PSNR_DB = 0.05, 35.0
+"""Of a quantised model."""
 PRECISIONS: dict[str, Precision] = {"f32": "float32", "bf16": "bfloat16"}
 EXAMPLES = """\
 examples:
@@ -96,6 +104,13 @@ def add_compile(commands: Commands) -> None:
     parser.add_argument("--fitted", type=Path, action="append", default=[], metavar="FILE", help="made by `reelstep fit`; may be repeated")
     split = "add the denoiser in pieces, on the same weights, for requests with a step cache; they take memory where they are loaded"
     parser.add_argument("--step-cache", action="store_true", help=split)
+    fuses = "fuse a LoRA into the weights: safetensors, strength 1 if not given; may be repeated; it costs nothing to run"
+    parser.add_argument("--lora", type=parse_lora, action="append", default=[], metavar="FILE[=X]", help=fuses)
+    takes = "add a denoiser that takes LoRAs of up to this rank with each request; it takes memory where it is loaded"
+    parser.add_argument("--lora-rank", type=int, metavar="R", help=takes)
+    add_quantisation(parser)
+    planned = "of the ranks that shall share it, such as cp=8: the plan says what each runs, holds and sends, and no other mesh opens the bundle"
+    parser.add_argument("--mesh", metavar="AXIS=N,...", help=planned)
     parser.add_argument("--explain", action="store_true", help="print the plan: every choice and its reason")
     parser.add_argument("--sku", default="cpu", metavar="NAME", help="what it shall run on (cpu); a wrong name prints those there are")
     parser.add_argument("--backend", help="what executes the programs (openvino on a CPU, tensorrt elsewhere)")
@@ -104,6 +119,16 @@ def add_compile(commands: Commands) -> None:
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign the bundle with this private key of `reelstep keygen`")
     add_precision(parser)
     add_cache(parser)
+
+
+def add_quantisation(parser: argparse.ArgumentParser) -> None:
+    schemes = "int8 (products of integers), int8-weights (a smaller bundle) or fp8 (GPUs that have E4M3): the denoiser's linear layers in 8 bits"
+    parser.add_argument("--quantise", metavar="SCHEME", help=schemes)
+    keeps = f"relative error of the denoiser on its own calls; its most sensitive layers stay as they are until it is met ({MAX_ERROR:g})"
+    parser.add_argument("--max-error", type=float, metavar="X", help=keeps)
+    parser.add_argument("--min-psnr", type=float, metavar="DB", help=f"fail if other requests come out worse than this, to float32 ({MIN_PSNR_DB:g})")
+    asks = "one a line: half to measure layers on, half to compare (the model's own kind)"
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help=asks)
 
 
 def add_finalize(commands: Commands) -> None:
@@ -163,7 +188,12 @@ def add_plan(commands: Commands) -> None:
 
 def add_serve(commands: Commands) -> None:
     text = "Load bundles and serve them over gRPC, with health checks and reflection, until SIGTERM."
-    parser = add_command(commands, "serve", run_serve, text, "  reelstep serve reel-tiny.reel\n  reelstep serve a.reel b.reel --port 0\n")
+    examples = (
+        "  reelstep serve reel-tiny.reel\n"
+        "  reelstep serve a.reel b.reel --port 0\n"
+        "  reelstep serve reel-tiny.reel --replicas 2 --mesh cp=2 --cluster head:6379\n"
+    )
+    parser = add_command(commands, "serve", run_serve, text, examples)
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=50051, help="0 takes a free one and prints it (50051)")
@@ -172,9 +202,20 @@ def add_serve(commands: Commands) -> None:
     parser.add_argument("--max-running", type=int, default=32, metavar="N", help="requests that hold memory at once (32)")
     parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait for that; more are refused (256)")
     parser.add_argument("--max-seconds", type=float, default=600.0, metavar="S", help="longest that one request may take (600)")
+    named = "let requests use this LoRA by this name, for a bundle compiled with --lora-rank; may be repeated"
+    parser.add_argument("--lora", type=parse_named, action="append", default=[], metavar="NAME=FILE", help=named)
     parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="time for running requests after SIGTERM (30)")
     add_engine_options(parser)
     add_mesh(parser)
+    states = "keep states of running requests here; a server that is started again goes on with those that are asked for again"
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help=states)
+    parser.add_argument("--checkpoint-every", type=int, default=4, metavar="K", help="steps between two of them (4)")
+    group = parser.add_argument_group("replicas", "outside this process, on Ray: pip install 'reelstep[cluster]'")
+    number = "replicas of all bundles, or LEAST:MOST to have as many as the load needs (1 with --cluster, else none)"
+    group.add_argument("--replicas", metavar="N", help=number)
+    where = "host:port of a Ray cluster's head, auto for the one that this machine is part of, or local to start one here (local)"
+    group.add_argument("--cluster", metavar="ADDRESS", help=where)
+    group.add_argument("--rank-cpus", type=float, metavar="N", help="CPUs that each rank takes (its part of this machine on local, else 1)")
 
 
 def add_generate(commands: Commands) -> None:
@@ -189,6 +230,8 @@ def add_generate(commands: Commands) -> None:
     parser.add_argument("--server", default="localhost:50051", metavar="ADDRESS", help="host:port (localhost:50051)")
     parser.add_argument("--model", help="needed when the server has several")
     parser.add_argument("--timeout", type=float, metavar="S", help="give up after so many seconds; the server stops then too")
+    adds = "add a LoRA that the server has, strength 1 if not given; may be repeated; a wrong name prints those there are"
+    parser.add_argument("--lora", type=parse_strength, action="append", default=[], metavar="NAME[=X]", help=adds)
     add_generation_options(parser)
 
 
@@ -198,6 +241,8 @@ def add_sample(commands: Commands) -> None:
     parser = add_command(commands, "sample", run_sample, text, examples)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
     parser.add_argument("prompt", metavar="PROMPT", help="what to show, in words")
+    adds = "add this LoRA, strength 1 if not given, for a bundle compiled with --lora-rank; may be repeated"
+    parser.add_argument("--lora", type=parse_lora, action="append", default=[], metavar="FILE[=X]", help=adds)
     add_generation_options(parser)
     add_engine_options(parser)
     add_mesh(parser)
@@ -251,7 +296,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:
-    shares = "ranks on this machine that share one bundle's model, such as cp=2,tp=1; in float32 (one process)"
+    shares = "ranks that share one bundle's model, such as cp=2,tp=1; in float32, and on this machine if there are no replicas (one process)"
     parser.add_argument("--mesh", metavar="AXIS=N,...", help=shares)
 
 
@@ -288,6 +333,35 @@ def parse_option(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, such as threshold=0.99") from None
 
 
+def parse_strength(text: str) -> tuple[str, float]:
+    """NAME, or NAME=STRENGTH. A name may have a '=' of its own."""
+    name, equals, strength = text.rpartition("=")
+    try:
+        return (name, float(strength)) if equals else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    file, strength = parse_strength(text)
+    return Path(file), strength
+
+
+def parse_named(text: str) -> tuple[str, Path]:
+    name, _, file = text.partition("=")
+    if not name or not file:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE, such as neon=neon.safetensors")
+    return name, Path(file)
+
+
+def by_name(pairs: Sequence[tuple[str, T]]) -> dict[str, T]:
+    """Raises ConfigError for a LoRA that is given twice."""
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"--lora names {', '.join(twice)} twice; give each once")
+    return dict(pairs)
+
+
 def cache_dir(args: argparse.Namespace) -> Path:
     """--cache, else $REELSTEP_CACHE, else the user's cache folder."""
     if args.cache:
@@ -306,6 +380,7 @@ def run_compile(args: argparse.Namespace) -> None:
     from reelstep.compiler.load import on_this_machine
     from reelstep.compiler.signing import read_private_key
     from reelstep.engine.build import build_bundle
+    from reelstep.parallel.mesh import Mesh
 
     out = args.out or Path(f"{args.model}.reel")
     precision = PRECISIONS.get(args.precision)
@@ -314,7 +389,8 @@ def run_compile(args: argparse.Namespace) -> None:
     cache = None if args.portable else cache_dir(args)
     bundle = build_bundle(
         args.model, backend=backend, sku=args.sku, precision=precision, out=out, cache=cache, fitted=args.fitted, step_cache=args.step_cache,
-        progress=tell_stage,
+        loras=args.lora, lora_rank=args.lora_rank, quantisation=build_quantisation(args),
+        mesh=Mesh.parse(args.mesh) if args.mesh else None, progress=tell_stage,
     )  # fmt: skip
     if key:
         bundle = sign_bundle(out, key)
@@ -324,6 +400,27 @@ def run_compile(args: argparse.Namespace) -> None:
     if args.portable or not on_this_machine(args.sku):
         engines = ", ".join(f"{program} {profile}" for program, profile in bundle.signatures)
         print(f"left to {args.sku}: the engines of {backend} for {engines}; build them there with `reelstep finalize {bundle.path.name}`")
+
+
+def build_quantisation(args: argparse.Namespace) -> Quantisation | None:
+    """What --quantise asks for: prompts of the model's own kind unless a file has others, and the measures of the benchmarks."""
+    limits = {"--max-error": args.max_error, "--min-psnr": args.min_psnr, "--prompts": args.prompts}
+    if args.quantise is None:
+        if inert := [option for option, value in limits.items() if value is not None]:
+            raise ConfigError(f"{inert[0]} without --quantise, which it belongs to; add --quantise SCHEME, or leave it out")
+        return None
+    from reelstep.benchmarks.animation import psnr
+    from reelstep.benchmarks.steps import ssim
+    from reelstep.compiler.quantisation import Quantisation
+    from reelstep.engine.calibration import TaskRequests
+    from reelstep.engine.models import MODELS
+    from reelstep.training.fits import choose_prompts
+
+    args.pairs, args.seed = QUANTISE_PROMPTS, 0
+    measured, compared = choose_prompts(args)
+    requests = TaskRequests.of(MODELS[args.model], tuple(dict.fromkeys(measured)), tuple(dict.fromkeys(compared)), psnr, ssim)
+    max_error = MAX_ERROR if args.max_error is None else args.max_error
+    return Quantisation(args.quantise, max_error, MIN_PSNR_DB if args.min_psnr is None else args.min_psnr, requests)
 
 
 def run_finalize(args: argparse.Namespace) -> None:
@@ -366,7 +463,19 @@ def run_inspect(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(describe_json(bundle), indent=2))
     else:
-        print(describe(bundle) + describe_menus(ServedModel.of(bundle)), end="")
+        served = ServedModel.of(bundle)
+        print(describe(bundle) + describe_loras(served.settings) + describe_menus(served), end="")
+
+
+def describe_loras(settings: ModelSettings) -> str:
+    """A line for each LoRA in the weights, and one for what requests may bring."""
+    from reelstep.compiler.lora import patterns
+
+    lines = [f"LoRA in the weights: {each}, sha256 {each.digest}\n" for each in settings.fused]
+    if settings.lora:
+        numbers, rank, layers = settings.lora.numbers, settings.lora.rank, settings.lora.layers
+        lines.append(f"LoRA of requests: rank up to {rank}, {numbers:,} numbers a row, in {len(layers)} layers: {patterns(layers)}\n")
+    return "".join(lines)
 
 
 def describe_menus(model: Served) -> str:
@@ -469,14 +578,47 @@ def run_serve(args: argparse.Namespace) -> None:
         grace_s=args.grace,
         max_request_s=args.max_seconds,
     )
-    serve(lambda: load_engine(args, args.bundles, args.max_running, args.max_queue), options, announce)
+    loras = by_name(args.lora)
+    elsewhere = replicas_elsewhere(args)
+    if args.checkpoint_every < 1:
+        raise ConfigError(f"--checkpoint-every {args.checkpoint_every}; at least 1 step")
+    checkpoints = (args.checkpoints, args.checkpoint_every) if args.checkpoints else None
+    serve(lambda: load_engine(args, args.bundles, args.max_running, args.max_queue, loras, elsewhere, checkpoints), options, announce)
 
 
 def announce(address: str) -> None:
     print(f"serving on {address}", flush=True)
 
 
-def load_engine(args: argparse.Namespace, bundles: list[Path], max_running: int, max_queued: int) -> Engine:
+def replicas_elsewhere(args: argparse.Namespace) -> Elsewhere | None:
+    """What --replicas and --cluster ask for. Raises ConfigError for options that need one of them, and where Ray is not installed."""
+    from reelstep.engine.executors.replicas import Scaling
+    from reelstep.parallel.mesh import Mesh
+
+    if args.replicas is None and args.cluster is None:
+        if args.rank_cpus is not None:
+            raise ConfigError("--rank-cpus is of replicas; add --replicas or --cluster")
+        return None
+    if args.rank_cpus is not None and not args.rank_cpus > 0:
+        raise ConfigError(f"--rank-cpus {args.rank_cpus:g}; a number above 0")
+    scaling, mesh = Scaling.parse(args.replicas or "1"), Mesh.parse(args.mesh or "")
+    if find_spec("ray") is None:
+        raise ConfigError("replicas run on Ray, which is not installed here: pip install 'reelstep[cluster]'")
+    from reelstep.engine.executors.cluster import OnCluster
+
+    return OnCluster(args.cluster or "local", scaling, mesh, args.rank_cpus, cache_dir(args), args.backend, PRECISIONS.get(args.precision))
+
+
+def load_engine(
+    args: argparse.Namespace,
+    bundles: list[Path],
+    max_running: int,
+    max_queued: int,
+    loras: dict[str, Path],
+    elsewhere: Elsewhere | None = None,
+    checkpoints: tuple[Path, int] | None = None,
+    once: bool = False,
+) -> Engine:
     from reelstep.engine.loop import open_engine
     from reelstep.parallel.mesh import Mesh
 
@@ -490,6 +632,10 @@ def load_engine(args: argparse.Namespace, bundles: list[Path], max_running: int,
         progress=tell_stage,
         trusted=trusted_keys(args),
         mesh=Mesh.parse(args.mesh) if args.mesh else None,
+        loras=loras,
+        elsewhere=elsewhere,
+        checkpoints=checkpoints,
+        once=once,
     )
 
 
@@ -499,6 +645,7 @@ def run_generate(args: argparse.Namespace) -> None:
     options = build_options(args)
     if args.model:
         options["model"] = args.model
+    options["lora"] = by_name(args.lora)
     with Client(args.server) as client, closing(client.stream(args.prompt, timeout=args.timeout, **options)) as events:
         report(args, follow(events))
 
@@ -537,15 +684,16 @@ def check_out(path: Path) -> str:
 
 
 def run_sample(args: argparse.Namespace) -> None:
-    ask = build_ask(args)
-    engine = load_engine(args, [args.bundle], max_running=1, max_queued=0)
+    strengths = by_name([(file.stem, strength) for file, strength in args.lora])
+    ask = build_ask(args, strengths)
+    engine = load_engine(args, [args.bundle], 1, 0, {file.stem: file for file, _ in args.lora}, once=True)
     try:
         report(args, follow(run_local(engine, ask)))
     finally:
         engine.close(0.0)
 
 
-def build_ask(args: argparse.Namespace) -> Ask:
+def build_ask(args: argparse.Namespace, lora: dict[str, float]) -> Ask:
     from reelstep.engine.resolve import Ask
 
     options = build_options(args)
@@ -567,6 +715,7 @@ def build_ask(args: argparse.Namespace) -> Ask:
         quality=args.quality,
         step_cache=args.step_cache,
         step_cache_options=dict(args.step_cache_option),
+        lora=lora,
         image=read_picture(args.image) if args.image else None,
         media_type=options["media_type"] or "",
     )
@@ -601,7 +750,7 @@ def run_local(engine: Engine, ask: Ask) -> Iterator[ClientEvent]:
     usage = Cost(event.usage.nfe, event.usage.forwards, event.usage.cached, event.usage.queue_s, event.usage.compute_s)
     yield Generation(
         request.id, request.model, request.task, request.solver, request.schedule, request.steps, request.guidance, request.scale, ask.quality,
-        request.step_cache, tuple(artifacts), usage,
+        request.step_cache, tuple(artifacts), usage, request.lora,
     )  # fmt: skip
 
 
@@ -637,7 +786,8 @@ def report(args: argparse.Namespace, result: Generation) -> None:
     compute = ", ".join(f"{program} {spent:.2f} s" for program, spent in usage.compute_s.items())
     quality = f", {result.quality}" if result.quality else ""
     cache, cached = (f", step cache {result.step_cache}", f", cached {usage.cached}") if result.step_cache else ("", "")
-    choice = f"{result.solver} on {result.schedule}, {result.steps} steps, {result.guidance} at scale {result.scale:g}{cache}"
+    lora = "".join(f", LoRA {name} at {strength:g}" for name, strength in result.lora.items())
+    choice = f"{result.solver} on {result.schedule}, {result.steps} steps, {result.guidance} at scale {result.scale:g}{cache}{lora}"
     print(f"{result.model} {result.task}{quality}: {choice}")
     print(f"NFE {usage.nfe}, forwards {usage.forwards}{cached}; queue {usage.queue_s:.2f} s; compute {sum(usage.compute_s.values()):.2f} s ({compute})")
 

@@ -10,17 +10,22 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], None]] = Registry(
     "benchmark",
     {
         "engine": "reelstep.benchmarks.engine:main",
+        "quantised": "reelstep.benchmarks.quantised:main",
+        "startup": "reelstep.benchmarks.startup:main",
         "sticker": "reelstep.benchmarks.sticker:main",
         "concurrency": "reelstep.benchmarks.concurrency:main",
         "overhead": "reelstep.benchmarks.overhead:main",
+        "replicas": "reelstep.benchmarks.replicas:main",
         "animation": "reelstep.benchmarks.animation:main",
         "steps": "reelstep.benchmarks.steps:main",
         "flash": "reelstep.benchmarks.flash:main",
         "frechet": "reelstep.benchmarks.frechet:main",
         "context_parallel": "reelstep.benchmarks.context_parallel:main",
+        "piecewise": "reelstep.benchmarks.piecewise:main",
         "planner": "reelstep.benchmarks.planner:main",
         "gpu_check": "reelstep.benchmarks.gpu_check:main",
         "simulate": "reelstep.benchmarks.simulate:main",
+        "lora": "reelstep.benchmarks.lora:main",
     },
 )
 """Entry point of each benchmark: it takes the command line after its name."""

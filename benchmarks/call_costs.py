@@ -146,7 +146,7 @@ REEL_TINY_ROWS = {
 }  # fmt: skip
 REEL_TINY_TASKS = {
     "text_to_video": Task("video", 2, False, 12, {"draft": 4, "standard": 8, "best": 16}),
-    "text_to_image": Task("image", 2, False, 12, {}),
+    "text_to_image": Task("image", 2, False, 12, {"draft": 6, "standard": 12, "best": 24}),
     "animate_sticker": Task("video", 1, True, 6, {}),
 }
 """Written out, so that a simulation needs no network and no torch; a test compares them with the model."""

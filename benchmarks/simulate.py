@@ -278,8 +278,9 @@ def main(argv: Sequence[str]) -> None:
         failing.append(row)
     cpu_s = time.process_time() - began
     assumed = [
-        "the router gives a request to the replica with the fewest, and knows of deaths at once; the engine has no router yet",
-        "saving a state, moving it and sending calls are free; the engine saves none yet",
+        "the router gives a request to the replica with the fewest, and knows of deaths at once; "
+        "the engine gives each batch to the replica that has waited longest",
+        "saving a state, moving it and sending calls are free",
         *(f"{policy}: {POLICIES[policy].words}" for policy in args.policies),
     ]
     print("\n".join([f"costs of {costs.model} on {costs.sku}", *costs.origins(), *assumed]))

@@ -194,9 +194,9 @@ class Bundle:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # a safe_open is not a mapping
 
     def weights_bytes(self, name: str, profile: str, float_bytes: int) -> int:
-        """Of what the program reads, with this many bytes for a floating number: no engine of it is smaller."""
+        """Of what the program reads, with this many bytes for a floating number, but one in 8 bits: no engine of it is smaller."""
         used = {stored: self.tensors[stored] for stored in self.manifest["programs"][name][profile]["weights"].values()}
-        return sum(t.numel() * (float_bytes if t.is_floating_point() else t.element_size()) for t in used.values())
+        return sum(t.numel() * (float_bytes if t.is_floating_point() and t.element_size() > 1 else t.element_size()) for t in used.values())
 
     def program(self, name: str, profile: str) -> ExportedProgram:
         """The graph with its weights. Raises NotFound for an unknown program or profile."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def capture(program: Program, profile: Profile) -> ExportedProgram:
     program.module.eval()
     try:
         with quiet_torch():
-            exported = trace(program.module, signature)
+            exported = trace(program.module, signature, _is_variadic(program.module))
     except Exception as error:  # export raises whatever the module's own code raises
         raise CompileError(f"program {program.name!r} at profile {profile.name!r} cannot be exported: {error}") from error
     finally:
@@ -67,6 +68,10 @@ def trace(module: nn.Module, signature: Signature, varargs: bool = False) -> Exp
 def output_values(exported: ExportedProgram) -> list[Tensor]:
     """The fake tensors that the graph returns; their batch is symbolic."""
     return [node.meta["val"] for node in exported.graph.output_node().args[0]]
+
+
+def _is_variadic(module: nn.Module) -> bool:
+    return any(parameter.kind is parameter.VAR_POSITIONAL for parameter in inspect.signature(module.forward).parameters.values())
 
 
 def _restore(training: list[nn.Module]) -> None:

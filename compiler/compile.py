@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,17 @@ from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.bundle import Bundle, Captured, write_bundle
 from reelstep.compiler.capture import capture
 from reelstep.compiler.cost import graph_flops, graph_parameters
+from reelstep.compiler.cubins import with_kernels
 from reelstep.compiler.graphs import dump_graph, ops_of
-from reelstep.compiler.load import Progress, check_precision, load, on_this_machine, silent
+from reelstep.compiler.load import Progress, axes_of, check_precision, load, on_this_machine, silent
 from reelstep.compiler.passes import apply_passes
-from reelstep.compiler.plan import Plan, ProgramPlan
+from reelstep.compiler.plan import Plan, ProgramPlan, Quality, RankPlan
 from reelstep.compiler.program import Precision, Profile, Program
+from reelstep.compiler.quantisation import Quantisation, quantise_programs
 from reelstep.compiler.signature import Signature
-from reelstep.compiler.skus import SKUS, Sku
+from reelstep.compiler.skus import SKUS, Sku, is_gpu
 from reelstep.errors import CompileError, ConfigError
+from reelstep.parallel.mesh import Mesh
 
 
 def compile_model(
@@ -36,32 +41,55 @@ def compile_model(
     fitted: Mapping[str, Any] | None = None,
     card: str,
     cache: Path | None = None,
+    quantisation: Quantisation | None = None,
+    mesh: Mesh | None = None,
+    ranks: Sequence[RankPlan] = (),
     progress: Progress = silent,
 ) -> Bundle:
     """Write the bundle `out` and give it back, opened and verified.
 
     settings, solvers, fitted: plain JSON values. sku: what it shall run on; this machine need not be one. precision: the backend's default here if
     None, or for another machine the SKU's. cache: if given and this machine is such a SKU, engines are built into it, so that the first load is
-    quick; else they are left to `finalize`. Raises ConfigError, CompileError, StorageError, NotFound (backend, SKU).
+    quick; else they are left to `finalize`. quantisation: if given, nothing is written unless its limits are met. mesh, ranks:
+    that the bundle is for, with its `plan_ranks`. Raises ConfigError, CompileError, StorageError, NotFound (backend, SKU).
     """
     target = SKUS[sku]
-    wanted, reason = choose_precision(backend, target, precision)  # before the work
+    wanted, reason = choose_precision(backend, target, precision, mesh)  # before the work
+    if quantisation is not None:
+        quantisation.check(backend, target)
     captured, drafts = capture_all(programs, progress, BACKENDS[backend].keeps(target.arch))
-    plan = make_plan(model, version, backend, target, wanted, reason, drafts)
+    quality = None
+    if quantisation is not None:
+        here = BACKENDS[backend].runs and on_this_machine(sku)
+        captured, drafts, quality = quantise_programs(
+            captured, drafts, quantisation, backend if here else "eager", wanted if here else "float32", progress
+        )  # fmt: skip
+    plan = make_plan(model, version, backend, target, wanted, reason, drafts, quality)
+    plan = with_kernels(replace(plan, mesh=axes_of(mesh), ranks=tuple(ranks)), cache)
     progress(f"write {out}", len(drafts), len(drafts) + 1)
     write_bundle(out, plan=plan, captured=captured, settings=settings, solvers=solvers, fitted=fitted or {}, card=card)
     bundle = Bundle.open(out)
-    if cache is not None and on_this_machine(sku):
-        load(bundle, cache, progress=progress)
+    if cache is not None:
+        build_here(bundle, cache, progress)
     return bundle
 
 
-def choose_precision(backend: str, sku: Sku, precision: Precision | None) -> tuple[Precision, str]:
+def build_here(bundle: Bundle, cache: Path, progress: Progress = silent) -> None:
+    """Engines into the cache, where they are for this machine; ranks of a mesh build their own. Raises CompileError, StorageError."""
+    if on_this_machine(bundle.plan.sku) and not bundle.plan.mesh:
+        load(bundle, cache, progress=progress)
+
+
+def choose_precision(backend: str, sku: Sku, precision: Precision | None, mesh: Mesh | None = None) -> tuple[Precision, str]:
     """The precision of a plan, and why. Raises NotFound (backend), ConfigError for a backend that does not run on the SKU, CompileError for a precision."""
     chosen = BACKENDS[backend]
     if not chosen.runs_on(sku.arch):
         fitting = sorted(name for name, other in BACKENDS.items() if other.runs_on(sku.arch))
         raise ConfigError(f"backend {backend!r} does not run on {sku.name}; choose {' or '.join(fitting)}, or another SKU")
+    if mesh is not None and not is_gpu(sku.arch):
+        if precision == "bfloat16":
+            raise CompileError(f"bfloat16 on mesh {mesh} of {sku.name}: ranks on a CPU run float32; leave --precision out")
+        return "float32", "ranks on a CPU run it"
     if on_this_machine(sku.name):
         wanted, reason = (precision, "asked for") if precision else chosen.default_precision()
         check_precision(chosen, wanted)
@@ -87,14 +115,17 @@ def capture_all(programs: Sequence[Program], progress: Progress = silent, keep: 
     return tuple(item for item, _ in made), tuple(draft for _, draft in made)
 
 
-def make_plan(model: str, version: str, backend: str, sku: Sku, precision: Precision, reason: str, drafts: Sequence[ProgramPlan]) -> Plan:
+def make_plan(
+    model: str, version: str, backend: str, sku: Sku, precision: Precision, reason: str, drafts: Sequence[ProgramPlan], quality: Quality | None = None
+) -> Plan:
     plans = tuple(replace(draft, precision="float32" if draft.keep_f32 else precision) for draft in drafts)
-    return Plan(model, version, backend, sku.name, sku.arch, {}, precision, reason, plans)
+    return Plan(model, version, backend, sku.name, sku.arch, {}, precision, reason, plans, quality)
 
 
 def _capture(program: Program, profile: Profile, keep: Iterable[str]) -> tuple[Captured, ProgramPlan]:
-    exported, applied = apply_passes(capture(program, profile), keep)
-    item = Captured(Signature.of(program, profile), exported, dump_graph(exported))
+    with collector_off():
+        exported, applied = apply_passes(capture(program, profile), keep)
+        item = Captured(Signature.of(program, profile), exported, dump_graph(exported))
     plan = ProgramPlan(
         program=program.name,
         profile=profile.name,
@@ -108,6 +139,18 @@ def _capture(program: Program, profile: Profile, keep: Iterable[str]) -> tuple[C
         passes=applied,
     )
     return item, plan
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Inside, nobody looks for cycles: a graph of 48 layers is millions of objects that live, and looking through them takes a third of a capture."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _check_unique(pairs: Sequence[tuple[Program, Profile]]) -> None:

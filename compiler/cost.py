@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reelstep.compiler.graphs import weights_of
 from reelstep.errors import CompileError
+from reelstep.parallel.context import ring_attention
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -123,10 +124,10 @@ def _is_pointwise(node: Node) -> bool:
 
 
 def _elements(nodes: list[Node], rows: int) -> int:
-    return sum(prod(_shape(node, rows)) for node in nodes if isinstance(node.meta.get("val"), Tensor))
+    return sum(prod(shape_of(node, rows)) for node in nodes if isinstance(node.meta.get("val"), Tensor))
 
 
-def _shape(node: Any, rows: int) -> Shape:
+def shape_of(node: Any, rows: int) -> Shape:
     """The sizes of a node's tensor with the batch set to `rows`: the batch is the only symbol that a graph has."""
     return tuple(_number(size, rows) for size in node.meta["val"].shape)
 
@@ -140,20 +141,26 @@ def _number(size: int | torch.SymInt, rows: int) -> int:
 
 def _product(left: int) -> Callable[[Node, int], int]:
     """A matrix product whose left operand is argument `left`: every output element sums over its last size."""
-    return lambda node, rows: 2 * prod(_shape(node, rows)) * _shape(node.args[left], rows)[-1]
+    return lambda node, rows: 2 * prod(shape_of(node, rows)) * shape_of(node.args[left], rows)[-1]
 
 
 def _convolution(node: Node, rows: int) -> int:
     """Every output element (input element, if transposed) meets one kernel of weight[0]."""
     transposed = node.target in TRANSPOSED or (node.target is aten.convolution.default and bool(node.args[6]))
-    positions = _shape(node.args[0] if transposed else node, rows)
-    return 2 * prod(positions) * prod(_shape(node.args[1], rows)[1:])
+    positions = shape_of(node.args[0] if transposed else node, rows)
+    return 2 * prod(positions) * prod(shape_of(node.args[1], rows)[1:])
 
 
 def _attention(node: Node, rows: int) -> int:
     """Scores and weighted sum. query [..., L, K], key [..., S, K], value [..., S, V]."""
-    query, key, value = (_shape(argument, rows) for argument in node.args[:3])
+    query, key, value = (shape_of(argument, rows) for argument in node.args[:3])
     return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _ring(node: Node, rows: int) -> int:
+    """One rank's queries to the keys of all stages, of which it holds one stage's at a time; their lengths are argument 4."""
+    lengths: Any = node.args[4]
+    return 4 * prod(shape_of(node.args[0], rows)) * int(sum(lengths))
 
 
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
@@ -164,10 +171,11 @@ FORMULAS: dict[Any, Callable[[Node, int], int]] = {
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default, *TRANSPOSED), _convolution),
     **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding), _convolution),
     aten.scaled_dot_product_attention.default: _attention,
+    ring_attention._opoverload: _ring,
 }
 
 KINDS: dict[Any, Kind] = {
-    target: "attention" if formula is _attention else "convolution" if formula is _convolution else "product" for target, formula in FORMULAS.items()
+    target: "attention" if formula in (_attention, _ring) else "convolution" if formula is _convolution else "product" for target, formula in FORMULAS.items()
 }
 
 
@@ -333,9 +341,9 @@ def transformer_of(exported: ExportedProgram) -> Transformer:
         raise CompileError("the graph has no attention; sizes can be read of a transformer only")
     to_itself = [node for node in attentions if _input_of(node.args[0]) is _input_of(node.args[1])]
     to_text = [node for node in attentions if node not in to_itself]
-    _, heads, tokens, head_dim = _shape(attentions[0].args[0], 1)
+    _, heads, tokens, head_dim = shape_of(attentions[0].args[0], 1)
     width, layers = heads * head_dim, len(to_itself)
-    sizes = [(_shape(node.args[0], 1)[-1], _shape(node, 1)[-1]) for node in nodes if node.target is aten.linear.default and _shape(node, 1)[-2] == tokens]
+    sizes = [(shape_of(node.args[0], 1)[-1], shape_of(node, 1)[-1]) for node in nodes if node.target is aten.linear.default and shape_of(node, 1)[-2] == tokens]
     inner = Counter(sizes[1:-1])
     ffn = max((i for i, o in inner if o == width and i != width), key=lambda i: inner[i, width], default=width)
     found = Transformer(
@@ -345,7 +353,7 @@ def transformer_of(exported: ExportedProgram) -> Transformer:
         ffn=ffn,
         gated=inner[width, ffn] == 2 * layers,
         tokens=tokens,
-        text_tokens=_shape(to_text[0].args[1], 1)[-2] if to_text else 0,
+        text_tokens=shape_of(to_text[0].args[1], 1)[-2] if to_text else 0,
         values_in=sizes[0][0],
         values_out=sizes[-1][1],
         qk_norm=any(_is_pointwise(node) for node in _chain(attentions[0].args[0])),

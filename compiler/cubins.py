@@ -7,19 +7,24 @@ A bundle can carry the result to the machine that runs it, and registers, spills
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from reelstep.compiler.plan import KernelPlan, Plan, canonical_json
+from reelstep.compiler.storage import replace_file
 from reelstep.errors import CompileError, ReelstepError, unknown
 from reelstep.kernels import OPS
 from reelstep.kernels.jit import HAS_TRITON, interpreted, triton
-from reelstep.kernels.op import Kernel
+from reelstep.kernels.op import NAMESPACE, Kernel
 
 SHARED_LIMIT = {"sm80": 163 * 1024, "sm89": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "sm120": 99 * 1024}
 """Every arch we compile for, and the bytes of shared memory that one program may have there (CUDA C++ Programming Guide, compute capabilities)."""
@@ -67,6 +72,51 @@ def compile_kernels(arch: str, kernels: Sequence[Kernel] | None = None) -> Itera
     if not HAS_TRITON:
         raise CompileError("compiling kernels needs Triton; install reelstep[triton]")
     return (_compile(kernel, arch) for kernel in chosen)
+
+
+def with_kernels(plan: Plan, folder: Path | None = None) -> Plan:
+    """`plan` with what the kernels of its kept ops use on its arch, or why nobody knows. folder: of figures by the hash of kernel, arch and compiler.
+
+    Raises CompileError naming a kernel that does not compile.
+    """
+    programs = (*plan.programs, *(program for group in plan.ranks for program in group.programs))
+    called = {name.split(".")[1] for program in programs for name in program.ops if name.startswith(f"{NAMESPACE}.")}
+    kept = [name for name in OPS if name in called]
+    if not kept or plan.arch not in SHARED_LIMIT:
+        return plan
+    if why := _why_not():
+        return replace(plan, kernels_by=f"not compiled: {why}")
+    number = int(plan.arch.removeprefix("sm"))
+    found = [_figures(name, kernel, plan.arch, folder) for name in kept for kernel in OPS[name].kernels(number) if kernel.min_arch <= number]
+    return replace(plan, kernels=tuple(found), kernels_by=f"compiled for {plan.arch} by Triton {triton.__version__}")
+
+
+def _why_not() -> str | None:
+    if not HAS_TRITON:
+        return "Triton is not installed; install reelstep[triton]"
+    if any(interpreted(kernel.function) for op in OPS.values() for kernel in op.kernels(90)):
+        return "TRITON_INTERPRET=1 is set, and the interpreter makes no machine code"
+    return None
+
+
+def _figures(op: str, kernel: Kernel, arch: str, folder: Path | None) -> KernelPlan:
+    if folder is None:
+        return _measured(op, kernel.name, arch)
+    made_of = [triton.__version__, arch, kernel.function.cache_key, dict(kernel.arguments), kernel.warps, kernel.stages]
+    file = folder / f"kernel-{op}-{hashlib.sha256(canonical_json(made_of)).hexdigest()}.json"
+    if file.is_file():
+        return KernelPlan(**json.loads(file.read_bytes()))
+    found = _measured(op, kernel.name, arch)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(file, canonical_json(asdict(found)))
+    return found
+
+
+@cache
+def _measured(op: str, name: str, arch: str) -> KernelPlan:
+    (kernel,) = (kernel for kernel in OPS[op].kernels(int(arch.removeprefix("sm"))) if kernel.name == name)
+    cubin = _compile(kernel, arch)
+    return KernelPlan(op, cubin.kernel, cubin.warps, cubin.stages, cubin.registers, cubin.spilled_bytes, cubin.shared_bytes)
 
 
 def _compile(kernel: Kernel, arch: str) -> Cubin:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._export.serde.serialize import ExportedProgramSerializer, SerializedArtifact, SerializeError, _dataclass_to_dict, deserialize
 from torch.export import ExportedProgram
 
 from reelstep.compiler.capture import quiet_torch
@@ -57,6 +56,8 @@ def ops_of(exported: ExportedProgram) -> dict[str, int]:
 
 def dump_graph(exported: ExportedProgram) -> bytes:
     """The graph as canonical JSON. Equal inputs give equal bytes, in any process."""
+    from torch._export.serde.serialize import ExportedProgramSerializer, _dataclass_to_dict  # as in `load_graph`
+
     serialized = ExportedProgramSerializer().serialize(exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False)
     data: dict[str, Any] = _dataclass_to_dict(serialized.exported_program)
     data["guards_code"] = []  # code would be run by whoever loads it; the edge is checked by the signature
@@ -70,6 +71,9 @@ def load_graph(data: bytes, weights: Mapping[str, Tensor], signature: Signature,
 
     Raises BundleError if it calls or computes what no graph of ours does, or is of a torch that this one cannot read.
     """
+    # Not at the top: torch takes longer to import this than a server takes to start when its engines are in the cache, which reads no graph.
+    from torch._export.serde.serialize import SerializedArtifact, SerializeError, deserialize
+
     try:
         graph = json.loads(data)
         _check_safe(graph, where)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from reelstep.compiler.backends import BACKENDS, Backend, Executable, Graph
@@ -14,8 +16,10 @@ from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.passes.decompose_ops import decompose_ops
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import Precision
+from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS, detect
 from reelstep.errors import CompileError
+from reelstep.parallel.mesh import GIVEN, Mesh
 
 Progress = Callable[[str, int, int], None]
 """Called with what begins, how many steps are done, and how many there are."""
@@ -25,20 +29,47 @@ def silent(stage: str, done: int, total: int) -> None:
     """Nobody watches."""
 
 
+class Later:
+    """An executable that is made when it is first called."""
+
+    def __init__(self, signature: Signature, make: Callable[[], Executable]) -> None:
+        self.signature, self._make = signature, make
+
+    @cached_property
+    def made(self) -> Executable:
+        return self._make()
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.made(inputs)
+
+
 def load(
-    bundle: Bundle, cache: Path | None, backend: str | None = None, precision: Precision | None = None, progress: Progress = silent
+    bundle: Bundle,
+    cache: Path | None,
+    backend: str | None = None,
+    precision: Precision | None = None,
+    progress: Progress = silent,
+    later: bool = False,
 ) -> Mapping[tuple[str, str], Executable]:
     """An executable for every (program, profile) of the bundle; what `finalize` has not left in the cache is built now.
 
     backend, precision: the plan's if None; with another backend, that one's default precision. Programs that the plan keeps
-    in float32 stay there. Raises NotFound for an unknown backend, CompileError if this machine cannot run the choice.
+    in float32 stay there. later: each when it is first called, for who will not call them all. Raises NotFound for an unknown backend, CompileError if
+    this machine cannot run the choice or the bundle is for a mesh.
     """
     chosen, wanted = choose(bundle, backend, precision)
-    engines: dict[tuple[str, str], Executable] = {}
-    for done, key in enumerate(bundle.signatures):
-        progress(f"{chosen.name}: {key[0]} {key[1]}", done, len(bundle.signatures))
-        engines[key] = build_engine(bundle, key, chosen, wanted, cache)
-    progress(f"{chosen.name}: ready", len(engines), len(engines))
+    if chosen.runs:
+        check_mesh(bundle, None)
+    keys, done = list(bundle.signatures), count()
+
+    def make(key: tuple[str, str]) -> Executable:
+        progress(f"{chosen.name}: {key[0]} {key[1]}", next(done), len(keys))
+        return build_engine(bundle, key, chosen, wanted, cache)
+
+    if later:
+        return {key: Later(bundle.signatures[key], partial(make, key)) for key in keys}
+    engines = {key: make(key) for key in keys}
+    progress(f"{chosen.name}: ready", len(keys), len(keys))
     return engines
 
 
@@ -84,6 +115,21 @@ def check_sku(bundle: Bundle) -> None:
         here = detect()
         text = f"{bundle.path} was compiled for {plan.sku} ({plan.arch}), and this machine is {here.name} ({here.arch}, {here.model})"
         raise CompileError(f"{text}. Use it on {plan.sku}, or compile one for here: `reelstep compile {plan.model} --sku {here.name}`")
+
+
+def axes_of(mesh: Mesh | None) -> Mapping[str, int]:
+    """As a plan has a mesh: the axes of more than one rank. None: one device."""
+    return {axis: size for axis in GIVEN if (size := getattr(mesh, axis)) > 1} if mesh else {}
+
+
+def check_mesh(bundle: Bundle, mesh: Mesh | None) -> None:
+    """Raises CompileError for a bundle that was planned for another mesh. One that was planned for one device may be split as anybody likes."""
+    planned, asked = bundle.plan.mesh, axes_of(mesh)
+    if not planned or planned == asked:
+        return
+    here, option = (f"mesh {mesh}", f" --mesh {mesh}") if asked else ("one device", "")
+    text = f"{bundle.path} was planned for mesh {bundle.plan.mesh_name}, and is to be opened on {here}"
+    raise CompileError(f"{text}. Open it with `--mesh {bundle.plan.mesh_name}`, or compile one for here: `reelstep compile {bundle.plan.model}{option}`")
 
 
 def check_precision(backend: Backend, precision: Precision) -> None:

@@ -5,20 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from reelstep import errors
+from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.bundle import Bundle
-from reelstep.compiler.compile import compile_model
+from reelstep.compiler.compile import build_here, choose_precision, compile_model
 from reelstep.compiler.load import Progress, silent
+from reelstep.compiler.lora import Layout, layers_of, with_lora
+from reelstep.compiler.plan import RankPlan, canonical_json
 from reelstep.compiler.program import Precision
+from reelstep.compiler.quantisation import Quantisation
+from reelstep.compiler.sharded import ShardedPart, plan_ranks
+from reelstep.compiler.skus import SKUS, Sku
+from reelstep.compiler.storage import replace_file
+from reelstep.engine.lora import Adapter, check_rank, fuse, pack, read_adapter
 from reelstep.engine.models import MODELS
-from reelstep.engine.models.spec import GRID, ModelSettings, ModelSpec
-from reelstep.engine.request import Fit, Request, check_choice, complete, inert
+from reelstep.engine.models.spec import GRID, Fused, ModelSettings, ModelSpec
+from reelstep.engine.request import Fit, Request, bad_strength, check_choice, complete, inert
 from reelstep.engine.samplers.fitted import Fitted, FittedRule, RuleOptions
 from reelstep.engine.samplers.guidance import GUIDANCE, Guidance, Rule
 from reelstep.engine.samplers.ns import Table
@@ -27,7 +38,9 @@ from reelstep.engine.samplers.schedules import SCHEDULES
 from reelstep.engine.samplers.step_cache import PIECES, STEP_CACHES, CacheOptions
 from reelstep.engine.samplers.step_cache import Rule as CacheRule
 from reelstep.engine.samplers.tables import SOLVERS
-from reelstep.errors import ConfigError, InvalidRequest, NotFound
+from reelstep.errors import BundleError, ConfigError, InvalidRequest, NotFound, unknown
+from reelstep.parallel.mesh import Mesh
+from reelstep.parallel.rules import RULES
 
 
 def table_name(solver: str, schedule: str, steps: int) -> str:
@@ -94,43 +107,145 @@ def build_bundle(
     cache: Path | None,
     fitted: Sequence[Path] = (),
     step_cache: bool = False,
+    loras: Sequence[tuple[Path, float]] = (),
+    lora_rank: int | None = None,
+    quantisation: Quantisation | None = None,
+    mesh: Mesh | None = None,
     progress: Progress = silent,
 ) -> Bundle:
     """Compile the registered model `name` for `sku` into the bundle `out`, with the artifacts `fitted`; step_cache: and with the pieces that step caches need.
 
+    loras: files and strengths, fused into the weights; what was fitted to the model without them is left out. lora_rank: of a program beside `denoise`,
+    that takes adapters up to this rank with each request. quantisation: of `denoise`. mesh: of ranks that share the model, which
+    the plan then describes, and no other mesh opens the bundle. With a cache, what lies at `out` and was made of all the same is left as it is.
     Raises NotFound, ConfigError, CompileError, StorageError.
     """
     spec = MODELS[name]
+    mesh = mesh if mesh is not None and mesh.world > 1 else None
     if step_cache and spec.pieces is None:
         raise ConfigError(f"model {name!r} does not come in the pieces that a step cache needs; compile it without")
+    if spec.adaptable is None and (loras or lora_rank is not None):
+        raise ConfigError(f"model {name!r} names no layers that a LoRA may change; compile it without")
+    if quantisation is not None and (step_cache or lora_rank is not None):
+        other = "--step-cache" if step_cache else "--lora-rank"
+        raise ConfigError(f"--quantise with {other}, whose programs read the denoiser's float weights: all would be there twice. Leave one of the two out")
+    if mesh is not None and (other := "--step-cache" if step_cache else "--lora-rank" if lora_rank is not None else "--quantise" if quantisation else ""):
+        raise ConfigError(f"--mesh {mesh} with {other}, whose programs no rank can share; leave one of the two out")
+    parts = sharded_parts(spec) if mesh is not None else ()
     module = spec.build()
-    made = load_fitted((*spec.fitted, *fitted), spec, hash_weights(module))
-    added = [*made.values()][len(spec.fitted) :]
+    linears = spec.adaptable(module) if spec.adaptable else {}
+    settings, programs, own = spec.settings, spec.programs(module), spec.fitted
+    if lora_rank is not None:
+        layout = Layout(lora_rank, layers_of(linears))
+        settings = replace(settings, lora=layout)
+        programs = (*programs, *(with_lora(program, linears, layout) for program in programs if program.name == "denoise"))
+    if loras:
+        settings, own = fuse_loras(settings, spec.name, linears, loras), ()
+        progress(f"fused {', '.join(map(str, settings.fused))}; left out: {', '.join(path.stem for path in spec.fitted) or 'no'} fits, and the menus", 0, 1)
+    model_hash = hash_weights(module)
+    made = load_fitted((*own, *fitted), spec, model_hash)
+    added = [*made.values()][len(own) :]
     if useless := [each.name for each in added if isinstance(each.artifact, CacheOptions) and not step_cache]:
         raise ConfigError(f"{', '.join(useless)} is a fit of a step cache, which this bundle could not run; compile with --step-cache, or leave it out")
-    tables = default_tables(spec.settings) | menu_tables(ServedModel(spec.name, spec.version, spec.settings, schedules_of(spec.settings), {}, made))
-    return compile_model(
+    tables = default_tables(settings) | menu_tables(ServedModel(spec.name, spec.version, settings, schedules_of(settings), {}, made))
+    target = SKUS[sku]
+    stamp = None
+    if cache is not None:
+        asked = [name, spec.version, model_hash, settings.to_json(), backend, choose_precision(backend, target, precision, mesh), str(mesh), step_cache]
+        machine = [target.name, target.arch, target.model, *sorted(target.features)]
+        stamp = stamp_of(cache, [*asked, machine, [each.to_json() for each in made.values()], quantisation and quantisation.identity])
+        if (kept := unchanged(out, stamp)) is not None:
+            progress(f"{out} is what would be made: nothing to compile", 0, 1)
+            build_here(kept, cache, progress)
+            return kept
+    bundle = compile_model(
         model=spec.name,
         version=spec.version,
-        settings=spec.settings.to_json(),
-        programs=(*spec.programs(module), *(spec.pieces(module) if step_cache and spec.pieces else ())),
+        settings=settings.to_json(),
+        programs=(*programs, *(spec.pieces(module) if step_cache and spec.pieces else ())),
         backend=backend,
         sku=sku,
         precision=precision,
         out=out,
         solvers={key: table.to_json() for key, table in tables.items()},
         fitted={key: each.to_json() for key, each in made.items()},
-        card=spec.card.read_text() if spec.card else f"# {spec.name}\n\nNo trained weights.\n",
+        card=card_of(spec, settings.fused),
         cache=cache,
+        quantisation=quantisation,
+        mesh=mesh,
+        ranks=plan_mesh(parts, mesh, backend, target, precision, progress) if mesh is not None else (),
         progress=progress,
     )
+    if stamp is not None:
+        replace_file(stamp, bundle.manifest["sha256"].encode())
+    return bundle
+
+
+def stamp_of(cache: Path, asked: Sequence[Any]) -> Path:
+    """Where it stands which bundle was made of all this, by these sources and this torch. asked: JSON values."""
+    return cache / f"compiled-{hashlib.sha256(canonical_json([source_hash(), torch.__version__, *asked])).hexdigest()}"
+
+
+def source_hash() -> str:
+    """sha256 over what a bundle is made by: models, passes, backends, kernels, rules."""
+    root, digest = Path(errors.__file__).parent, hashlib.sha256()
+    for path in sorted(path for folder in ("compiler", "engine", "kernels", "parallel") for path in (root / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def unchanged(out: Path, stamp: Path) -> Bundle | None:
+    """The bundle at `out` if it is the one that the stamp names, and whole."""
+    if not out.exists() or not stamp.exists():
+        return None
+    try:
+        bundle = Bundle.open(out)
+    except BundleError:  # of something else, or damaged: it is made again
+        return None
+    return bundle if bundle.manifest["sha256"] == stamp.read_text() else None
+
+
+def sharded_parts(spec: ModelSpec) -> tuple[ShardedPart, ...]:
+    """What ranks share of a model. Raises ConfigError for one that does not say."""
+    if not spec.sharding:
+        able = ", ".join(name for name, other in MODELS.items() if other.sharding)
+        raise ConfigError(f"model {spec.name!r} does not say how it is sharded; those that do: {able}. Compile it without a mesh")
+    return tuple(ShardedPart(resolve_name(part["build"]), resolve_name(part["programs"]), RULES[part["rules"]]) for part in spec.sharding)
+
+
+def plan_mesh(
+    parts: Sequence[ShardedPart], mesh: Mesh, backend: str, sku: Sku, precision: Precision | None, progress: Progress
+) -> tuple[RankPlan, ...]:  # fmt: skip
+    wanted, _ = choose_precision(backend, sku, precision, mesh)
+    return plan_ranks(parts, mesh, wanted, BACKENDS[backend].keeps(sku.arch), progress)
+
+
+def fuse_loras(settings: ModelSettings, model: str, linears: Mapping[str, nn.Linear], loras: Sequence[tuple[Path, float]]) -> ModelSettings:
+    """Add them to the weights, and say so in the settings, which lose the menus: their numbers were measured without. Raises ConfigError."""
+    layers = layers_of(linears)
+    read = [(file, read_adapter(file, model, layers), strength) for file, strength in loras]
+    for file, _, strength in read:
+        if bad := bad_strength(strength):
+            raise ConfigError(f"LoRA {file}: {bad}")
+    fuse(linears, [(adapter, strength) for _, adapter, strength in read])
+    fused = tuple(Fused(file.stem, adapter.digest, strength, adapter.rank, len(adapter.pairs)) for file, adapter, strength in read)
+    return replace(settings, defaults={task: replace(d, menu={}) for task, d in settings.defaults.items()}, fused=fused)
+
+
+def card_of(spec: ModelSpec, fused: Sequence[Fused]) -> str:
+    card = spec.card.read_text() if spec.card else f"# {spec.name}\n\nNo trained weights.\n"
+    if not fused:
+        return card
+    added = "".join(f"- {each}, sha256 {each.digest}\n" for each in fused)
+    return f"{card}\n## LoRA\n\nFused into these weights; what is said above was measured without.\n\n{added}"
 
 
 @dataclass(frozen=True)
 class ServedModel:
     """A loaded model, as clients see it.
 
-    tables: the training-free ones of the bundle, by `table_name`; fitted: what was fitted to it; in_pieces: whether step caches can run.
+    tables: the training-free ones of the bundle, by `table_name`; fitted: what was fitted to it; in_pieces: whether step caches can run;
+    loras: what requests may name.
     """
 
     name: str
@@ -140,6 +255,7 @@ class ServedModel:
     tables: Mapping[str, Table]
     fitted: Mapping[str, Fitted] = field(default_factory=dict)
     in_pieces: bool = False
+    loras: Mapping[str, Adapter] = field(default_factory=dict)
 
     @property
     def solvers(self) -> tuple[str, ...]:
@@ -196,13 +312,35 @@ class ServedModel:
         evaluations = request.steps * (1 if request.solver in self.fitted else SOLVERS[request.solver].evaluations)
         return STEP_CACHES[request.step_cache].build(evaluations, GUIDANCE[request.guidance].measures, request.step_cache_options)
 
+    def check_lora(self, request: Request) -> None:
+        """Raises ConfigError for adapters that the request cannot run with, NotFound for one that is not loaded."""
+        chosen = self._adapters(request)
+        if chosen and request.step_cache:
+            raise ConfigError(f"step cache {request.step_cache!r} runs the network in pieces, which take no LoRA; leave one of the two out")
+        if chosen and self.settings.lora is not None:
+            check_rank({name: adapter.rank for name, (adapter, _) in chosen.items()}, self.settings.lora)
+
+    def lora(self, request: Request) -> Tensor | None:
+        """[1, N], the adapters of one request; None where there are none, or none with any strength. Raises as `check_lora`."""
+        self.check_lora(request)
+        chosen = self._adapters(request)
+        return pack(self.settings.lora, chosen.values()) if chosen and self.settings.lora is not None else None
+
+    def _adapters(self, request: Request) -> dict[str, tuple[Adapter, float]]:
+        """Those that change anything."""
+        if missing := [name for name in request.lora if name not in self.loras]:
+            raise unknown("LoRA", missing[0], self.loras)
+        return {name: (self.loras[name], strength) for name, strength in request.lora.items() if strength}
+
     @classmethod
-    def of(cls, bundle: Bundle) -> ServedModel:
+    def of(cls, bundle: Bundle, loras: Mapping[str, Path] | None = None) -> ServedModel:
+        """loras: files by the names that requests use. Raises ConfigError for one that is not for this model, or where the bundle takes none."""
         tables = {key: Table.from_json(data) for key, data in bundle.solvers.items()}
         fitted = {name: Fitted.from_json(data) for name, data in bundle.fitted.items()}
         in_pieces = {*PIECES} <= {program for program, _ in bundle.signatures}
         settings = ModelSettings.from_json(bundle.settings)
-        return cls(bundle.plan.model, bundle.plan.version, settings, schedules_of(settings), tables, fitted, in_pieces)
+        adapters = read_loras(bundle.plan.model, settings, loras) if loras else {}
+        return cls(bundle.plan.model, bundle.plan.version, settings, schedules_of(settings), tables, fitted, in_pieces, adapters)
 
     def table(self, solver: str, schedule: str, steps: int) -> Table:
         """The bundle's table where it has this one, else a new one. A fitted solver has times of its own, whatever the schedule."""
@@ -211,6 +349,16 @@ class ServedModel:
             assert isinstance(made, Table)
             return made
         return self.tables.get(table_name(solver, schedule, steps)) or build_table(self.settings, solver, schedule, steps)
+
+
+def read_loras(model: str, settings: ModelSettings, files: Mapping[str, Path]) -> dict[str, Adapter]:
+    """Adapters by name. Raises ConfigError for a file that is none for this model, and for a bundle that takes none, or none of such a rank."""
+    if settings.lora is None:
+        raise ConfigError(f"the bundle of {model!r} takes no LoRA ({', '.join(files)}); compile it with --lora-rank, or fuse it with --lora")
+    adapters = {name: read_adapter(file, model, settings.lora.layers) for name, file in files.items()}
+    for name, adapter in adapters.items():
+        check_rank({name: adapter.rank}, settings.lora)
+    return adapters
 
 
 def menu_tables(served: ServedModel) -> dict[str, Table]:

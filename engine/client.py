@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict, Unpack
@@ -93,6 +93,7 @@ class Generation:
     step_cache: str  # empty for none
     artifacts: tuple[Artifact, ...]
     usage: Cost
+    lora: Mapping[str, float] = field(default_factory=dict)  # strengths by name
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -124,6 +125,7 @@ class Options(TypedDict, total=False):
     quality: str | None  # draft, standard or best, in place of steps, scale, solver, schedule and guidance
     step_cache: str | None  # a rule
     step_cache_options: Mapping[str, float] | None  # of that rule
+    lora: Mapping[str, float] | None  # strengths of adapters that the server has loaded, by name
     media_type: str | None
     preview_every: int | None  # steps between previews
     request_id: str | None  # a UUID
@@ -140,9 +142,11 @@ def build_request(prompt: str, options: Options) -> pb.GenerateRequest:
     set_field(request.preview, "every_steps", given.pop("preview_every", 0))
     if isinstance(image := given.get("image"), Path):
         given["image"] = read_image(image)
-    for field in ("guidance_options", "step_cache_options"):
-        for option, value in given.pop(field, {}).items():
-            set_option(request.spec, field, option, value)
+    for options_field in ("guidance_options", "step_cache_options"):
+        for option, value in given.pop(options_field, {}).items():
+            set_option(request.spec, options_field, option, value)
+    for name, strength in given.pop("lora", {}).items():
+        add_lora(request.spec, name, strength)
     for name, value in {"prompt": prompt, **given}.items():
         set_field(request.spec, SPEC_NAMES.get(name, name), value)
     return request
@@ -162,6 +166,13 @@ def set_option(spec: pb.GenerationSpec, field: str, option: str, value: Any) -> 
         getattr(spec, field)[option] = value
     except (ValueError, TypeError) as error:
         raise InvalidRequest([FieldViolation(field, f"{option!r:.80}: {value!r:.80} cannot be sent: {error}")]) from error
+
+
+def add_lora(spec: pb.GenerationSpec, name: Any, strength: Any) -> None:
+    try:
+        spec.lora.add(name=name, strength=strength)
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest([FieldViolation("lora", f"{name!r:.80}: {strength!r:.80} cannot be sent: {error}")]) from error
 
 
 def read_image(path: Path) -> bytes:
@@ -235,6 +246,7 @@ class Assembler:
             step_cache=usage.step_cache,
             artifacts=tuple(self._done),
             usage=Cost(usage.nfe, usage.forwards, usage.cached, seconds(usage.queue), {name: seconds(span) for name, span in usage.compute.items()}),
+            lora={each.name: each.strength for each in job.spec.lora},
         )
 
 

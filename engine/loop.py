@@ -1,37 +1,50 @@
-"""The engine's loop: schedule, run, postprocess. One thread owns it; everything else talks to it through a queue."""
+"""The engine's loop: schedule, run, postprocess. One thread owns it; everything else talks to it through a queue.
+
+Batches for replicas elsewhere are handed to workers, as many at once as there are free replicas, and their outputs come back through the same queue.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from reelstep import __version__
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.load import Progress as LoadProgress
-from reelstep.compiler.load import load, silent
+from reelstep.compiler.load import silent
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signing import PublicKey
+from reelstep.compiler.storage import sha256_file
 from reelstep.engine.build import ServedModel
-from reelstep.engine.executors import Executor
+from reelstep.engine.checkpoints import Checkpoints
+from reelstep.engine.executors import LOOK_S, Executor
+from reelstep.engine.executors.bundles import runner_of
 from reelstep.engine.executors.inline import Inline
 from reelstep.engine.executors.on_mesh import open_on_mesh
+from reelstep.engine.executors.replicas import Elsewhere, Load, Scaler
 from reelstep.engine.pipelines import PIPELINES
 from reelstep.engine.pipelines.latent import Job, Pipeline
 from reelstep.engine.pipelines.state import PipelineState
 from reelstep.engine.request import Call, Event, Failed, Finished, Media, Preview, Progress, Queued, Request, Usage, validate
-from reelstep.engine.runner import Outputs, Runner
+from reelstep.engine.runner import Outputs
 from reelstep.engine.scheduler import Scheduler, Ticket
 from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, Overloaded, ReelstepError, Unavailable, UnsupportedRequest, unknown
 from reelstep.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
+
+MAX_WORKERS = 1024  # a thread waits for each replica; they are made as batches need them
 
 Listener = Callable[[Event], None]
 
@@ -51,11 +64,12 @@ class Running:
     compute_s: dict[str, float] = field(default_factory=dict)
     reported: tuple[str, int] = ("", -1)
     previewed: int = 0
+    kept: int = 0  # the step of its last checkpoint
 
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """What one tick ran. For benchmarks and metrics."""
+    """What one batch ran. For benchmarks and metrics."""
 
     key: tuple[str, str, str]
     calls: int
@@ -66,8 +80,9 @@ class BatchRecord:
 class Engine:
     """Runs requests on an executor. Thread-safe: `submit`, `cancel`, `close`.
 
-    At most `max_running` requests hold memory; `max_queued` more may wait for a place, then Overloaded. `on_batch` hears of every tick.
-    `release`, which may be called twice, frees what the executor holds once nothing runs on it.
+    At most `max_running` requests hold memory; `max_queued` more may wait for a place, then Overloaded. `on_batch` hears of every batch.
+    checkpoints: where states of running requests are kept, and looked for when one starts; those of an engine that closes stay there.
+    `release`, which may be called twice, frees what the executor holds once nothing runs on it. `load` is that of the last moment.
     """
 
     def __init__(
@@ -79,16 +94,21 @@ class Engine:
         max_queued: int = 256,
         on_batch: Callable[[BatchRecord], None] | None = None,
         release: Callable[[], None] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.models = models
+        self._checkpoints = checkpoints
         self.max_running, self.max_queued = max_running, max_queued
         self._executor = executor
         self._on_batch = on_batch
-        self._release = release
+        self.release = release
+        self.load = Load(0, 0)
         self._scheduler = Scheduler(executor.max_rows)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._running: dict[str, Running] = {}
         self._queued: dict[str, Running] = {}
+        self._in_flight = 0  # batches that run
+        self._workers = ThreadPoolExecutor(MAX_WORKERS, "reelstep-batch")
         self._lock = threading.Lock()
         self._admitted: set[str] = set()
         self._request_s = 1.0  # running mean of a request's own time, for estimates
@@ -129,8 +149,11 @@ class Engine:
             self.cancel(request_id)
         self._commands.put(self._stopped.set)
         self._thread.join()
-        if self._release is not None:
-            self._release()
+        self._workers.shutdown()  # a batch cannot be stopped: what still runs is waited for
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+        if self.release is not None:
+            self.release()
 
     def _check(self, request: Request) -> None:
         served = self.models.get(request.model)
@@ -151,15 +174,20 @@ class Engine:
         while not self._stopped.is_set():
             self._take_commands()
             self._expire()
-            batch = self._scheduler.next_batch(time.monotonic())
-            if batch:
-                self._run(batch)
+            free = self._free()
+            if free and (batch := self._scheduler.next_batch(time.monotonic(), free)):
+                self._dispatch(batch)
+            self.load = Load(sum(t.rows for tickets in self._scheduler.waiting.values() for t in tickets), self._in_flight)
+
+    def _free(self) -> int:
+        """Replicas that may take a batch."""
+        return max(0, self._executor.capacity - self._in_flight)
 
     def _take_commands(self) -> None:
-        """Run waiting commands; with nothing to do, wait for one, but not past the next deadline of a queued request."""
-        idle = not any(self._scheduler.waiting.values())
+        """Run waiting commands; with nothing to do, wait for one, but look at deadlines, and for more replicas, in between."""
+        idle = not (self._free() and any(self._scheduler.waiting.values()))
         try:
-            command = self._commands.get(timeout=0.5) if idle else self._commands.get_nowait()
+            command = self._commands.get(timeout=LOOK_S) if idle else self._commands.get_nowait()
             while True:
                 command()
                 command = self._commands.get_nowait()
@@ -186,36 +214,58 @@ class Engine:
             served = self.models[request.model]
             table = served.table(request.solver, request.schedule, request.steps)
             rule = served.rule(request.guidance, request.scale, request.guidance_options)
-            job = Job(request, served.settings, table, rule, served.step_cache(request))
+            if self._checkpoints is not None and (found := self._checkpoints.find(request)) is not None:
+                running.state, running.kept = found, found.step
+            job = Job(request, served.settings, table, rule, served.step_cache(request), served.lora(request))
             running.pipeline = PIPELINES[request.task](job, running.state)
             self._advance(running, None)
         except ReelstepError as error:
             self._fail(running, error)
 
-    def _run(self, batch: list[Ticket]) -> None:
-        model, program, _ = batch[0].key
+    def _dispatch(self, batch: list[Ticket]) -> None:
         owners = [self._running[t.request_id] for t in batch]
+        self._in_flight += 1
+        calls = [owner.calls[t.slot] for owner, t in zip(owners, batch, strict=True)]
+        if self._executor.inline:
+            self._run(batch, owners, calls)()
+        else:
+            self._workers.submit(lambda: self._commands.put(self._run(batch, owners, calls)))
+
+    def _run(self, batch: list[Ticket], owners: list[Running], calls: list[Call]) -> Callable[[], None]:
+        """Perhaps on a worker: the calls, and what the loop has to do about how they ended."""
+        model, program, _ = batch[0].key
         began = time.monotonic()
         try:
-            outputs = self._executor.run(model, [owner.calls[t.slot] for owner, t in zip(owners, batch, strict=True)])
+            outputs = self._executor.run(model, calls)
         except Exception as error:
             # A device or a program failed: those who wait for it must hear so, and the loop must live.
             log.exception("program %s of %s failed", program, model)
             reason = error if isinstance(error, ReelstepError) else InternalError(f"program {program!r} failed: {error}")
-            for owner in {o.request.id: o for o in owners}.values():
-                self._fail(owner, reason)
-            return
-        seconds = time.monotonic() - began
+            return partial(self._batch_failed, owners, reason)
+        return partial(self._batch_done, batch, owners, outputs, time.monotonic() - began)
+
+    def _batch_failed(self, owners: list[Running], reason: ReelstepError) -> None:
+        self._in_flight -= 1
+        for owner in self._still_here(owners):
+            self._fail(owner, reason)
+
+    def _batch_done(self, batch: list[Ticket], owners: list[Running], outputs: list[Outputs], seconds: float) -> None:
+        self._in_flight -= 1
         self._scheduler.note(batch[0].key, seconds)
         if self._on_batch:
             self._on_batch(BatchRecord(batch[0].key, len(batch), sum(t.rows for t in batch), seconds))
-        for owner in {o.request.id: o for o in owners}.values():
-            owner.compute_s[program] = owner.compute_s.get(program, 0.0) + seconds
         for ticket, owner, output in zip(batch, owners, outputs, strict=True):
             owner.answers[ticket.slot] = output
-        for owner in {o.request.id: o for o in owners}.values():
+        program = batch[0].key[1]
+        for owner in self._still_here(owners):
+            owner.compute_s[program] = owner.compute_s.get(program, 0.0) + seconds
             if len(owner.answers) == len(owner.calls):
                 self._advance(owner, tuple(owner.answers[i] for i in range(len(owner.calls))))
+
+    def _still_here(self, owners: list[Running]) -> list[Running]:
+        """Each owner once, without those that ended while their calls ran, whose ids others may have by now."""
+        unique = {owner.request.id: owner for owner in owners}
+        return [owner for owner in unique.values() if self._running.get(owner.request.id) is owner]
 
     def _advance(self, running: Running, answers: tuple[Outputs, ...] | None) -> None:
         """Send the answers to a pipeline and queue the calls it asks for next."""
@@ -230,6 +280,7 @@ class Engine:
             self._fail(running, error if isinstance(error, ReelstepError) else InternalError(f"{running.request.task} failed: {error}"))
             return
         self._report(running)
+        self._keep(running)
         running.calls, running.answers = calls, {}
         request, now = running.request, time.monotonic()
         for slot, call in enumerate(calls):
@@ -248,6 +299,12 @@ class Engine:
         spent = time.monotonic() - running.started
         remaining = spent / state.step * (state.steps - state.step) if state.step else self._request_s
         self._tell(running, Progress(state.stage, state.step, state.steps, remaining))
+
+    def _keep(self, running: Running) -> None:
+        """A checkpoint, where steps enough were made since the last one. A pipeline's state may be saved whenever it waits for calls."""
+        if self._checkpoints is not None and running.state.step >= running.kept + self._checkpoints.every:
+            running.kept = running.state.step
+            self._checkpoints.keep(running.request, running.state)
 
     def _finish(self, running: Running, media: Media) -> None:
         assert running.started is not None
@@ -275,6 +332,8 @@ class Engine:
         self._queued.pop(request_id, None)
         if running.pipeline is not None:
             running.pipeline.close()
+        if self._checkpoints is not None and running.kept and not self._closing:
+            self._checkpoints.forget(running.request)
         with self._lock:
             self._admitted.discard(request_id)
 
@@ -304,35 +363,50 @@ def open_engine(
     progress: LoadProgress = silent,
     trusted: Sequence[PublicKey] = (),
     mesh: Mesh | None = None,
+    loras: Mapping[str, Path] | None = None,
+    elsewhere: Elsewhere | None = None,
+    checkpoints: tuple[Path, int] | None = None,
+    once: bool = False,
 ) -> Engine:
     """Load bundles and run each once, so that the first request meets warm engines. trusted: if any, one of these must have signed each bundle.
 
-    mesh: of ranks on this machine that share one bundle's model, in float32. Raises BundleError, CompileError, NotFound (backend), or ConfigError when
-    two bundles hold one model, and as `open_on_mesh`.
+    once: for a single request, which is done sooner if engines are opened as it calls them and none is run before.
+    mesh: of ranks that share one bundle's model, in float32: on this machine, or as `elsewhere` says, whose replicas then run all that there is.
+    loras: files by the names that requests use, of the only bundle. checkpoints: a directory for states of running requests, and every how many steps
+    one is kept. Raises BundleError, CompileError, NotFound (backend), or ConfigError when two
+    bundles hold one model, and as `open_on_mesh` or `elsewhere`.
     """
+    if loras and (len(bundles) != 1 or (mesh is not None and mesh.world > 1)):
+        raise ConfigError(f"LoRAs ({', '.join(loras)}) belong to one bundle on one device; serve it from a server of its own, without a mesh")
     if mesh is not None and mesh.world > 1:
         if len(bundles) != 1:
             raise ConfigError(f"{len(bundles)} bundles on mesh {mesh}: a process is a rank of one replica; serve each bundle from a server of its own")
         if precision not in (None, "float32"):
             raise ConfigError(f"precision {precision} on mesh {mesh}: ranks run float32; leave --precision out, or serve without a mesh")
-        bundle = Bundle.open(bundles[0], trusted)
-        served = {bundle.plan.model: ServedModel.of(bundle)}
+    opened = [Bundle.open(path, trusted) for path in bundles]
+    names = [bundle.plan.model for bundle in opened]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two bundles both hold model {', '.join(map(repr, twice))}; serve one of them")
+    models = {bundle.plan.model: ServedModel.of(bundle, loras) for bundle in opened}
+    kept = None
+    if checkpoints is not None:
+        how = [__version__, backend, precision, str(mesh), {name: sha256_file(file) for name, file in (loras or {}).items()}]
+        kept = Checkpoints(*checkpoints, {bundle.plan.model: json.dumps([bundle.manifest["sha256"], *how]) for bundle in opened})
+    make = partial(Engine, models, max_running=max_running, max_queued=max_queued, on_batch=on_batch, checkpoints=kept)
+    if elsewhere is not None:
+        progress(f"replicas: {elsewhere.scaling.least}", 0, 1)
+        replicas = elsewhere.open(opened)
+        progress("replicas: ready", 1, 1)
+        engine = make(replicas)
+        engine.release = Scaler(elsewhere, replicas, lambda: engine.load).close
+        return warmed_up(engine)
+    if mesh is not None and mesh.world > 1:
         progress(f"ranks of mesh {mesh}", 0, 1)
-        replicas = open_on_mesh(bundle, mesh, cache, backend)
+        ranks = open_on_mesh(opened[0], mesh, cache, backend)
         progress(f"ranks of mesh {mesh}: ready", 1, 1)
-        return warmed_up(Engine(served, replicas, max_running=max_running, max_queued=max_queued, on_batch=on_batch, release=replicas.close))
-    models: dict[str, ServedModel] = {}
-    runners: dict[str, Runner] = {}
-    for path in bundles:
-        bundle = Bundle.open(path, trusted)
-        name = bundle.plan.model
-        if name in models:
-            raise ConfigError(f"{path} and another bundle both hold model {name!r}; serve one of them")
-        executables = load(bundle, cache, backend=backend, precision=precision, progress=progress)
-        limits = {key: signature.max_batch for key, signature in bundle.signatures.items()}
-        models[name] = ServedModel.of(bundle)
-        runners[name] = Runner(executables, limits)
-    return warmed_up(Engine(models, Inline(runners), max_running=max_running, max_queued=max_queued, on_batch=on_batch))
+        return warmed_up(make(ranks, release=ranks.close))
+    engine = make(Inline({bundle.plan.model: runner_of(bundle, cache, backend, precision, progress, later=once) for bundle in opened}))
+    return engine if once else warmed_up(engine)
 
 
 def warmed_up(engine: Engine) -> Engine:
@@ -341,10 +415,12 @@ def warmed_up(engine: Engine) -> Engine:
         for task in model.settings.tasks:
             for step_cache in ("", *model.step_caches):
                 warm_up(engine, model, task, step_cache)
+            for lora in [*model.loras][:1]:
+                warm_up(engine, model, task, "", {lora: 1.0})
     return engine
 
 
-def warm_up(engine: Engine, model: ServedModel, task: str, step_cache: str) -> None:
+def warm_up(engine: Engine, model: ServedModel, task: str, step_cache: str, lora: Mapping[str, float] | None = None) -> None:
     """One request at scale 2, so that both branches of guidance run: of one step, or with a step cache of three, of which it skips the second.
 
     A student of few steps runs as it always does.
@@ -358,6 +434,7 @@ def warm_up(engine: Engine, model: ServedModel, task: str, step_cache: str) -> N
         width=width, height=height, frames=defaults.frames, frames_per_second=defaults.frames_per_second, steps=steps, scale=scale,
         solver=defaults.solver, schedule=defaults.schedule, guidance=guidance, guidance_options={}, step_cache=step_cache,
         step_cache_options={"threshold": 10.0} if step_cache else {}, image=image, preview_every=0, priority=0, deadline=math.inf,
+        lora=lora or {},
     )  # fmt: skip
     done = threading.Event()
     failures: list[ReelstepError] = []

@@ -17,6 +17,8 @@ Array = Any
 
 MAX_PROMPT_BYTES = 4096
 MAX_SEED = 2**63 - 1
+MAX_STRENGTH = 10.0
+"""Of a LoRA. Useful ones are around 1; far beyond, nothing is left of the model."""
 QUALITIES = ("draft", "standard", "best")
 """What the entries of a menu are called, in order of cost."""
 
@@ -133,6 +135,7 @@ class Request:
     preview_every: int  # steps between previews; 0 for none
     priority: int  # 0 default, 1 highest, then 2, ...
     deadline: float  # on time.monotonic's clock; math.inf for none
+    lora: Mapping[str, float] = field(default_factory=dict)  # strengths by name
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,11 @@ def check_scale(violations: list[FieldViolation], scale: float, limits: Limits) 
     check(violations, 0 <= scale <= limits.max_scale, "guidance", f"{scale} is not in 0..{limits.max_scale:g}")  # NaN fails too
 
 
+def bad_strength(strength: float) -> str:
+    """What is wrong with the strength of a LoRA, or nothing."""
+    return "" if abs(strength) <= MAX_STRENGTH else f"strength {strength:g} is not in {-MAX_STRENGTH:g}..{MAX_STRENGTH:g}"  # NaN is not either
+
+
 def validate(request: Request, limits: Limits) -> None:
     """Raise InvalidRequest naming every field of `request` that is outside `limits`. No compute happens before this."""
     bad: list[FieldViolation] = []
@@ -254,6 +262,8 @@ def validate(request: Request, limits: Limits) -> None:
     check(bad, math.isfinite(fps) and 0 < fps <= 240, "frames_per_second", f"{fps} is not in (0, 240]")
     check(bad, request.preview_every >= 0, "preview.every_steps", f"{request.preview_every} is negative")
     check(bad, request.priority >= 0, "priority", f"{request.priority} is negative")
+    for name, strength in request.lora.items():
+        check(bad, not bad_strength(strength), "lora", f"{name[:80]!r}: {bad_strength(strength)}")
     if bad:
         raise InvalidRequest(bad)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 from uuid import uuid4
@@ -46,6 +46,50 @@ class Settings(Protocol):
     def distilled(self) -> Student | None:
         """Of a student of few steps."""
 
+    @property
+    def lora(self) -> Adaptable | None:
+        """Of a bundle that takes adapters with a request."""
+
+    @property
+    def fused(self) -> tuple[Fused, ...]:
+        """Adapters that are in the weights."""
+
+
+class Adaptable(Protocol):
+    """What adapters a request may bring: of these layers, and of this rank in all."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def layers(self) -> Sequence[tuple[str, int, int]]:
+        """Name, inputs, outputs."""
+
+
+class Fused(Protocol):
+    """An adapter in the weights."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str:
+        """sha256 of its file, in hexadecimal."""
+
+    @property
+    def strength(self) -> float: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+
+
+class Lora(Protocol):
+    """A loaded adapter. rank: the largest of its layers. pairs: by layer."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def pairs(self) -> Mapping[str, object]: ...
+
 
 class Served(Offer, Protocol):
     """A loaded model, as the edge sees it."""
@@ -60,8 +104,15 @@ class Served(Offer, Protocol):
     def step_caches(self) -> Mapping[str, Mapping[str, float]]:
         """All options of each rule, as this model has them where a request is silent. Empty for a model that can run none."""
 
+    @property
+    def loras(self) -> Mapping[str, Lora]:
+        """What requests may name."""
+
     def check_step_cache(self, request: Request) -> None:
         """Raises ConfigError or NotFound for what the rule does not take, or does not go with."""
+
+    def check_lora(self, request: Request) -> None:
+        """Raises ConfigError or NotFound for adapters that the request cannot run with."""
 
 
 class Engine(Protocol):
@@ -102,6 +153,7 @@ class Ask:
     quality: str = ""  # an entry of the model's menu, in place of the six choices above
     step_cache: str = ""  # empty for none
     step_cache_options: Mapping[str, float] = field(default_factory=dict)
+    lora: Mapping[str, float] = field(default_factory=dict)  # strengths by name
     image: bytes | None = None
     media_type: str = ""
     preview_every: int = 0
@@ -112,7 +164,7 @@ class Ask:
 def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
     """Fill every open choice, decode the picture and check all of it. No network runs before this has passed.
 
-    Raises NotFound (model, quality, solver, schedule, guidance, step cache), UnsupportedRequest (task, step cache), InvalidRequest (all other
+    Raises NotFound (model, quality, solver, schedule, guidance, step cache, LoRA), UnsupportedRequest (task, step cache, LoRA), InvalidRequest (all other
     fields, all at once).
     """
     check_text(ask)
@@ -148,10 +200,12 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
         preview_every=ask.preview_every,
         priority=0,
         deadline=ask.deadline,
+        lora=choose_lora(ask, served),
     )
     validate(request, settings.limits)
     check_choice(choice, settings.limits, served)
     check_step_cache(request, served)
+    check_lora(ask, request, served)
     if ask.image is None:
         return request
     return replace(request, image=decode_picture(ask.image, settings.limits))
@@ -161,6 +215,7 @@ def check_text(ask: Ask) -> None:
     """A lone surrogate is how Python holds bytes that were not UTF-8 (a command line, JSON); no tokenizer can take it."""
     names = ("prompt", "negative_prompt", "model", "quality", "solver", "schedule", "guidance", "step_cache")
     bad = [FieldViolation(name, "is not UTF-8 text; send it as UTF-8") for name in names if not is_utf8(getattr(ask, name))]
+    bad += [FieldViolation("lora", "has a name that is not UTF-8 text; send it as UTF-8") for name in ask.lora if not is_utf8(name)]
     if ask.media_type and ask.media_type not in ENCODERS:
         bad.append(FieldViolation("output_media_type", f"{ask.media_type[:80]!r} cannot be written; one of: {', '.join(sorted(ENCODERS))}"))
     if bad:
@@ -238,6 +293,32 @@ def check_step_cache(request: Request, served: Served) -> None:
         served.check_step_cache(request)
     except (ConfigError, NotFound) as error:
         raise InvalidRequest([FieldViolation("step_cache_options" if isinstance(error, NotFound) else "step_cache", str(error))]) from error
+
+
+def choose_lora(ask: Ask, served: Served) -> Mapping[str, float]:
+    """Strengths of adapters that are loaded."""
+    if ask.lora and served.settings.lora is None:
+        text = f"model {served.name!r} was compiled to take no LoRA; leave lora out, or serve a bundle compiled with --lora-rank"
+        raise UnsupportedRequest(text)
+    for name in ask.lora:
+        choose("LoRA", name, tuple(served.loras))
+    return ask.lora
+
+
+def check_lora(ask: Ask, request: Request, served: Served) -> None:
+    """A LoRA makes another network, which what was fitted to the model does not hold for."""
+    if not any(request.lora.values()):
+        return
+    if fitted := [name for name in (request.solver, request.guidance) if name in served.fits]:
+        says = f"quality {ask.quality!r} names " if ask.quality else ""
+        d = served.settings.defaults[request.task]
+        instead = "" if {d.solver, d.guidance} & served.fits.keys() else f", such as solver {d.solver!r} with guidance {d.guidance!r}, the default,"
+        text = f"{says}{', '.join(map(repr, fitted))}, fitted to {served.name!r} without a LoRA; choose what needs no fit{instead} or leave lora out"
+        raise InvalidRequest([FieldViolation("lora", text)])
+    try:
+        served.check_lora(request)
+    except ConfigError as error:
+        raise InvalidRequest([FieldViolation("lora", str(error))]) from error
 
 
 def choose_size(width: int | None, height: int | None, limits: Limits) -> tuple[int, int]:

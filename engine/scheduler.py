@@ -67,16 +67,20 @@ class Scheduler:
         for key in list(self.waiting):
             self.waiting[key] = [t for t in self.waiting[key] if t.request_id != request_id]
 
-    def next_batch(self, now: float) -> list[Ticket]:
-        """The calls to run now, all of one key; empty when nothing waits. They no longer wait afterwards."""
+    def next_batch(self, now: float, replicas: int = 1) -> list[Ticket]:
+        """The calls to run now, all of one key; empty when nothing waits. They no longer wait afterwards.
+
+        replicas: that are free: the batch is for one of them, and leaves the others as much.
+        """
         keys = [k for k, tickets in self.waiting.items() if tickets]
         if not keys:
             return []
         key = min(keys, key=lambda k: self._rank(k, now))
         queue = sorted(self.waiting[key], key=lambda t: (t.priority, t.deadline, t.number))
         batch, rows = [queue[0]], queue[0].rows
+        most = min(self.max_rows[key], -(-sum(t.rows for t in queue) // replicas))
         for ticket in queue[1:]:
-            if rows + ticket.rows <= self.max_rows[key]:
+            if rows + ticket.rows <= most:
                 batch.append(ticket)
                 rows += ticket.rows
         chosen = {t.number for t in batch}
@@ -92,4 +96,3 @@ class Scheduler:
         oldest = min(t.arrival for t in tickets)
         impatient = oldest if now - oldest > self.patience_s else float("inf")
         return impatient, min(t.priority for t in tickets), self.estimates[key].seconds, min(t.deadline for t in tickets), min(t.number for t in tickets)
-

@@ -88,33 +88,40 @@ def usp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Sequence[
     mesh, at = comm.mesh, comm.at
     mask = _whole_mask(mask, lengths, comm)
     stages = [tuple(lengths[i : i + mesh.ulysses]) for i in range(0, mesh.cp, mesh.ulysses)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if mesh.ring > 1:
+            y: Tensor = ring_attention(q, k, v, mask, [sum(stage) for stage in stages], GROUP + "ring")
+            return y
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    if mesh.ulysses == 1:
+        return attend(q, k, v)
     heads, mine = shares(q.shape[1], mesh.ulysses, "attention heads"), stages[at["ring"]]
-    if mesh.ulysses > 1:
-        q, k, v = to_heads(torch.cat([q, k, v], dim=-1), heads, mine, comm).chunk(3, dim=-1)
-    if mesh.ring > 1:
-        y = ring_attention(q, k, v, mask, [sum(stage) for stage in stages], GROUP + "ring")
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return to_sequence(y, heads, mine, comm) if mesh.ulysses > 1 else y
+    return to_sequence(attend(*to_heads((q, k, v), heads, mine, comm)), heads, mine, comm)  # nested, so that what was exchanged is given back early
 
 
-def to_heads(x: Tensor, heads: Sequence[int], lengths: Sequence[int], comm: Communicator) -> Tensor:
-    """[B, N, L, K] with all heads and this rank's tokens -> [B, heads[rank], sum(lengths), K]."""
-    b, _, length, width = x.shape
-    n = heads[comm.at["ulysses"]]
-    received, sent = [n * b * part * width for part in lengths], [part * b * length * width for part in heads]
-    parts = comm.all_to_all(x.movedim(1, 0).reshape(-1), "ulysses", received, sent).split(received)
-    return torch.cat([part.reshape(n, b, size, width) for part, size in zip(parts, lengths, strict=True)], dim=2).movedim(0, 1)
+def to_heads(tensors: Sequence[Tensor], heads: Sequence[int], lengths: Sequence[int], comm: Communicator) -> tuple[Tensor, ...]:
+    """Each [B, N, L, K] with all heads and this rank's tokens -> [B, heads[rank], sum(lengths), K], views of what one all-to-all brought.
+
+    Tokens go first, so that what came from several ranks is whole as it lies: a long sequence is copied once, to be sent.
+    """
+    b, _, length, _ = tensors[0].shape
+    n, widths = heads[comm.at["ulysses"]], [x.shape[3] for x in tensors]
+    whole = comm.all_to_all(
+        torch.cat([torch.cat([x[:, start:stop].permute(2, 0, 1, 3) for x in tensors], dim=3).reshape(-1) for start, stop in bounds(tuple(heads))]),
+        "ulysses", [part * b * n * sum(widths) for part in lengths], [length * b * part * sum(widths) for part in heads],
+    )  # fmt: skip
+    return tuple(whole.view(sum(lengths), b, n, sum(widths)).permute(1, 2, 0, 3).split(widths, dim=3))
 
 
 def to_sequence(x: Tensor, heads: Sequence[int], lengths: Sequence[int], comm: Communicator) -> Tensor:
-    """The way back of `to_heads`."""
+    """The way back of `to_heads`, for one tensor."""
     b, n, _, width = x.shape
     length = lengths[comm.at["ulysses"]]
-    received, sent = [part * b * length * width for part in heads], [n * b * part * width for part in lengths]
-    packed = torch.cat([part.reshape(-1) for part in x.movedim(1, 0).split(list(lengths), dim=2)])
-    parts = comm.all_to_all(packed, "ulysses", received, sent).split(received)
-    return torch.cat([part.reshape(size, b, length, width) for part, size in zip(parts, heads, strict=True)]).movedim(0, 1)
+    received = [part * b * length * width for part in heads]
+    parts = comm.all_to_all(x.permute(2, 1, 0, 3).reshape(-1), "ulysses", received, [part * n * b * width for part in lengths]).split(received)
+    return torch.cat([part.reshape(length, size, b, width) for part, size in zip(parts, heads, strict=True)], dim=1).permute(2, 1, 0, 3)
 
 
 def _whole_mask(mask: Tensor | None, lengths: Sequence[int], comm: Communicator) -> Tensor | None:

@@ -42,12 +42,14 @@ class Rules:
     parameters: Mapping[str, Axes]  # exactly one pattern for every parameter and persistent buffer; () for one that every rank has whole
     attributes: Mapping[str, str]  # integer attributes of modules that count an axis: set to this rank's share, and the unit in which it is split
     inputs: Mapping[str, Mapping[int, Axes]]  # positional arguments of modules that arrive whole and are split
+    made: Mapping[str, Axes]  # outputs of modules that every rank makes whole, of which it keeps its part
     outputs: Mapping[str, Axes]  # outputs of modules that are gathered
     attention: Mapping[str, AttentionRule]
 
     def __post_init__(self) -> None:
         used = [*self.attributes.values()]
-        for axes in (*self.parameters.values(), *self.outputs.values(), *(a for arguments in self.inputs.values() for a in arguments.values())):
+        inputs = (axes for arguments in self.inputs.values() for axes in arguments.values())
+        for axes in (*self.parameters.values(), *self.made.values(), *self.outputs.values(), *inputs):
             used += [axis_of(dim)[1] for dim in axes]
         for rule in self.attention.values():
             used += [*rule.queries, *rule.keys]
@@ -115,9 +117,9 @@ MOVIE_GEN = Rules(
     attributes={"blocks.*.*_attention.heads": "heads"},
     inputs={
         "patch_in": {0: ("", "sequence", "")},
-        "blocks.*": {1: ("sequence", "")},  # positions
         "blocks.*.cross_attention": {1: ("", "text", "")},
     },
+    made={"positions": ("sequence", "")},
     outputs={"patch_out": ("", "sequence", "")},
     attention={
         "blocks.*.self_attention": AttentionRule(("sequence",), ("sequence",), "context"),
@@ -140,6 +142,7 @@ BYTE_TEXT = Rules(
     },
     attributes={"layers.*.heads": "heads"},
     inputs={},
+    made={},
     outputs={},
     attention={},
 )

@@ -37,12 +37,12 @@ def empty_weights() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def shard(module: nn.Module, rules: Rules, comm: Communicator, file: Path, prefix: str = "", dtype: torch.dtype | None = None) -> nn.Module:
+def shard(module: nn.Module, rules: Rules, comm: Communicator, file: Path | None, prefix: str = "", dtype: torch.dtype | None = None) -> nn.Module:
     """`module`, built by `empty_weights`, changed into this rank's part and given back, in evaluation mode.
 
-    file: safetensors with the whole model; each rank reads its own slices. prefix: of the module's names in the file ("denoiser."). dtype: of floating
-    weights; the file's if None. Raises ConfigError for a table that does not fit the module or a mesh too large for it, BundleError for a file
-    without a tensor of the module or with another shape.
+    file: safetensors with the whole model; each rank reads its own slices. None: weights stay empty, in the shapes of this rank's part. prefix: of the
+    module's names in the file ("denoiser."). dtype: of floating weights; the file's if None. Raises ConfigError for a table that does not fit the
+    module or a mesh too large for it, BundleError for a file without a tensor of the module or with another shape.
     """
     units = _units(module, rules, comm)
     names = [name for name, _ in module.named_parameters()]
@@ -50,9 +50,12 @@ def shard(module: nn.Module, rules: Rules, comm: Communicator, file: Path, prefi
     names += [name for name in module.state_dict() if name in buffers]
     whole = {name: tuple(_get(module, name).shape) for name in names}
     cuts = {name: cut_of(name, whole[name], rules.of_parameter(name), rules, units, comm) for name in names}
-    _load(module, cuts, file, prefix, dtype)
+    if file is None:
+        _narrow(module, cuts)
+    else:
+        _load(module, cuts, file, prefix, dtype)
     for name, buffer in module.named_buffers():
-        if buffer.is_meta:
+        if buffer.is_meta and file is not None:
             raise ConfigError(f"buffer {name!r} is on the meta device and in no file; build the module inside empty_weights(), which keeps buffers")
     _set_shares(module, rules, comm)
     lengths = Lengths(rules, comm)
@@ -138,11 +141,14 @@ def _set_shares(module: nn.Module, rules: Rules, comm: Communicator) -> None:
 
 
 def _install(module: nn.Module, rules: Rules, comm: Communicator, lengths: Lengths) -> None:
-    """Hooks that split inputs and gather outputs."""
+    """Hooks that split inputs and what is made whole, and gather outputs."""
     for path, arguments in matching(rules.inputs, _paths(module)).items():
         active = {i: axes for i, axes in arguments.items() if any(comm.size(axis) > 1 for axis in lengths.mesh_axes(axes))}
         if active:
             module.get_submodule(path).register_forward_pre_hook(_splitting(active, lengths))
+    for path, axes in matching(rules.made, _paths(module)).items():
+        if any(comm.size(axis) > 1 for axis in lengths.mesh_axes(axes)):
+            module.get_submodule(path).register_forward_hook(_keeping(axes, lengths))
     for path, axes in matching(rules.outputs, _paths(module)).items():
         if any(comm.size(axis) > 1 for axis in lengths.mesh_axes(axes)):
             module.get_submodule(path).register_forward_hook(_gathering(axes, lengths))
@@ -150,6 +156,10 @@ def _install(module: nn.Module, rules: Rules, comm: Communicator, lengths: Lengt
 
 def _splitting(arguments: Mapping[int, Axes], lengths: Lengths) -> Any:
     return lambda _, args: tuple(lengths.split(value, arguments[i]) if i in arguments else value for i, value in enumerate(args))
+
+
+def _keeping(axes: Axes, lengths: Lengths) -> Any:
+    return lambda _, args, output: lengths.split(output, axes).clone()  # a view would keep the whole
 
 
 def _gathering(axes: Axes, lengths: Lengths) -> Any:
@@ -176,6 +186,14 @@ def _load(module: nn.Module, cuts: Mapping[str, Cut | None], file: Path, prefix:
             setattr(parent, own, nn.Parameter(value, requires_grad=False) if isinstance(here, nn.Parameter) else value)
 
 
+def _narrow(module: nn.Module, cuts: Mapping[str, Cut | None]) -> None:
+    for name, cut in cuts.items():
+        whole = _get(module, name)
+        if cut is not None:
+            shape = [cut.size if dim == cut.dim else size for dim, size in enumerate(whole.shape)]
+            _put(module, name, nn.Parameter(whole.new_empty(shape), requires_grad=False))
+
+
 def _read(stored: Any, cut: Cut | None) -> Tensor:
     """This rank's part, in memory of its own: a slice along the first dim comes as a view of the whole."""
     if cut is None:
@@ -189,6 +207,6 @@ def _get(module: nn.Module, path: str) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
-def _put(module: nn.Module, path: str, layer: nn.Module) -> None:
+def _put(module: nn.Module, path: str, layer: nn.Module | nn.Parameter) -> None:
     owner, _, name = path.rpartition(".")
     setattr(module.get_submodule(owner), name, layer)

@@ -36,6 +36,8 @@ class Backend(Protocol):
     name: str
     runs: bool
     """False for a backend that computes nothing."""
+    own_threads: bool
+    """Whether it computes on a CPU with threads of its own and not with torch's, which then compete: they wait actively after each operator."""
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

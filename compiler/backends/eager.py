@@ -32,6 +32,7 @@ class EagerExecutable:
 class EagerBackend:
     name = "eager"
     runs = True
+    own_threads = False
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
 
     def default_precision(self) -> tuple[Precision, str]:

@@ -56,6 +56,7 @@ class InductorBackend:
     autotune: bool = True
     name: str = "inductor"
     runs: bool = True
+    own_threads: bool = False
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

@@ -24,6 +24,7 @@ class NullExecutable:
 class NullBackend:
     name = "null"
     runs = False
+    own_threads = False
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
 
     def default_precision(self) -> tuple[Precision, str]:

@@ -64,6 +64,7 @@ class OpenVinoExecutable:
 class OpenVinoBackend:
     name = "openvino"
     runs = True
+    own_threads = True
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

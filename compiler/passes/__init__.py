@@ -21,8 +21,8 @@ from reelstep.errors import CompileError
 Pass = Callable[[ExportedProgram], ExportedProgram]
 
 PASSES: dict[str, Pass] = {
-    "functionalise": functionalise,
     "decompose_ops": decompose_ops,
+    "functionalise": functionalise,
     "drop_asserts": drop_asserts,
     "define_empty": define_empty,
     "drop_dead": drop_dead,

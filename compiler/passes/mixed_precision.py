@@ -4,7 +4,8 @@ Products (matrix, convolution, attention) take and give bfloat16; operators betw
 only products feed (a gated FFN's middle, the norms of queries and keys, whose sums are float32 inside) stays bfloat16;
 everything that meets a float32 tensor (residual sums and their norms, modulation) runs in float32. An op of ours that a graph has
 kept takes what comes: it computes in float32 and gives the dtype of its first tensor. In float32 run the first and the
-last product too: they are small, and what they round reaches the output whole. A runtime's own bfloat16 hint casts everything
+last product too: they are small, and what they round reaches the output whole. A product of a quantised tensor (passes/quantise.py) reads float32, which
+are integers times a step that no bfloat16 holds, and gives bfloat16. A runtime's own bfloat16 hint casts everything
 and rounds the residual stream at every layer: several times the error (`reelstep bench engine`).
 """
 
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from reelstep.compiler.capture import quiet_torch, trace
 from reelstep.compiler.passes.drop_asserts import drop_asserts
+from reelstep.compiler.passes.quantise import FAKE_QUANTISE
 from reelstep.compiler.signature import Signature
 from reelstep.kernels import OPS
 from reelstep.kernels.op import NAMESPACE
@@ -51,18 +53,21 @@ class Recast(Interpreter):
         super().__init__(body)
         products = [node for node in body.graph.nodes if node.target in PRODUCTS]
         self.kept = {products[0], products[-1]} if products else set()
-        self.keeps = False
+        self.quantised = {node for node in products if isinstance(node.args[0], Node) and node.args[0].target is FAKE_QUANTISE}
+        self.keeps = self.rounds = False
 
     def run_node(self, n: Node) -> Any:
-        self.keeps = n in self.kept
+        self.keeps, self.rounds = n in self.kept, n in self.quantised - self.kept
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.bfloat16)]
         mixed = len({x.dtype for x in tensors}) > 1 and getattr(target, "namespace", "") != NAMESPACE
+        if self.rounds:
+            return cast(super().call_function(target, args, kwargs), torch.bfloat16)
         if (target in PRODUCTS and not self.keeps) or (target in ROW_NORMS and tensors[0].dtype is torch.bfloat16):
             args, kwargs = cast((args, kwargs), torch.bfloat16)
-        elif target in SUMS or self.keeps or mixed:
+        elif target in SUMS or target is FAKE_QUANTISE or self.keeps or mixed:
             args, kwargs = cast((args, kwargs), torch.float32)
         return super().call_function(target, args, kwargs)
 

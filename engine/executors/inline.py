@@ -1,4 +1,4 @@
-"""Runs calls in the thread that asks."""
+"""Runs calls in the thread that asks, one batch at a time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from reelstep.engine.scheduler import Key
 
 class Inline:
     """One runner per model, all on this process's device."""
+
+    inline, capacity = True, 1
 
     def __init__(self, runners: Mapping[str, Runner]) -> None:
         self.runners = runners

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from reelstep.compiler.bundle import AGAIN, Bundle
-from reelstep.compiler.load import build_engine, choose
+from reelstep.compiler.load import build_engine, check_mesh, choose
 from reelstep.compiler.skus.cpu import SKU
 from reelstep.compiler.storage import seal, sealed
 from reelstep.engine.build import hash_weights
+from reelstep.engine.executors.bundles import Stored
 from reelstep.engine.executors.processes import Part, ShardedModel, World, start
 from reelstep.engine.executors.restarting import Bounds, Restarting
 from reelstep.engine.models import MODELS
@@ -40,27 +41,26 @@ BOUNDS = Bounds(starts=3, window_s=600.0, reruns=2)
 
 @dataclass(frozen=True)
 class BundleRanks:
-    """What every rank of a bundle loads. digest: sha256 of the manifest that was verified, so that a restart takes no other bundle."""
+    """What every rank of a bundle loads."""
 
-    bundle: Path
-    digest: str
-    cache: Path
+    bundle: Stored
     sharded: ShardedModel
 
     def identity(self) -> Mapping[str, str]:
-        return {**self.sharded.identity(), "bundle": self.digest}
+        if self.bundle.found == self.bundle.digest and not self.sharded.file.exists():  # another machine than the engine's
+            bundle = self.bundle.open()
+            weights_file(bundle, spec_of(bundle), self.bundle.cache)
+        return {"bundle": self.bundle.found, **self.sharded.identity()}
 
     def load(self, comm: Communicator) -> Mapping[str, Runner]:
         """Raises BundleError for a bundle that was replaced since the first start."""
         if comm.rank > 0:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; rank 0 says when the others end
-        bundle = Bundle.open(self.bundle)
-        if bundle.manifest["sha256"] != self.digest:
-            raise BundleError(f"{self.bundle} was replaced while it was served; start the server again")
+        bundle = self.bundle.open()
         shared = self.sharded.load(comm)[self.sharded.name]
         chosen, _ = choose(bundle, self.sharded.backend, "float32")
         whole = {key: signature for key, signature in bundle.signatures.items() if key not in shared.executables}
-        executables = {key: build_engine(bundle, key, chosen, "float32", self.cache) for key in whole}
+        executables = {key: build_engine(bundle, key, chosen, "float32", self.bundle.cache) for key in whole}
         limits = {key: signature.max_batch for key, signature in whole.items()}
         return {self.sharded.name: Runner({**shared.executables, **executables}, {**shared.max_batch, **limits})}
 
@@ -68,20 +68,32 @@ class BundleRanks:
 def open_on_mesh(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None) -> Restarting:
     """The bundle's programs in float32 on a mesh of processes, of which this one is rank 0, and started again when a rank is lost.
 
-    Weights of what is sharded are written into `cache` once, for the ranks to read their slices. Warns of a mesh larger than this machine's cores.
-    Raises, before any process starts, ConfigError for a model that does not say how it is sharded, a bundle with the pieces of step caches and a mesh
-    larger than there are heads, BundleError for a bundle of another version or other weights of the model; then what a replica's start raises.
+    Warns of a mesh larger than this machine's cores. Raises, before any process starts, as `ranks_of`; then what a replica's start raises.
     """
+    ranks = ranks_of(bundle, mesh, cache, backend)
+    if mesh.world > SKU.units:
+        log.warning("mesh %s has %d ranks, and this machine %d cores: they wait for each other", mesh, mesh.world, SKU.units)
+    return Restarting([partial(start, world_of(mesh, "gloo"), ranks)], BOUNDS)
+
+
+def ranks_of(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None) -> BundleRanks:
+    """The ranks of a mesh that share a bundle's model.
+
+    Weights of what is sharded are written into `cache` once, for the ranks to read their slices. Raises ConfigError for a model that does not say how
+    it is sharded, a bundle with the pieces of step caches and a mesh larger than there are heads, BundleError for a bundle of another version or
+    other weights of the model.
+    """
+    check_mesh(bundle, mesh)
     spec = spec_of(bundle)
     parts = tuple(Part(**arguments) for arguments in spec.sharding)
     for part in parts:
         check_part(part, mesh, spec.name)
     chosen, _ = choose(bundle, backend, "float32")
-    if mesh.world > SKU.units:
-        log.warning("mesh %s has %d ranks, and this machine %d cores: they wait for each other", mesh, mesh.world, SKU.units)
-    ranks = BundleRanks(bundle.path, bundle.manifest["sha256"], cache, ShardedModel(spec.name, weights_file(bundle, spec, cache), parts, chosen.name))
-    world = World(mesh, "gloo", start_s=START_S, collective_s=COLLECTIVE_S, silence_s=SILENCE_S)
-    return Restarting([partial(start, world, ranks)], BOUNDS)
+    return BundleRanks(Stored.of(bundle, cache), ShardedModel(spec.name, weights_file(bundle, spec, cache.absolute()), parts, chosen.name))
+
+
+def world_of(mesh: Mesh, transport: str) -> World:
+    return World(mesh, transport, start_s=START_S, collective_s=COLLECTIVE_S, silence_s=SILENCE_S)
 
 
 def spec_of(bundle: Bundle) -> ModelSpec:

@@ -34,6 +34,7 @@ from reelstep.compiler.capture import capture
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.split_at_collectives import Chain, Piece, split_at_collectives
 from reelstep.compiler.program import Profile, Program
+from reelstep.compiler.sharded import rank_profile
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.storage import sha256_file
 from reelstep.engine.executors import LOOK_S, RETRY_S
@@ -47,7 +48,6 @@ from reelstep.parallel.rules import RULES
 from reelstep.parallel.shard import empty_weights, shard
 
 log = logging.getLogger(__name__)
-
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ class ShardedModel:
         return {"model": self.name, "weights": sha256_file(self.file), "backend": self.backend}
 
     def load(self, comm: Communicator) -> Mapping[str, Runner]:
+        if BACKENDS[self.backend].own_threads:
+            torch.set_num_threads(1)  # all that torch does here is to copy what travels
         executables: dict[tuple[str, str], Executable] = {}
         limits: dict[tuple[str, str], int] = {}
         for part in self.parts:
@@ -104,8 +106,7 @@ class ShardedModel:
             module = shard(module, RULES[part.rules], comm, self.file, part.prefix)
             for program in resolve_name(part.programs)(module):
                 for profile in program.profiles:
-                    # An all-to-all packs rows among other sizes: a graph of it is of one row.
-                    own = replace(profile, max_batch=1) if comm.size("cp") > 1 else profile
+                    own = rank_profile(profile, comm.mesh)
                     executables[program.name, own.name] = self._build(program, own, comm)
                     limits[program.name, own.name] = own.max_batch
         return {self.name: Runner(executables, limits)}
@@ -147,6 +148,9 @@ class Processes:
     come, cannot load or fails the test of its links, and BundleError for one with other software or weights.
     """
 
+    inline, capacity = False, 1
+    leaving: str | None = None
+
     def __init__(self, world: World, ranks: Ranks, store: TCPStore, children: Mapping[int, BaseProcess]) -> None:
         _check_alone()
         self.world, self.children = world, children
@@ -155,7 +159,7 @@ class Processes:
         self._closed = threading.Event()
         self._comm: Communicator | None = None
         try:
-            self._refuse_strangers(_identity(ranks), self._collect("hello", world.start_s))
+            self._refuse_strangers(identity_of(ranks), self._collect("hello", world.start_s))
             _tell(store, "go", {})
             self._comm = _join(0, world, store)
             self._local = ranks.load(self._comm)
@@ -315,7 +319,7 @@ def serve_rank(rank: int, world: World, ranks: Ranks, host: str, port: int) -> N
     store = _client(host, port, world.start_s)
     threading.Thread(target=_beat, args=(rank, world, host, port), name="reelstep-beat", daemon=True).start()
     with _reporting(store, "hello", rank):
-        identity = _identity(ranks)
+        identity = identity_of(ranks)
     _tell(store, f"hello/{rank}", identity)
     if _hear(store, "go", world.start_s):
         return
@@ -359,7 +363,8 @@ def _check_alone() -> None:
         raise ConfigError("this process is already a rank; close that replica first, or start this one in another process")
 
 
-def _identity(ranks: Ranks) -> dict[str, str]:
+def identity_of(ranks: Ranks) -> dict[str, str]:
+    """What must be equal wherever a rank of these runs."""
     return {"reelstep": __version__, "torch": str(torch.__version__), **ranks.identity()}
 
 

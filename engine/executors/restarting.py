@@ -1,5 +1,7 @@
 """Keeps replicas alive: calls that were running when one died are run again, on another one or on the same one started anew.
 
+Their number may change while they run, and one whose machine shall go is replaced first and then closed.
+
 A sampler's state lies in the engine's process, so a death costs one evaluation: the same calls give the same numbers again.
 """
 
@@ -10,7 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Literal, Protocol
 
 from reelstep.engine.executors import LOOK_S, RETRY_S, Executor
@@ -21,6 +25,9 @@ from reelstep.errors import ConfigError, Unavailable
 
 log = logging.getLogger(__name__)
 
+LAST_START_S = 5.0
+"""For which a start is waited for when all is closed."""
+
 
 class Replica(Executor, Protocol):
     """An executor that may die. Its `run` then raises Unavailable, now and for good."""
@@ -28,6 +35,11 @@ class Replica(Executor, Protocol):
     @property
     def failure(self) -> str | None:
         """Why it has died; also of a death while nothing ran. None while it lives."""
+        ...
+
+    @property
+    def leaving(self) -> str | None:
+        """Why another shall take its place although it lives, as when its machine is drained. None where it may stay."""
         ...
 
     def close(self) -> None:
@@ -50,23 +62,37 @@ class Bounds:
 
 @dataclass(eq=False)
 class Place:
-    """Where one replica lives. Only who made it "running" or "starting" touches the replica. ends: when it died or did not start, and why."""
+    """Where one replica lives. Only who made it "running", "starting" or "closing" touches the replica.
+
+    ends: when it died or did not start, and why. retired: why it is not wanted any more.
+    """
 
     number: int
     start: Callable[[], Replica]
-    replica: Replica
-    state: Literal["live", "running", "ended", "starting"] = "live"
+    replica: Replica | None
+    state: Literal["live", "running", "ended", "starting", "closing"]
     ends: deque[tuple[float, str]] = field(default_factory=deque)
+    retired: str | None = None
+
+    @property
+    def lives(self) -> bool:
+        return self.state == "running" or self.idle
+
+    @property
+    def idle(self) -> bool:
+        return self.state == "live" and self.replica is not None and self.replica.failure is None
 
 
 class Restarting:
     """One or several replicas of the same programs as one executor. Thread-safe.
 
-    starts: one function for each replica, called here and again after every death; replicas that hold a process's only group of ranks (`Processes`)
-    can be one at a time. A thread of its own looks after them and starts the dead anew, one after another, so that the others go on meanwhile: `run`
-    takes one that lives and waits only where there is none. restarts, reruns: how many times a replica was started anew, and calls run again.
+    starts: one function for each replica, called here, all at once, and again after every death; replicas that hold a process's only group of ranks
+    (`Processes`) can be one at a time. A thread of its own looks after them and has the dead started anew while the others go on: `run` takes one
+    that lives and waits only where there is none. restarts, reruns: how many times a replica was started anew, and calls run again.
     Raises ConfigError for no replica and for replicas of different programs; what the first start of any raises.
     """
+
+    inline = False
 
     def __init__(self, starts: Sequence[Callable[[], Replica]], bounds: Bounds) -> None:
         if not starts:
@@ -74,23 +100,45 @@ class Restarting:
         self.bounds, self.restarts, self.reruns = bounds, 0, 0
         self._changed = threading.Condition()
         self._closed = False
-        self._rows: dict[Key, int] | None = None
-        self._places: list[Place] = []
+        self._wanted, self._start, self._numbers = len(starts), starts[0], count()
+        self._places = [Place(next(self._numbers), start, None, "starting") for start in starts]
+        with ThreadPoolExecutor(len(starts), "reelstep-start") as pool:
+            started = [pool.submit(start) for start in starts]
+        for place, future in zip(self._places, started, strict=True):
+            if future.exception() is None:
+                place.replica, place.state = future.result(), "live"
         try:
-            for number, start in enumerate(starts):
-                self._places.append(Place(number, start, start()))
-                self._check_rows(self._places[-1].replica)
+            self._rows = next(future.result().max_rows for future in started)
+            for future in started:
+                self._check_rows(future.result())
         except BaseException:
             for place in self._places:
-                place.replica.close()
+                _close(place)
             raise
         self._keeper = threading.Thread(target=self._keep, name="reelstep-replicas", daemon=True)
         self._keeper.start()
 
     @property
     def max_rows(self) -> dict[Key, int]:
-        assert self._rows is not None
         return self._rows
+
+    @property
+    def capacity(self) -> int:
+        with self._changed:
+            return max(1, len(self._taking()))
+
+    @property
+    def wanted(self) -> int:
+        """Replicas that there shall be; those that live now may be fewer."""
+        return self._wanted
+
+    def resize(self, wanted: int) -> None:
+        """How many replicas there shall be: more are started with the first start, those that are too many end when they are idle. Returns at once."""
+        if wanted < 1:
+            raise ConfigError(f"{wanted} replicas; at least 1")
+        with self._changed:
+            self._wanted = wanted
+            self._changed.notify_all()
 
     def run(self, model: str, calls: Sequence[Call]) -> list[Outputs]:
         """Outputs of each call. Waits for a replica that is being started.
@@ -101,6 +149,7 @@ class Restarting:
         ended: list[str] = []
         while True:
             place = self._claim()
+            assert place.replica is not None
             try:
                 outputs = place.replica.run(model, calls)
             except Unavailable as error:
@@ -120,7 +169,7 @@ class Restarting:
                 return outputs
 
     def close(self) -> None:
-        """Stop all replicas. Waits for a call and for a start that is under way. Idempotent."""
+        """Stop all replicas. Waits for a call that is under way, and not for long for a start, which then ends what it started itself. Idempotent."""
         with self._changed:
             if self._closed:
                 return
@@ -129,15 +178,22 @@ class Restarting:
         self._keeper.join()
         with self._changed:
             self._changed.wait_for(lambda: all(place.state != "running" for place in self._places))
-        for place in self._places:
-            place.replica.close()
+            self._changed.wait_for(lambda: all(place.state in ("live", "ended") for place in self._places), LAST_START_S)
+            places = [place for place in self._places if place.state in ("live", "ended")]
+        for place in places:
+            _close(place)
+
+    def _taking(self) -> list[Place]:
+        """Those that take batches: that live and may stay, and only where there is none of them, those that live and shall go."""
+        living = [place for place in self._places if place.lives]
+        return [place for place in living if place.retired is None] or living
 
     def _claim(self) -> Place:
         """A replica that lives, for the caller alone: the one that has waited longest."""
         with self._changed:
             while not self._closed:
-                for place in self._places:
-                    if place.state == "live" and place.replica.failure is None:
+                for place in self._taking():
+                    if place.idle:
                         place.state = "running"
                         self._places.remove(place)
                         self._places.append(place)
@@ -177,42 +233,76 @@ class Restarting:
         return Unavailable(text, retry_after_s=max(wait_s, RETRY_S))
 
     def _keep(self) -> None:
-        """The keeper's life: sees who has died while nothing ran, and starts again who may be."""
-        while (place := self._next_dead()) is not None:
-            try:
-                place.replica.close()
-                place.replica = place.start()
-                self._check_rows(place.replica)
-            except Exception as error:  # ranks may fail with anything their programs do; whoever waits is told
-                log.exception("replica %d did not start", place.number)
-                why: str | None = f"did not start: {error}"
-            else:
-                why = None
-                log.warning("replica %d was started again", place.number)
-            with self._changed:
-                self.restarts += why is None
-            self._release(place, why)
-
-    def _next_dead(self) -> Place | None:
-        """The next place to start, marked so; None at the end."""
+        """The keeper's life: sees who has died while nothing ran, who shall go and who is missing; whatever takes long is done on threads of its own."""
         with self._changed:
             while not self._closed:
-                for place in self._places:
-                    if place.state == "live" and (failure := place.replica.failure) is not None:
-                        self._end(place, failure)
-                    if place.state == "ended" and self._may_start(place):
-                        place.state = "starting"
-                        return place
+                for place in list(self._places):
+                    self._look_at(place)
+                self._count()
                 self._changed.wait(LOOK_S)
-        return None
+
+    def _look_at(self, place: Place) -> None:
+        replica = place.replica
+        if place.state == "live" and replica is not None and replica.failure is not None:
+            self._end(place, replica.failure)
+        if place.retired is None and place.lives and replica is not None and replica.leaving is not None:
+            place.retired = replica.leaving
+            log.warning("replica %d shall go, another takes its place: %s", place.number, place.retired)
+        if place.retired is None and place.state == "ended" and self._may_start(place):
+            self._begin(place, "starting", self._restart)
+        elif place.retired is not None and (place.state == "ended" or (place.state == "live" and self._enough())):
+            self._begin(place, "closing", self._remove)
+
+    def _count(self) -> None:
+        """As many places that stay as are wanted."""
+        staying = [place for place in self._places if place.retired is None]
+        for _ in range(self._wanted - len(staying)):
+            self._places.append(Place(next(self._numbers), self._start, None, "ended"))
+        for place in sorted(staying, key=lambda place: ("ended", "starting", "live", "running").index(place.state))[: max(0, len(staying) - self._wanted)]:
+            place.retired = f"{self._wanted} are wanted"
+
+    def _enough(self) -> bool:
+        return sum(place.lives for place in self._places if place.retired is None) >= self._wanted
+
+    def _begin(self, place: Place, state: Literal["starting", "closing"], work: Callable[[Place], None]) -> None:
+        place.state = state
+        threading.Thread(target=work, args=(place,), name=f"reelstep-{state}", daemon=True).start()
+
+    def _restart(self, place: Place) -> None:
+        try:
+            _close(place)
+            place.replica = place.start()
+            self._check_rows(place.replica)
+        except Exception as error:  # ranks may fail with anything their programs do; whoever waits is told
+            log.exception("replica %d did not start", place.number)
+            why: str | None = f"did not start: {error}"
+        else:
+            why = None
+            log.warning("replica %d was started", place.number)
+        with self._changed:
+            self.restarts += why is None
+            late = self._closed and place.state == "starting"
+        if late:
+            _close(place)
+        self._release(place, why)
+
+    def _remove(self, place: Place) -> None:
+        _close(place)
+        with self._changed:
+            self._places.remove(place)
+            self._changed.notify_all()
+        log.info("replica %d was closed: %s", place.number, place.retired)
 
     def _check_rows(self, replica: Replica) -> None:
         """All replicas, and the same one later, run the same."""
-        rows = replica.max_rows
-        if self._rows is None:
-            self._rows = rows
-        if rows != self._rows:
-            raise ConfigError(f"a replica runs {rows}, another {self._rows}; give all the same programs")
+        if replica.max_rows != self._rows:
+            raise ConfigError(f"a replica runs {replica.max_rows}, another {self._rows}; give all the same programs")
+
+
+def _close(place: Place) -> None:
+    if place.replica is not None:
+        place.replica.close()
+        place.replica = None
 
 
 def _listed(reasons: Sequence[str]) -> str:

@@ -96,6 +96,21 @@ class SwiGLU(nn.Module):
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
+class Positions(nn.Module):
+    """Learned tables [N, D], "0" of frames, "1" of rows, "2" of columns of tokens."""
+
+    def __init__(self, sizes: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        for i, n in enumerate(sizes):
+            self.register_parameter(str(i), nn.Parameter(torch.randn(n, width) * 0.02))
+
+    def forward(self, f: int, h: int, w: int) -> Tensor:
+        """Their sum on the token grid, in (t, h, w) order: [L, D]."""
+        t_table, h_table, w_table = self.parameters()
+        grid = t_table[:f, None, None] + h_table[None, :h, None] + w_table[None, None, :w]
+        return grid.flatten(0, 2)
+
+
 class Block(nn.Module):
     """Self-attention, text cross-attention, SwiGLU; the first and last modulated and gated by time.
 
@@ -174,17 +189,11 @@ class MovieGenTransformer(nn.Module):
         self.time = TimeEmbedding(config)
         self.text = TextProjection(config)
         self.patch_in = nn.Linear((config.latent_channels + config.condition_channels) * volume, d, bias=False)
-        self.positions = nn.ParameterList(nn.Parameter(torch.randn(n, d) * 0.02) for n in config.positions)
+        self.positions = Positions(config.positions, d)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(d, eps=EPS)
         self.table = nn.Parameter(torch.randn(2, d) / math.sqrt(d))
         self.patch_out = nn.Linear(d, config.latent_channels * volume, bias=False)
-
-    def position_grid(self, f: int, h: int, w: int) -> Tensor:
-        """Sum of the three tables on the token grid, in (t, h, w) order: [L, D]."""
-        t_table, h_table, w_table = self.positions
-        grid = t_table[:f, None, None] + h_table[None, :h, None] + w_table[None, None, :w]
-        return grid.flatten(0, 2)
 
     def forward(self, x: Tensor, modulation: Tensor, condition: Tensor | None, context: Tensor) -> Tensor:
         """x, condition: [B, C, F, H, W]; modulation: [B, 7, D] of `time`; context: [B, S, D] of `text`."""
@@ -206,7 +215,7 @@ class MovieGenTransformer(nn.Module):
 
     def through(self, blocks: Iterable[nn.Module], tokens: Tensor, grid: tuple[int, int, int], modulation: Tensor, context: Tensor) -> Tensor:
         """Tokens [B, L, D] after some of the blocks."""
-        positions = self.position_grid(*grid)
+        positions = self.positions(*grid)
         for block in blocks:
             tokens = block(tokens, positions, modulation[:, :6], context)
         return tokens
@@ -241,7 +250,7 @@ class Embed(nn.Module):
         tokens = self.transformer.embed(x, condition)
         first = self.transformer.blocks[0]
         assert isinstance(first, Block)
-        signal = first.modulated_input(tokens, self.transformer.position_grid(*grid), modulation[:, :6])
+        signal = first.modulated_input(tokens, self.transformer.positions(*grid), modulation[:, :6])
         return tokens.unflatten(1, grid), signal.unflatten(1, grid)
 
 
@@ -398,4 +407,5 @@ SPEC_30B = ModelSpec(
     build=build_30b,
     programs=programs_30b,
     card=None,
+    sharding=({"build": f"{__name__}:build_30b", "programs": f"{__name__}:programs_30b", "rules": "movie-gen", "prefix": ""},),
 )  # fmt: skip

@@ -52,6 +52,13 @@ MENU = {
     "best": Choice(solver="bns_16", forwards=32, psnr_db=50.01, ssim=0.9976, frechet=0.0047, command=MEASURED),
 }
 """For videos from words: rows of benchmarks/results/steps.json."""
+MEASURED_PICTURES = "reelstep bench steps --task text_to_image --nfe 4 6 8 12 24 --only ab2 euler"
+PICTURES = {
+    "draft": Choice(solver="ab2", steps=6, forwards=12, psnr_db=31.45, ssim=0.9160, frechet=0.7470, command=MEASURED_PICTURES),
+    "standard": Choice(solver="ab2", steps=12, forwards=24, psnr_db=41.72, ssim=0.9813, frechet=0.0410, command=MEASURED_PICTURES),
+    "best": Choice(solver="ab2", steps=24, forwards=48, psnr_db=48.25, ssim=0.9954, frechet=0.0036, command=MEASURED_PICTURES),
+}
+"""For pictures from words, to which no solver is fitted: rows of benchmarks/results/pictures.json."""
 
 
 class Text(nn.Module):
@@ -123,6 +130,12 @@ def programs(model: nn.Module) -> tuple[Program, ...]:
     )  # fmt: skip
 
 
+def adaptable(model: nn.Module) -> dict[str, nn.Linear]:
+    """Attention and FFN of every block."""
+    assert isinstance(model, ReelTiny)
+    return {name: layer for name, layer in model.denoiser.named_modules() if isinstance(layer, nn.Linear) and name.startswith("blocks.")}
+
+
 def pieces(model: nn.Module) -> tuple[Program, ...]:
     """`denoise` split."""
     assert isinstance(model, ReelTiny)
@@ -136,7 +149,7 @@ SPEC = ModelSpec(
         tasks=("text_to_image", "text_to_video", "animate_sticker"),
         limits=Limits(sizes=((SIDE, SIDE),), frames=(1, FRAMES), max_steps=250, max_scale=20.0, max_count=16, max_prompt_bytes=TEXT_CONFIG.length - 1),
         defaults={
-            "text_to_image": Defaults("ab2", "linear", 12, 3.0, 1, 8.0),
+            "text_to_image": Defaults("ab2", "linear", 12, 3.0, 1, 8.0, menu=PICTURES),
             "text_to_video": Defaults("ab2", "linear", 12, 3.0, FRAMES, 8.0, menu=MENU),
             "animate_sticker": Defaults("euler", "linear", 6, 1.0, FRAMES, 8.0),
         },
@@ -155,5 +168,6 @@ SPEC = ModelSpec(
     card=WEIGHTS / "reel-tiny.md",
     fitted=tuple(WEIGHTS / f"reel-tiny.{name}.json" for name in FITTED),
     pieces=pieces,
+    adaptable=adaptable,
     sharding=({"build": f"{__name__}:build_denoiser", "programs": f"{__name__}:denoiser_programs", "rules": "movie-gen", "prefix": "denoiser."},),
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from reelstep.compiler.lora import Layout
 from reelstep.compiler.program import Program
 from reelstep.engine.request import Choice, Defaults, Limits
 from reelstep.errors import ConfigError
@@ -51,6 +52,20 @@ class Distilled:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """A LoRA that is in the weights. digest: sha256 of its file. rank: the largest of its layers, of which there are so many."""
+
+    name: str
+    digest: str
+    strength: float
+    rank: int
+    layers: int
+
+    def __str__(self) -> str:
+        return f"{self.name} at strength {self.strength:g}, rank {self.rank} in {self.layers} layers"
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """All that runs a compiled model needs beside its programs. Plain values; JSON both ways.
 
@@ -70,6 +85,8 @@ class ModelSettings:
     tile_frames: int  # latent frames that one decode call takes
     tile_overlap: int
     distilled: Distilled | None = None  # of a student of few steps; None for a velocity field
+    lora: Layout | None = None  # of what requests may bring; None for a bundle that takes none
+    fused: tuple[Fused, ...] = ()
 
     def __post_init__(self) -> None:
         if self.distilled is None:
@@ -97,7 +114,9 @@ class ModelSettings:
         if data.get("distilled"):  # JSON has no numbers for keys
             grids = {int(steps): tuple(times) for steps, times in data["distilled"]["grids"].items()}
             distilled = Distilled(**{**data["distilled"], "grids": grids})
-        return cls(**{**data, "tasks": tuple(data["tasks"]), "limits": Limits(**limits), "defaults": defaults, "distilled": distilled})
+        lora = Layout.from_json(data["lora"]) if data.get("lora") else None
+        made = {"limits": Limits(**limits), "defaults": defaults, "distilled": distilled, "lora": lora}
+        return cls(**{**data, **made, "tasks": tuple(data["tasks"]), "fused": tuple(Fused(**each) for each in data.get("fused", ()))})
 
 
 @dataclass(frozen=True)
@@ -112,4 +131,5 @@ class ModelSpec:
     card: Path | None  # model card, Markdown
     fitted: tuple[Path, ...] = ()  # artifacts of fits that go into its bundle
     pieces: Callable[[nn.Module], tuple[Program, ...]] | None = None  # `denoise` split for step caches, on the same weights
+    adaptable: Callable[[nn.Module], Mapping[str, nn.Linear]] | None = None  # layers of `denoise` that a LoRA may change, by path in the transformer
     sharding: tuple[Mapping[str, str], ...] = ()  # the parts that ranks share: arguments of executors.processes.Part, a layer above; prefixes as of `build`

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from reelstep.compiler.lora import INPUT, SUFFIX
 from reelstep.engine.models.byte_text import tokenize
 from reelstep.engine.models.spec import ModelSettings
 from reelstep.engine.models.tae import blend_ramp, tile_starts
@@ -24,7 +25,7 @@ from reelstep.engine.samplers.convert import TO_VELOCITY, velocity_to_x1
 from reelstep.engine.samplers.guidance import Guided, Query, Rule, guided
 from reelstep.engine.samplers.ns import Table, sample, start
 from reelstep.engine.samplers.paths import PATHS
-from reelstep.engine.samplers.step_cache import Evaluation, Outcome, whole
+from reelstep.engine.samplers.step_cache import Evaluation, Outcome, Piece, whole
 from reelstep.engine.samplers.step_cache import Rule as CacheRule
 from reelstep.errors import InternalError
 
@@ -36,13 +37,14 @@ Pipeline = Generator[tuple[Call, ...], Answers, Media]
 
 @dataclass(frozen=True)
 class Job:
-    """What a pipeline is handed beside its state. table, rule, cache: the solver, the guidance and the step cache that the request asked for."""
+    """What a pipeline is handed beside its state. table, rule, cache, lora: the solver, guidance, step cache and adapters that the request asked for."""
 
     request: Request
     settings: ModelSettings
     table: Table
     rule: Rule
     cache: CacheRule | None = None
+    lora: Tensor | None = None  # [1, N], what the request's adapters add up to
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -138,9 +140,16 @@ def evaluate(job: Job, state: PipelineState, output: int, query: Query, branch: 
     if state.condition is not None:
         condition = state.condition[output : output + 1]
         inputs["condition"] = torch.zeros_like(condition) if branch == "bare" else condition
+    if job.lora is not None:
+        return adapted({**inputs, INPUT: job.lora})
     if job.cache is None:
         return whole(inputs)
     return job.cache.evaluate(inputs, run.guidance.nfe, len(query.branches), run.memories.get(branch))
+
+
+def adapted(inputs: Mapping[str, Tensor]) -> Evaluation:
+    """The whole network with adapters."""
+    return Outcome((yield Piece("denoise" + SUFFIX, inputs))["velocity"])
 
 
 Key = TypeVar("Key", bound=Hashable)

@@ -12,7 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from reelstep.engine import request as core
 from reelstep.engine.media import ENCODERS
-from reelstep.engine.resolve import DEFAULT_MEDIA_TYPE, Ask, Served
+from reelstep.engine.resolve import DEFAULT_MEDIA_TYPE, Ask, Fused, Served
 from reelstep.errors import FieldViolation, InvalidRequest
 from reelstep.protos.reelstep.v1 import media_pb2 as pb
 
@@ -59,6 +59,7 @@ def to_ask(request: pb.GenerateRequest, deadline: float) -> Ask:
         quality=spec.quality,
         step_cache=spec.step_cache,
         step_cache_options=dict(spec.step_cache_options),
+        lora={each.name: each.strength if each.HasField("strength") else 1.0 for each in spec.lora},
         image=spec.image or None,
         media_type=spec.output_media_type,
         preview_every=request.preview.every_steps,
@@ -74,6 +75,8 @@ def check_call(request: pb.GenerateRequest) -> None:
     core.check(bad, not request.spec.assets, "spec.assets", "this server has no asset store; put the picture's bytes into spec.image")
     unknown_options = ", ".join(name[:40] for name in list(request.spec.extra.fields)[:5])
     core.check(bad, not unknown_options, "spec.extra", f"no model here declares: {unknown_options}")
+    names = [each.name for each in request.spec.lora]
+    core.check(bad, len({*names}) == len(names), "lora", "names one twice; give each once, with the sum of its strengths")
     core.check(bad, not request.request_id or is_uuid(request.request_id), "request_id", "is not a UUID")
     preview = request.preview
     core.check(bad, preview.max_bytes <= MAX_PREVIEW_BYTES, "preview.max_bytes", f"at most {MAX_PREVIEW_BYTES}")
@@ -106,6 +109,7 @@ def to_spec(request: core.Request, media_type: str) -> pb.GenerationSpec:
         **core.parts(request),
         step_cache=request.step_cache,
         step_cache_options=request.step_cache_options,
+        lora=[pb.GenerationSpec.Lora(name=name, strength=strength) for name, strength in request.lora.items()],
     )
 
 
@@ -166,7 +170,15 @@ def to_model(model: Served) -> pb.Model:
         fits=[to_fit(name, fit) for name, fit in model.fits.items()],
         defaults={task: to_defaults(task, model) for task in model.settings.defaults},
         student=to_student(model.settings.distilled),
+        loras=[pb.Model.Lora(name=name, rank=lora.rank, layers=len(lora.pairs)) for name, lora in sorted(model.loras.items())],
+        lora_rank=model.settings.lora.rank if model.settings.lora else 0,
+        lora_layers=[name for name, *_ in model.settings.lora.layers] if model.settings.lora else [],
+        fused=[to_fused(each) for each in model.settings.fused],
     )
+
+
+def to_fused(fused: Fused) -> pb.Model.Fused:
+    return pb.Model.Fused(name=fused.name, sha256=fused.digest, strength=fused.strength, rank=fused.rank, layers=fused.layers)
 
 
 def to_student(student: core.Student | None) -> pb.Model.Student | None:

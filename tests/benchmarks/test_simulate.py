@@ -340,7 +340,7 @@ def test_the_command_prints_what_it_assumes_and_writes_rows_plot_and_trace(tmp_p
     assert [row["replicas"] for row in written["policies over replicas"]] == [1] * 4 + [2] * 4
     assert [row["saved_every"] for row in written["scheduler while replicas die"]] == [0, 1, 4]
     assert any("assumed: not measured" in line for line in written["costs"])
-    assert "the engine has no router yet" in capsys.readouterr().out
+    assert "the engine gives each batch to the replica that has waited longest" in capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")
     main(["--trace", str(trace), "--fleets", "2", "--json", str(file), "--checkpoints", "1"])
     again = json.loads(file.read_text())["rows"]

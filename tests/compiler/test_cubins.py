@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from reelstep.compiler import cubins
-from reelstep.compiler.cubins import SHARED_LIMIT, Cubin, compile_kernels, kernels_for, main, resources
+from reelstep.compiler.compile import make_plan
+from reelstep.compiler.cubins import SHARED_LIMIT, Cubin, compile_kernels, kernels_for, main, resources, with_kernels
+from reelstep.compiler.plan import Plan, ProgramPlan, RankPlan
+from reelstep.compiler.skus import SKUS
 from reelstep.errors import CompileError, NotFound
 from reelstep.kernels import OPS
 from reelstep.kernels.jit import HAS_TRITON, tl, triton
 from reelstep.kernels.op import Kernel
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
 EM_CUDA = 190
 """Machine of an ELF file with CUDA code."""
@@ -32,6 +36,7 @@ def check(cubin: Cubin) -> None:
     assert cubin.shared_bytes <= SHARED_LIMIT[cubin.arch], cubin
 
 
+@needs_triton
 def test_every_op_compiles_for_hopper() -> None:
     found = list(compile_kernels("sm90"))
     assert [c.kernel for c in found] == [k.name for op in OPS.values() for k in op.kernels(90)]
@@ -41,6 +46,7 @@ def test_every_op_compiles_for_hopper() -> None:
     assert attention.shared_bytes >= 128 * 128 * 2 + 2 * 2 * 128 * 128 * 2, "a block of queries and two stages of keys and values"
 
 
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_every_kernel_compiles_for(arch: str) -> None:
@@ -65,6 +71,7 @@ def many(x: tl.tensor, N: tl.constexpr, M: tl.constexpr) -> None:
     tl.store(x + at, tile)
 
 
+@needs_triton
 def test_spilled_registers_are_seen() -> None:
     """256 values a thread in float32 cannot all be in 255 registers."""
     kernel = Kernel("many", triton.jit(many), {"x": "*fp32", "N": 128, "M": 64}, 1, 1)
@@ -73,29 +80,34 @@ def test_spilled_registers_are_seen() -> None:
     assert resources(cubin.code) == (cubin.registers, cubin.spilled_bytes)
 
 
+@needs_triton
 def test_a_kernel_that_does_not_compile_is_named() -> None:
     wrong = Kernel("wrong", triton.jit(many), {"x": "*fp32", "N": 100, "M": 128}, 1, 1)  # not a power of two
     with pytest.raises(CompileError, match="kernel 'wrong' does not compile for sm80"):
         next(compile_kernels("sm80", [wrong]))
 
 
+@needs_triton
 def test_an_unknown_arch_is_an_error_with_those_we_compile_for() -> None:
     with pytest.raises(NotFound, match="unknown arch 'sm75'; known: sm100, sm120, sm80, sm89, sm90"):
         compile_kernels("sm75")
 
 
+@needs_triton
 def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cubins, "HAS_TRITON", False)
     with pytest.raises(CompileError, match=r"install reelstep\[triton\]"):
         compile_kernels("sm90")
 
 
+@needs_triton
 def test_in_the_interpreter_there_is_no_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cubins, "interpreted", lambda kernel: True)
     with pytest.raises(CompileError, match="TRITON_INTERPRET=1 is set"):
         next(compile_kernels("sm90"))
 
 
+@needs_triton
 def test_the_command_prints_a_row_for_each_and_writes_the_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--arch", "sm90", "--kernel", "swiglu", "--kernel", "gelu_tanh", "--out", str(tmp_path)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -104,3 +116,53 @@ def test_the_command_prints_a_row_for_each_and_writes_the_code(tmp_path: Path, c
     assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == {f"{row[0]}.sm90.cubin": int(row[7]) for row in rows[1:3]}
     assert main(["--arch", "sm80", "--kernel", "fp8_norm_quantise"]) == 1
     assert "unknown kernel for sm80 'fp8_norm_quantise'; known: attention" in capsys.readouterr().err
+
+
+def planned(*ops: str, sku: str = "h200-sxm") -> Plan:
+    counts = {f"reelstep.{op}.default": 2 for op in ops} | {"aten.linear.default": 1}
+    program = ProgramPlan("p", "any", "", counts, 1, 1, 1, False, "bfloat16", ())
+    return make_plan("m", "1", "inductor", SKUS[sku], "bfloat16", "asked for", (program,))
+
+
+@needs_triton
+@pytest.mark.parametrize("sku", ["h200-sxm", "rtx-5090"])
+def test_a_plan_has_the_figures_of_the_kernels_that_its_ops_are(sku: str) -> None:
+    arch = SKUS[sku].arch
+    plan = with_kernels(planned("swiglu", "gelu_tanh", sku=sku))
+    wanted = {c.kernel: c for c in compile_kernels(arch, [k for k in kernels_for(arch) if k.name in ("swiglu", "gelu_tanh")])}
+    assert [kernel.op for kernel in plan.kernels] == ["swiglu", "gelu_tanh"], "in the order of the table of ops"
+    for found in plan.kernels:
+        cubin = wanted[found.kernel]
+        assert (found.warps, found.stages, found.registers) == (cubin.warps, cubin.stages, cubin.registers)
+        assert (found.spilled_bytes, found.shared_bytes) == (cubin.spilled_bytes, cubin.shared_bytes)
+        assert f"  {found.op}: {cubin.warps} warps, {cubin.stages} stages, {cubin.registers} registers" in plan.explain()
+    assert plan.kernels_by == f"compiled for {arch} by Triton {triton.__version__}"
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@needs_triton
+def test_kernels_are_compiled_once_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = with_kernels(planned("swiglu"), tmp_path)
+    cubins._measured.cache_clear()
+    monkeypatch.setattr(cubins, "_compile", lambda *_: pytest.fail("it was compiled again"))
+    assert with_kernels(planned("swiglu"), tmp_path) == first
+    (kernel,) = OPS["swiglu"].kernels(90)
+    monkeypatch.setattr(cubins, "OPS", {"swiglu": replace(OPS["swiglu"], kernels=lambda _: (replace(kernel, warps=8),))})
+    with pytest.raises(pytest.fail.Exception, match="compiled again"):
+        with_kernels(planned("swiglu"), tmp_path)
+
+
+def test_a_plan_whose_programs_keep_no_op_has_no_kernels() -> None:
+    assert with_kernels(planned()) == planned()
+    assert "kernels" not in planned().explain()
+
+
+def test_ops_of_a_meshs_ranks_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cubins, "HAS_TRITON", False)
+    plan = planned("swiglu")
+    split = replace(plan, programs=(), ranks=(RankPlan((0,), 0, plan.programs),))
+    assert "kernels of the ops that are kept: not compiled: Triton is not installed; install reelstep[triton]" in with_kernels(split).explain()
+
+
+def test_the_ring_between_ranks_is_no_kernel() -> None:
+    assert with_kernels(planned("ring_attention")) == planned("ring_attention")

@@ -1,8 +1,13 @@
 """Every registered model becomes a bundle, and the shipped one runs as its modules do."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,3 +179,89 @@ def test_the_shipped_weights_are_within_their_size_and_finite():
     weights = card.parent / "reel-tiny.safetensors"
     assert weights.stat().st_size <= 25_000_000
     assert all(bool(torch.isfinite(p).all()) for p in MODELS["reel-tiny"].build().parameters())
+
+
+@pytest.fixture
+def compile_toy(monkeypatch, tmp_path, closed_form):
+    """Compiles a model of one linear map with a cache, and says whether anything was captured for it."""
+    settings, _, _ = closed_form
+    captured = []
+    whole = build.compile_model
+    monkeypatch.setattr(build, "compile_model", lambda **choices: captured.append(1) or whole(**choices))
+
+    def compiled(seed=0, **choices):
+        torch.manual_seed(seed)
+        module = nn.Linear(3, 3)
+        edges = (TensorSpec("x", "float32", ("B", 3)),), (TensorSpec("velocity", "float32", ("B", 3)),)
+        programs = (Program("denoise", module, *edges, (Profile("video", {}, 2),)),)
+        monkeypatch.setattr(build, "MODELS", {"toy": ModelSpec("toy", "1", settings, lambda: module, lambda _: programs, None)})
+        captured.clear()
+        asked = {"backend": "null", "precision": None, "out": tmp_path / "toy.reel", "cache": tmp_path / "cache"} | choices
+        asked["cache"].mkdir(exist_ok=True)
+        return build_bundle("toy", **asked), bool(captured)
+
+    return compiled
+
+
+def test_what_was_made_of_all_the_same_is_not_made_again(compile_toy):
+    first, captured = compile_toy()
+    again, captured_again = compile_toy()
+    assert captured
+    assert not captured_again
+    assert again.manifest["sha256"] == first.manifest["sha256"]
+
+
+@pytest.mark.parametrize("choices", [{"seed": 1}, {"precision": "bfloat16"}, {"backend": "eager"}, {"out": Path("other.reel")}, {"cache": Path("other")}])
+def test_another_choice_is_made_anew(compile_toy, tmp_path, choices):
+    compile_toy()
+    assert compile_toy(**{name: tmp_path / value if isinstance(value, Path) else value for name, value in choices.items()})[1]
+
+
+def test_another_process_finds_the_same_stamp(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from reelstep.engine import build
+build.compile_model = lambda **_: sys.exit("captured")
+build.stamp_of = lambda cache, asked: sys.exit(build.canonical_json(asked).decode())
+build.build_bundle("dit-mid", backend="null", precision=None, out=Path("b.reel"), cache=Path("."))
+"""
+    told = [
+        subprocess.run([sys.executable, "-P", "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=tmp_path, capture_output=True, text=True).stderr
+        for seed in ("1", "2")
+    ]
+    assert '"dit-mid"' in told[0]
+    assert told[0] == told[1]
+
+
+def test_other_sources_make_it_anew(compile_toy, monkeypatch):
+    compile_toy()
+    monkeypatch.setattr(build, "source_hash", lambda: "of an edited pass")
+    assert compile_toy()[1]
+
+
+@pytest.mark.parametrize("harm", ["damaged", "replaced", "gone"])
+def test_what_lies_there_must_be_what_was_made(compile_toy, tmp_path, harm):
+    first, _ = compile_toy()
+    if harm == "damaged":
+        (first.path / "plan.json").write_text("{}")
+    elif harm == "gone":
+        shutil.rmtree(first.path)
+    else:
+        compile_toy(seed=1)
+    again, captured = compile_toy()
+    assert captured
+    assert again.manifest["sha256"] == first.manifest["sha256"]
+
+
+def test_engines_that_are_opened_later_are_made_once_when_they_are_called(compile_toy, tmp_path):
+    bundle, _ = compile_toy(backend="eager", precision="float32")
+    told = []
+    engine = load(bundle, tmp_path / "cache", progress=lambda stage, done, total: told.append((stage, done, total)), later=True)["denoise", "video"]
+    assert not told
+    x = torch.randn(2, 3)
+    torch.manual_seed(0)
+    wanted = nn.Linear(3, 3)(x)
+    for _ in range(2):
+        torch.testing.assert_close(engine({"x": x})["velocity"], wanted.detach())
+    assert told == [("eager: denoise video", 0, 1)]

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from reelstep.engine.executors.inline import Inline
+from reelstep.engine.loop import Engine
 from reelstep.engine.request import Preview, Progress, Queued
 from reelstep.engine.resolve import Ask, resolve
+from reelstep.engine.runner import Runner
 from reelstep.engine.samplers.step_cache import STEP_CACHES
 from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Overloaded, Unavailable, UnsupportedRequest
 
@@ -115,7 +118,9 @@ def test_each_output_of_a_count_is_guided_on_its_own(make_toy):
 
 
 def test_mixed_traffic_gives_what_each_request_gives_alone(make_toy):
-    toy = make_toy({"denoise": fall})
+    gate = threading.Event()
+    gate.set()
+    toy = make_toy({"denoise": lambda inputs: gate.wait(20) and fall(inputs)})
     kinds = [
         {"solver": "euler", "steps": 3, "scale": 2.0},
         {"solver": "heun", "steps": 4, "scale": 5.0, "guidance": "delta_hold"},
@@ -125,7 +130,10 @@ def test_mixed_traffic_gives_what_each_request_gives_alone(make_toy):
     ]
     alone = [toy.submit(seed=k, **kind).result() for k, kind in enumerate(kinds)]
     toy.batches.clear()
-    together = [heard.result() for heard in [toy.submit(seed=k, **kind) for k, kind in enumerate(kinds)]]
+    gate.clear()
+    heard = [toy.submit(seed=k, **kind) for k, kind in enumerate(kinds)]
+    gate.set()
+    together = [each.result() for each in heard]
     assert max(b.calls for b in toy.batches if b.key[1] == "denoise") > 3, "they did share batches"
     for one, other in zip(alone, together, strict=True):
         assert np.array_equal(one.media.frames, other.media.frames)
@@ -386,3 +394,191 @@ def test_a_closed_engine_finishes_what_runs_and_takes_nothing_new(make_toy):
     heard.result()
     with pytest.raises(Unavailable):
         toy.submit()
+
+
+class Gated:
+    """An executor of several replicas; each batch waits for a word of its own, and may be told to fail."""
+
+    inline = False
+
+    def __init__(self, runner, capacity):
+        self.inner, self.capacity = Inline({"toy": runner}), capacity
+        self.max_rows = self.inner.max_rows
+        self.changed = threading.Condition()
+        self.inside = []  # the calls of every batch that waits
+        self.allowed = []
+
+    def run(self, model, calls):
+        with self.changed:
+            self.inside.append(calls)
+            self.changed.notify_all()
+            assert self.changed.wait_for(lambda: any(calls is each for each, _ in self.allowed), 20)
+            fate = next(fate for each, fate in self.allowed if each is calls)
+        if fate is not None:
+            raise fate
+        return self.inner.run(model, calls)
+
+    def wait_for(self, batches):
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.inside) >= batches, 20), f"{len(self.inside)} batches run, not {batches}"
+
+    def let(self, position=0, fate=None):
+        """The batch at this position of those that wait goes on, or fails."""
+        with self.changed:
+            self.allowed.append((self.inside.pop(position), fate))
+            self.changed.notify_all()
+
+    def let_all(self):
+        with self.changed:
+            while self.inside:
+                self.allowed.append((self.inside.pop(), None))
+            self.changed.notify_all()
+
+
+@pytest.fixture
+def make_gated(make_toy, closed_form):
+    """Engines whose batches wait; everything is let go at the end."""
+    _, programs, _ = closed_form
+    made = []
+
+    def make(capacity, max_batch=1):
+        executor = Gated(Runner(programs, dict.fromkeys(programs, max_batch)), capacity)
+        toy = make_toy()
+        toy.engine.close(0)
+        toy.engine = Engine({"toy": toy.engine.models["toy"]}, executor, on_batch=toy.batches.append)
+        made.append((toy, executor))
+        return made[-1]
+
+    yield make
+    done = threading.Event()
+
+    def open_gates(executor):
+        while not done.wait(0.01):
+            executor.let_all()
+
+    openers = [threading.Thread(target=open_gates, args=(executor,)) for _, executor in made]
+    for opener in openers:
+        opener.start()
+    for toy, _ in made:
+        toy.engine.close(0)
+    done.set()
+    for opener in openers:
+        opener.join()
+
+
+@pytest.fixture
+def gated(make_gated):
+    return make_gated(2)
+
+
+def until_heard(heard):
+    """The loop knows of them."""
+    while not all(each.events for each in heard):
+        time.sleep(0.001)
+
+
+def run_freely(executor, heard):
+    while not all(each.ended.is_set() for each in heard):
+        executor.let_all()
+        time.sleep(0.001)
+
+
+def test_as_many_batches_run_as_there_are_replicas_and_no_more(gated, closed_form):
+    toy, executor = gated
+    heard = [toy.submit(seed=k, steps=2) for k in range(3)]
+    executor.wait_for(2)
+    time.sleep(0.05)
+    assert len(executor.inside) == 2, "the third waits for a replica"
+    executor.let(1)
+    executor.wait_for(2)
+    run_freely(executor, heard)
+    assert all((each.result().media.frames == pixel(closed_form[2][0])).all() for each in heard)
+
+
+def test_results_that_overtake_each_other_reach_their_own_requests(make_gated, make_toy):
+    plain = make_toy({"denoise": fall})
+    wanted = [plain.submit(seed=k, steps=3, preview_every=1).result().media.frames for k in range(4)]
+    toy, executor = make_gated(3)
+    executor.inner.runners["toy"].executables = {**executor.inner.runners["toy"].executables, ("denoise", "video"): fall}
+    heard = [toy.submit(seed=k, steps=3, preview_every=1) for k in range(4)]
+    while not all(each.ended.is_set() for each in heard):
+        with executor.changed:
+            if executor.inside:
+                executor.let(-1)  # the one that came last ends first
+        time.sleep(0.001)
+    for each, want in zip(heard, wanted, strict=True):
+        assert np.array_equal(each.result().media.frames, want)
+
+
+def test_one_replica_runs_one_batch_at_a_time_and_those_that_come_meanwhile_go_together(make_gated):
+    toy, executor = make_gated(1, max_batch=8)
+    heard = [toy.submit(steps=2, scale=2.0)]
+    executor.wait_for(1)
+    heard += [toy.submit(steps=2, scale=2.0) for _ in range(2)]
+    until_heard(heard)
+    while not all(each.ended.is_set() for each in heard):
+        assert len(executor.inside) <= 1
+        executor.let_all()
+        time.sleep(0.001)
+    assert {(b.key[1], b.rows) for b in toy.batches} >= {("encode_text", 2), ("encode_text", 4)}
+
+
+def test_a_request_that_is_cancelled_while_its_call_runs_hears_so_at_once_and_the_output_is_dropped(gated):
+    toy, executor = gated
+    first, other = toy.submit(id="again", steps=2), toy.submit(steps=2)
+    executor.wait_for(2)
+    toy.engine.cancel("again")
+    assert isinstance(first.error(), Cancelled), "its call still runs"
+    second = toy.submit(id="again", steps=3)  # the same id, while a call of the first one is still out
+    executor.let(0)
+    run_freely(executor, [other, second])
+    assert second.result().usage.nfe == 3
+    assert other.result().usage.nfe == 2
+    assert len([e for e in first.events if isinstance(e, Progress)]) <= 1
+
+
+def test_a_deadline_ends_a_request_while_its_call_runs(gated):
+    toy, executor = gated
+    heard = toy.submit(deadline=time.monotonic() + 0.15)
+    executor.wait_for(1)
+    assert isinstance(heard.error(), DeadlineExceeded)
+    assert executor.inside, "its calls still run"
+
+
+def test_a_batch_that_fails_leaves_those_on_other_replicas_alone(gated, caplog):
+    toy, executor = gated
+    doomed, fine = toy.submit(), toy.submit()
+    executor.wait_for(2)
+    executor.let(0, Unavailable("node lost", retry_after_s=1.0))
+    run_freely(executor, [doomed, fine])
+    ends = [type(each.last()).__name__ for each in (doomed, fine)]
+    assert sorted(ends) == ["Failed", "Finished"]
+
+
+def test_closing_waits_for_batches_that_cannot_be_stopped_and_frees_the_executor_after_them(make_gated):
+    toy, executor = make_gated(2)
+    freed = []
+    toy.engine.release = lambda: freed.append(len(executor.inside))
+    heard = [toy.submit(steps=50) for _ in range(2)]
+    executor.wait_for(2)
+    closer = threading.Thread(target=toy.engine.close, args=(0.0,))
+    closer.start()
+    assert all(isinstance(each.error(), Cancelled) for each in heard)
+    time.sleep(0.05)
+    assert closer.is_alive()
+    assert freed == []
+    executor.let_all()
+    closer.join(20)
+    assert freed == [0]
+
+
+def test_a_replica_that_is_there_later_is_used(gated):
+    toy, executor = gated
+    executor.capacity = 1
+    heard = [toy.submit(steps=2) for _ in range(2)]
+    executor.wait_for(1)
+    time.sleep(0.05)
+    assert len(executor.inside) == 1
+    executor.capacity = 2
+    executor.wait_for(2)
+    run_freely(executor, heard)

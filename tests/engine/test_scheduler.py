@@ -30,6 +30,15 @@ def test_calls_of_one_key_share_a_batch_and_others_wait():
     assert s.next_batch(0.0) == []
 
 
+def test_free_replicas_get_as_much_each_and_no_row_is_left_over():
+    s = scheduler()
+    for name in "abcdefg":
+        s.push(name, 0, TEXT, 1, 0, INF, 0.0)
+    assert [names(s.next_batch(0.0, free)) for free in (3, 2, 1)] == [["a", "b", "c"], ["d", "e"], ["f", "g"]]
+    s.push("wide", 0, STEP, 4, 0, INF, 0.0)
+    assert names(s.next_batch(0.0, 8)) == ["wide"], "a call is never split"
+
+
 def test_a_batch_never_holds_more_rows_than_its_key_takes():
     s = scheduler()
     for name, rows in (("a", 3), ("b", 2), ("c", 1)):

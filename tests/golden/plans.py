@@ -1,7 +1,7 @@
-"""The plans that were read and agreed on: the text of each, made anew by the null backend, and the command that writes them.
+"""The plans that were read and agreed on: the text of each, made anew without the SKU, and the command that writes them.
 
 `python -P -m reelstep.tests.golden.plans [MODEL ...]` rewrites those that differ, of all models or of these; read the difference before it is kept.
-A plan of the CPU leaves out which CPU it was made on.
+A plan of the CPU leaves out which CPU it was made on. One of a mesh is of what its ranks share; what they run whole is in the plan for one device.
 """
 
 from __future__ import annotations
@@ -12,10 +12,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.compile import capture_all, choose_precision, make_plan
-from reelstep.compiler.plan import ProgramPlan
+from reelstep.compiler.cubins import with_kernels
+from reelstep.compiler.load import axes_of
+from reelstep.compiler.plan import ProgramPlan, RankPlan
+from reelstep.compiler.program import Precision
+from reelstep.compiler.sharded import plan_ranks
 from reelstep.compiler.skus import SKUS
+from reelstep.engine.build import sharded_parts
 from reelstep.engine.models import MODELS
+from reelstep.parallel.mesh import Mesh
 
 HERE = Path(__file__).parent
 COMMAND = "python -P -m reelstep.tests.golden.plans"
@@ -23,36 +30,55 @@ COMMAND = "python -P -m reelstep.tests.golden.plans"
 
 @dataclass(frozen=True)
 class Golden:
-    """One plan. devices: of the mesh; compile_model plans for one device."""
+    """One plan. mesh: as `--mesh` takes it; empty for one device. backend: what it is made for, null for all that keep no op of ours."""
 
     model: str
     sku: str
-    devices: int = 1
+    mesh: str = ""
+    backend: str = "null"
 
     @property
     def path(self) -> Path:
         return HERE / f"{self}.txt"
 
     def __str__(self) -> str:
-        return f"{self.model}.{self.sku}.{self.devices}"
+        return f"{self.model}.{self.sku}.{Mesh.parse(self.mesh).world}{'' if self.backend == 'null' else f'.{self.backend}'}"
 
 
 LARGE = "movie-gen-30b"
-GOLDEN = (*(Golden(model, "cpu") for model in MODELS), Golden(LARGE, "h200-sxm"), Golden(LARGE, "b200"))
+BEST_OF_EIGHT = "cfg=2,cp=4,ring=4"
+"""What `reelstep plan movie-gen-30b --gpus 8` ranks first for h200-sxm, and for b200."""
+KEPT = Golden("dit-mid", "h200-sxm", backend="inductor")
+"""A graph with our kernels in it. `compile` does not offer the backend for a GPU, and its class for one keeps the same ops."""
+GOLDEN = (
+    *(Golden(model, "cpu") for model in MODELS),
+    KEPT,
+    *(Golden(LARGE, sku, mesh) for sku in ("h200-sxm", "b200") for mesh in ("", BEST_OF_EIGHT)),
+)
 
 
 @cache
-def drafts(model: str) -> tuple[ProgramPlan, ...]:
+def drafts(model: str, keep: frozenset[str]) -> tuple[ProgramPlan, ...]:
     """What does not depend on the SKU, traced once."""
     spec = MODELS[model]
-    return capture_all(spec.programs(spec.build()))[1]
+    return capture_all(spec.programs(spec.build()), keep=keep)[1]
+
+
+@cache
+def ranks(model: str, mesh: str, precision: Precision) -> tuple[RankPlan, ...]:
+    return plan_ranks(sharded_parts(MODELS[model]), Mesh.parse(mesh), precision)
 
 
 def plan_text(golden: Golden) -> str:
     spec, sku = MODELS[golden.model], SKUS[golden.sku]
     precision, reason = choose_precision("null", sku, None)
     made_for = replace(sku, arch="any") if sku.name == "cpu" else sku
-    return make_plan(spec.name, spec.version, "null", made_for, precision, reason, drafts(golden.model)).explain()
+    keep = BACKENDS[golden.backend].keeps(sku.arch)
+    whole = () if golden.mesh else drafts(golden.model, keep)
+    plan = make_plan(spec.name, spec.version, golden.backend, made_for, precision, reason, whole)
+    if golden.mesh:
+        plan = replace(plan, mesh=axes_of(Mesh.parse(golden.mesh)), ranks=ranks(golden.model, golden.mesh, precision))
+    return with_kernels(plan).explain()
 
 
 def difference(golden: Golden, found: str) -> str:

@@ -203,6 +203,7 @@ JOINT_RULES = Rules(
     parameters={"*_qkv.weight": ("3 heads", ""), "*_qkv.bias": ("3 heads",), "*_out.weight": ("", "heads"), "*_out.bias": (), "[qk]_norm.weight": ("heads",)},
     attributes={"attention.heads": "heads"},
     inputs={"image_in": {0: ("", "image", "")}, "text_in": {0: ("", "text", "")}},
+    made={},
     outputs={"image_end": ("", "image", ""), "text_end": ("", "text", "")},
     attention={"attention": AttentionRule(("image", "text"), ("image", "text"), "context")},
 )

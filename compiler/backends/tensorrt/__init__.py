@@ -62,6 +62,7 @@ class TensorRtBackend:
     watch: Watch = unwatched
     name: str = "tensorrt"
     runs: bool = True
+    own_threads: bool = False
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

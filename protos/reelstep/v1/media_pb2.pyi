@@ -31,7 +31,14 @@ JOB_STATE_CANCELLED: JobState
 JOB_STATE_EXPIRED: JobState
 
 class GenerationSpec(_message.Message):
-    __slots__ = ("model", "prompt", "negative_prompt", "seed", "count", "width", "height", "frames", "frames_per_second", "steps", "guidance", "assets", "output_media_type", "extra", "solver", "schedule", "image", "guidance_rule", "guidance_options", "quality", "step_cache", "step_cache_options")
+    __slots__ = ("model", "prompt", "negative_prompt", "seed", "count", "width", "height", "frames", "frames_per_second", "steps", "guidance", "assets", "output_media_type", "extra", "solver", "schedule", "image", "guidance_rule", "guidance_options", "quality", "step_cache", "step_cache_options", "lora")
+    class Lora(_message.Message):
+        __slots__ = ("name", "strength")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        STRENGTH_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        strength: float
+        def __init__(self, name: _Optional[str] = ..., strength: _Optional[float] = ...) -> None: ...
     class GuidanceOptionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +75,7 @@ class GenerationSpec(_message.Message):
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     STEP_CACHE_FIELD_NUMBER: _ClassVar[int]
     STEP_CACHE_OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
     negative_prompt: str
@@ -90,7 +98,8 @@ class GenerationSpec(_message.Message):
     quality: str
     step_cache: str
     step_cache_options: _containers.ScalarMap[str, float]
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., seed: _Optional[int] = ..., count: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., frames: _Optional[int] = ..., frames_per_second: _Optional[float] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., assets: _Optional[_Iterable[str]] = ..., output_media_type: _Optional[str] = ..., extra: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., image: _Optional[bytes] = ..., guidance_rule: _Optional[str] = ..., guidance_options: _Optional[_Mapping[str, float]] = ..., quality: _Optional[str] = ..., step_cache: _Optional[str] = ..., step_cache_options: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    lora: _containers.RepeatedCompositeFieldContainer[GenerationSpec.Lora]
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., seed: _Optional[int] = ..., count: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., frames: _Optional[int] = ..., frames_per_second: _Optional[float] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., assets: _Optional[_Iterable[str]] = ..., output_media_type: _Optional[str] = ..., extra: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., image: _Optional[bytes] = ..., guidance_rule: _Optional[str] = ..., guidance_options: _Optional[_Mapping[str, float]] = ..., quality: _Optional[str] = ..., step_cache: _Optional[str] = ..., step_cache_options: _Optional[_Mapping[str, float]] = ..., lora: _Optional[_Iterable[_Union[GenerationSpec.Lora, _Mapping]]] = ...) -> None: ...
 
 class PreviewPolicy(_message.Message):
     __slots__ = ("every_steps", "max_bytes", "media_type")
@@ -301,7 +310,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "tasks", "max_width", "max_height", "max_frames", "max_steps", "max_count", "output_media_types", "capabilities", "sizes", "frames", "solvers", "schedules", "max_guidance", "max_prompt_bytes", "max_image_bytes", "defaults", "guidance_rules", "fits", "step_caches", "student")
+    __slots__ = ("name", "version", "tasks", "max_width", "max_height", "max_frames", "max_steps", "max_count", "output_media_types", "capabilities", "sizes", "frames", "solvers", "schedules", "max_guidance", "max_prompt_bytes", "max_image_bytes", "defaults", "guidance_rules", "fits", "step_caches", "student", "loras", "lora_rank", "lora_layers", "fused")
     class Size(_message.Message):
         __slots__ = ("width", "height")
         WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -432,6 +441,28 @@ class Model(_message.Message):
         guidance_options: _containers.ScalarMap[str, float]
         guidance: float
         def __init__(self, name: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_rule: _Optional[str] = ..., guidance_options: _Optional[_Mapping[str, float]] = ..., guidance: _Optional[float] = ...) -> None: ...
+    class Lora(_message.Message):
+        __slots__ = ("name", "rank", "layers")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        RANK_FIELD_NUMBER: _ClassVar[int]
+        LAYERS_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        rank: int
+        layers: int
+        def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., layers: _Optional[int] = ...) -> None: ...
+    class Fused(_message.Message):
+        __slots__ = ("name", "sha256", "strength", "rank", "layers")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        SHA256_FIELD_NUMBER: _ClassVar[int]
+        STRENGTH_FIELD_NUMBER: _ClassVar[int]
+        RANK_FIELD_NUMBER: _ClassVar[int]
+        LAYERS_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        sha256: str
+        strength: float
+        rank: int
+        layers: int
+        def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ..., strength: _Optional[float] = ..., rank: _Optional[int] = ..., layers: _Optional[int] = ...) -> None: ...
     class DefaultsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -461,6 +492,10 @@ class Model(_message.Message):
     FITS_FIELD_NUMBER: _ClassVar[int]
     STEP_CACHES_FIELD_NUMBER: _ClassVar[int]
     STUDENT_FIELD_NUMBER: _ClassVar[int]
+    LORAS_FIELD_NUMBER: _ClassVar[int]
+    LORA_RANK_FIELD_NUMBER: _ClassVar[int]
+    LORA_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    FUSED_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     tasks: _containers.RepeatedScalarFieldContainer[str]
@@ -483,4 +518,8 @@ class Model(_message.Message):
     fits: _containers.RepeatedCompositeFieldContainer[Model.Fit]
     step_caches: _containers.RepeatedCompositeFieldContainer[Model.StepCache]
     student: Model.Student
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_width: _Optional[int] = ..., max_height: _Optional[int] = ..., max_frames: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_count: _Optional[int] = ..., output_media_types: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., sizes: _Optional[_Iterable[_Union[Model.Size, _Mapping]]] = ..., frames: _Optional[_Iterable[int]] = ..., solvers: _Optional[_Iterable[str]] = ..., schedules: _Optional[_Iterable[str]] = ..., max_guidance: _Optional[float] = ..., max_prompt_bytes: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., defaults: _Optional[_Mapping[str, Model.Defaults]] = ..., guidance_rules: _Optional[_Iterable[_Union[Model.GuidanceRule, _Mapping]]] = ..., fits: _Optional[_Iterable[_Union[Model.Fit, _Mapping]]] = ..., step_caches: _Optional[_Iterable[_Union[Model.StepCache, _Mapping]]] = ..., student: _Optional[_Union[Model.Student, _Mapping]] = ...) -> None: ...
+    loras: _containers.RepeatedCompositeFieldContainer[Model.Lora]
+    lora_rank: int
+    lora_layers: _containers.RepeatedScalarFieldContainer[str]
+    fused: _containers.RepeatedCompositeFieldContainer[Model.Fused]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_width: _Optional[int] = ..., max_height: _Optional[int] = ..., max_frames: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_count: _Optional[int] = ..., output_media_types: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., sizes: _Optional[_Iterable[_Union[Model.Size, _Mapping]]] = ..., frames: _Optional[_Iterable[int]] = ..., solvers: _Optional[_Iterable[str]] = ..., schedules: _Optional[_Iterable[str]] = ..., max_guidance: _Optional[float] = ..., max_prompt_bytes: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., defaults: _Optional[_Mapping[str, Model.Defaults]] = ..., guidance_rules: _Optional[_Iterable[_Union[Model.GuidanceRule, _Mapping]]] = ..., fits: _Optional[_Iterable[_Union[Model.Fit, _Mapping]]] = ..., step_caches: _Optional[_Iterable[_Union[Model.StepCache, _Mapping]]] = ..., student: _Optional[_Union[Model.Student, _Mapping]] = ..., loras: _Optional[_Iterable[_Union[Model.Lora, _Mapping]]] = ..., lora_rank: _Optional[int] = ..., lora_layers: _Optional[_Iterable[str]] = ..., fused: _Optional[_Iterable[_Union[Model.Fused, _Mapping]]] = ...) -> None: ...

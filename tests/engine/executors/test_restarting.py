@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
 import signal
@@ -18,22 +17,17 @@ import numpy as np
 import pytest
 import torch
 
-from reelstep.engine.build import ServedModel
+from reelstep.engine.executors import restarting
 from reelstep.engine.executors.inline import Inline
 from reelstep.engine.executors.processes import Processes, World, start
 from reelstep.engine.executors.restarting import Bounds, Restarting
 from reelstep.engine.loop import Engine
-from reelstep.engine.models.spec import ModelSettings
-from reelstep.engine.request import Call, Defaults, Event, Failed, Finished, Limits, Request
+from reelstep.engine.request import Call, Failed
 from reelstep.errors import BundleError, ConfigError, Unavailable
 from reelstep.parallel.mesh import Mesh
+from reelstep.tests.engine.executors.toy_engine import Heard, ask, engine_on, point, until
 from reelstep.tests.engine.executors.toy_ranks import MODEL, Toy, alone
 
-SETTINGS = ModelSettings(
-    tasks=("text_to_video",), limits=Limits(sizes=((16, 16),), frames=(8,), max_steps=100, max_scale=20.0, max_count=4, max_prompt_bytes=31),
-    defaults={"text_to_video": Defaults("euler", "linear", 4, 1.0, 8, 8.0)}, path="condot", prediction="velocity", latent_channels=3,
-    condition_channels=0, spatial_stride=8, temporal_stride=2, text_length=32, tile_frames=4, tile_overlap=1,
-)  # fmt: skip
 FEW = Bounds(starts=3, window_s=60.0, reruns=2)
 
 
@@ -46,6 +40,9 @@ class Fake:
 
     fates: list[Exception | None] = field(default_factory=list)
     failure: str | None = None
+    leaving: str | None = None
+    inline: bool = False
+    capacity: int = 1
     rows: int = 8
     closed: int = 0
     ran: int = 0
@@ -90,13 +87,6 @@ def one_by_one(*replicas: Fake | Exception) -> Callable[[], Fake]:
     return start_next
 
 
-def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"not so after {seconds} s"
-        time.sleep(0.01)
-
-
 def test_calls_of_a_replica_that_dies_are_run_again_on_a_new_one(caplog: pytest.LogCaptureFixture) -> None:
     first, second = Fake([None, lost()]), Fake()
     executor = Restarting([one_by_one(first, second)], FEW)
@@ -108,7 +98,7 @@ def test_calls_of_a_replica_that_dies_are_run_again_on_a_new_one(caplog: pytest.
     executor.close()
     assert second.closed == 1
     said = {record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING}
-    assert said == {"replica 0 ended: rank 1 is lost", "2 calls of p are run again: rank 1 is lost", "replica 0 was started again"}
+    assert said == {"replica 0 ended: rank 1 is lost", "2 calls of p are run again: rank 1 is lost", "replica 0 was started"}
     with pytest.raises(Unavailable, match="have been stopped"):
         executor.run("m", [call()])
 
@@ -197,6 +187,101 @@ def test_replicas_must_run_the_same_and_what_was_started_is_closed() -> None:
         Bounds(1, 1.0, -1)
 
 
+def test_capacity_is_what_lives_and_at_least_one() -> None:
+    gate = threading.Event()
+    first, second = Fake(), Fake()
+    waiting = [first, Fake()]
+
+    def slowly() -> Fake:
+        if len(waiting) == 1:
+            assert gate.wait(20)
+        return waiting.pop(0)
+
+    executor = Restarting([slowly, one_by_one(second)], FEW)
+    assert executor.capacity == 2
+    first.failure = "gone"
+    until(lambda: executor.capacity == 1)
+    gate.set()
+    until(lambda: executor.capacity == 2)
+    executor.close()
+
+
+def test_closing_does_not_wait_for_a_start_which_then_ends_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restarting, "LAST_START_S", 0.1)
+    gate = threading.Event()
+    late = Fake()
+    first = Fake()
+    waiting = [first, late]
+
+    def begin() -> Fake:
+        if len(waiting) == 1:
+            assert gate.wait(20)
+        return waiting.pop(0)
+
+    executor = Restarting([begin], FEW)
+    first.failure = "gone"
+    until(lambda: first.closed == 1)
+    executor.close()
+    assert late.closed == 0
+    gate.set()
+    until(lambda: late.closed == 1)
+
+
+def test_replicas_are_added_and_the_idle_ones_taken_away() -> None:
+    made: list[Fake] = []
+
+    def begin() -> Fake:
+        made.append(Fake())
+        return made[-1]
+
+    executor = Restarting([begin], FEW)
+    executor.resize(3)
+    until(lambda: executor.capacity == 3)
+    assert executor.wanted == len(made) == 3
+    gates = [threading.Event() for _ in range(3)]
+    for fake, gate in zip(made, gates, strict=True):
+        fake.gate = gate
+    threads = [threading.Thread(target=executor.run, args=("m", [call()]), daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: sum(fake.ran for fake in made) == 2)
+    executor.resize(1)
+    until(lambda: sum(fake.closed for fake in made) == 1)
+    assert [fake.closed for fake in made] == [1 - fake.ran for fake in made], "the idle one first"
+    for gate in gates:
+        gate.set()
+    until(lambda: sum(fake.closed for fake in made) == 2)
+    for thread in threads:
+        thread.join(20)
+    executor.run("m", [call()])
+    with pytest.raises(ConfigError, match="0 replicas; at least 1"):
+        executor.resize(0)
+    executor.close()
+    assert [fake.closed for fake in made] == [1, 1, 1]
+
+
+def test_a_replica_that_shall_go_works_until_another_lives_and_then_gets_nothing_more() -> None:
+    gate = threading.Event()
+    old, new = Fake(), Fake()
+    waiting = [old, new]
+
+    def begin() -> Fake:
+        if len(waiting) == 1:
+            assert gate.wait(20)
+        return waiting.pop(0)
+
+    executor = Restarting([begin], FEW)
+    old.leaving = "node a is drained"
+    time.sleep(0.3)
+    executor.run("m", [call()])
+    assert (old.ran, old.closed) == (1, 0), "there is no other yet"
+    gate.set()
+    until(lambda: old.closed == 1)
+    executor.run("m", [call()])
+    assert (old.ran, new.ran, executor.capacity, executor.reruns) == (1, 1, 1, 0)
+    executor.close()
+
+
 # The same, with processes that are killed.
 
 
@@ -243,11 +328,6 @@ def killable(tmp_path: Path) -> Iterator[Killable]:
         replica.close()
 
 
-def point(seed: int) -> Call:
-    generator = torch.Generator().manual_seed(seed)
-    return Call("denoise", "video", {"x": torch.randn((1, 3, 4, 2, 2), generator=generator), "modulation": torch.rand((1, 7, 4), generator=generator)})
-
-
 def test_a_rank_killed_twice_in_the_middle_of_a_call_and_once_while_idle_changes_no_bit(killable: Killable) -> None:
     calls = [point(0), point(1)]
     wanted = Inline({MODEL: alone()}).run(MODEL, calls)
@@ -268,36 +348,6 @@ def test_a_rank_killed_twice_in_the_middle_of_a_call_and_once_while_idle_changes
 
 
 # Through the engine.
-
-
-class Heard:
-    """A listener that remembers the end."""
-
-    def __init__(self) -> None:
-        self.ended = threading.Event()
-        self.last: Event | None = None
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Finished | Failed):
-            self.last = event
-            self.ended.set()
-
-    def result(self) -> Finished:
-        assert self.ended.wait(120)
-        assert isinstance(self.last, Finished), self.last
-        return self.last
-
-
-def ask(number: int, steps: int) -> Request:
-    return Request(
-        id=f"request {number}", model=MODEL, task="text_to_video", prompt="a cat", negative_prompt="", seed=number, count=1, width=16, height=16,
-        frames=8, frames_per_second=8.0, steps=steps, scale=2.0, solver="euler", schedule="linear", guidance="cfg", guidance_options={},
-        step_cache="", step_cache_options={}, image=None, preview_every=0, priority=0, deadline=math.inf,
-    )  # fmt: skip
-
-
-def engine_on(executor: Any) -> Engine:
-    return Engine({MODEL: ServedModel(MODEL, "1", SETTINGS, ("linear",), {})}, executor, max_running=8, release=getattr(executor, "close", None))
 
 
 def submitted(engine: Engine, count: int) -> list[Heard]:

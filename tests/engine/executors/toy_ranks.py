@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,3 +74,26 @@ class Toy:
             return exact(inputs)
 
         return {MODEL: runner(hanging)}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The same model on one rank. folder: where each denoiser call leaves a file, after which it takes `call_s`."""
+
+    folder: Path
+    call_s: float = 0.0
+    weights: str = "none"
+
+    def identity(self) -> Mapping[str, str]:
+        return {"weights": self.weights}
+
+    def load(self, comm: Communicator) -> Mapping[str, Runner]:
+        whole = alone()
+        exact = whole.executables["denoise", "video"]
+
+        def slow(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            (self.folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+            time.sleep(self.call_s)
+            return exact(inputs)
+
+        return {MODEL: Runner({**whole.executables, ("denoise", "video"): slow}, whole.max_batch)}

@@ -105,13 +105,14 @@ def by_hand(model, x, t, condition, texts):
     context = torch.cat(parts, 1)
     joined = torch.cat([x, condition], 1)
     b, _, f, h, w = joined.shape
-    rows, positions = [], []
+    patches, positions = [], []
+    frames, rows, columns = model.positions.parameters()
     for i in range(f):
         for j in range(h // 2):
             for k in range(w // 2):
-                rows.append(joined[:, :, i, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2].reshape(b, -1))
-                positions.append(model.positions[0][i] + model.positions[1][j] + model.positions[2][k])
-    tokens, positions = torch.stack(rows, 1) @ model.patch_in.weight.T, torch.stack(positions)
+                patches.append(joined[:, :, i, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2].reshape(b, -1))
+                positions.append(frames[i] + rows[j] + columns[k])
+    tokens, positions = torch.stack(patches, 1) @ model.patch_in.weight.T, torch.stack(positions)
     for block in model.blocks:
         s1, m1, g1, s2, m2, g2 = ((six + block.table)[:, i, None] for i in range(6))
         tokens = tokens + positions

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from reelstep.engine.models.spec import Distilled
+from reelstep.compiler.lora import Layer, Layout
+from reelstep.engine.models.spec import Distilled, Fused
 from reelstep.engine.request import Choice, Defaults, Event, Failed, Finished, Fit, Limits, Media, Preview, Progress, Queued, Request, Usage
 from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, NotFound, Overloaded
 
@@ -27,6 +28,8 @@ LIMITS = Limits(
     sizes=((64, 64), (512, 384)), frames=(1, 8), max_steps=100, max_scale=20.0, max_count=4, max_image_bytes=100_000, max_image_pixels=1_000_000
 )  # fmt: skip
 
+LAYOUT = Layout(4, (Layer("blocks.0.q", 8, 8), Layer("blocks.0.k", 8, 8)))
+
 
 @dataclass(frozen=True)
 class FakeSettings:
@@ -34,6 +37,14 @@ class FakeSettings:
     limits: Limits = LIMITS
     defaults: dict[str, Defaults] = field(default_factory=lambda: {"text_to_image": IMAGE, "text_to_video": VIDEO, "animate_sticker": VIDEO})
     distilled: Distilled | None = None
+    lora: Layout | None = LAYOUT
+    fused: tuple[Fused, ...] = (Fused("base", "0" * 64, 0.5, 2, 1),)
+
+
+@dataclass(frozen=True)
+class FakeLora:
+    rank: int = 3
+    pairs: dict[str, object] = field(default_factory=lambda: {"blocks.0.q": None})
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,12 @@ class FakeModel:
     fits: dict[str, Fit] = field(default_factory=lambda: {"bns_6": Fit(("text_to_video",), "bns_6", "", 6, "cfg", {"rescale": 0.0}, 2.5)})
     guidance_rules: dict[str, dict[str, float]] = field(default_factory=lambda: {"none": {}, "cfg": {"rescale": 0.0}, "gate": {"stop": 0.5}})
     step_caches: dict[str, dict[str, float]] = field(default_factory=lambda: {"skip": {"threshold": 0.25, "last": 1.0}})
+
+    loras: dict[str, FakeLora] = field(default_factory=lambda: {"neon": FakeLora(), "ink": FakeLora()})
+
+    def check_lora(self, request: Request) -> None:
+        if len(request.lora) > 1:
+            raise ConfigError("too large a rank")
 
     def check_guidance(self, rule: str, scale: float, options: Mapping[str, float]) -> None:
         if unknown_options := options.keys() - self.guidance_rules[rule]:

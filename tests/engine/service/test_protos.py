@@ -34,7 +34,7 @@ def test_field_numbers_are_those_that_were_published() -> None:
     numbers = {f.name: f.number for f in pb.GenerationSpec.DESCRIPTOR.fields}
     names = (
         "model prompt negative_prompt seed count width height frames frames_per_second steps guidance assets output_media_type extra solver "
-        "schedule image guidance_rule guidance_options quality step_cache step_cache_options"
+        "schedule image guidance_rule guidance_options quality step_cache step_cache_options lora"
     )
     assert numbers == {name: i + 1 for i, name in enumerate(names.split())}
     assert {f.name: f.number for f in pb.GenerateRequest.DESCRIPTOR.fields} == {"spec": 1, "preview": 2, "inline_artifacts": 3, "request_id": 4}

@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,9 +39,13 @@ from reelstep.compiler.backends.tensorrt.records import Progress, Records  # noq
 from reelstep.compiler.capture import capture  # noqa: E402
 from reelstep.compiler.passes import apply_passes  # noqa: E402
 from reelstep.compiler.program import Precision, Profile, Program, TensorSpec  # noqa: E402
+from reelstep.compiler.sharded import ShardedPart, rank_programs  # noqa: E402
 from reelstep.compiler.signature import TORCH_DTYPES, Signature  # noqa: E402
+from reelstep.engine.build import sharded_parts  # noqa: E402
 from reelstep.engine.models import MODELS, movie_gen  # noqa: E402
 from reelstep.errors import Cancelled, CompileError  # noqa: E402
+from reelstep.parallel.mesh import Mesh  # noqa: E402
+from reelstep.parallel.pretend import pretended_rank  # noqa: E402
 
 FILES = ("build", "cache", "collectives", "engine", "network", "records")
 
@@ -64,15 +68,34 @@ def check_api() -> dict[str, int]:
 
 def check_model(name: str) -> dict[str, Any]:
     """A dry run of every program of a model at its first profile, in every precision that it would run in."""
+    return dry_run(programs_of(name))
+
+
+def check_sharded(name: str, mesh: str) -> dict[str, Any]:
+    """The same of what rank 0 of a mesh runs of a model, and whether its collectives can go over their groups."""
+    with pretended_rank(Mesh.parse(mesh), 0) as comm:
+        return dry_run(rank_programs(parts_of(name), comm))
+
+
+def dry_run(programs: Sequence[Program]) -> dict[str, Any]:
     found = {}
-    for program in programs_of(name):
+    for program in programs:
         profile = program.profiles[0]
         exported, _ = apply_passes(capture(program, profile))
         precisions: tuple[Precision, ...] = ("float32",) if program.keep_f32 else ("bfloat16", "float32")
         for precision in precisions:
             lowered = network.lower(exported, Signature.of(program, profile), precision)
-            found[f"{program.name} {profile.name} {precision}"] = dataclasses.asdict(network.coverage(lowered))
+            about = {"groups": collectives.groups_of(lowered), **dataclasses.asdict(network.coverage(lowered))}
+            found[f"{program.name} {profile.name} {precision}"] = about
     return found
+
+
+def parts_of(name: str) -> tuple[ShardedPart, ...]:
+    parts = sharded_parts(MODELS[name])
+    if name != "movie-gen-30b":
+        return parts
+    shallow = dataclasses.replace(movie_gen.CONFIG_30B, layers=2)
+    return tuple(dataclasses.replace(part, build=lambda: movie_gen.MovieGenTransformer(shallow)) for part in parts)
 
 
 def programs_of(name: str) -> tuple[Program, ...]:
@@ -397,7 +420,7 @@ def check_records() -> dict[str, Any]:
 
 
 CHECKS: dict[str, Callable[..., Any]] = {
-    "api": check_api, "model": check_model, "rank": check_rank, "run": check_run, "cache": check_cache, "records": check_records,
+    "api": check_api, "model": check_model, "sharded": check_sharded, "rank": check_rank, "run": check_run, "cache": check_cache, "records": check_records,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -134,9 +134,30 @@ def test_every_call_of_torch_tensorrt_fits_and_the_backends_own_part_of_a_run_is
 @pytest.mark.parametrize("name", MODELS)
 def test_every_program_of_a_model_is_one_engine(check: Check, name: str) -> None:
     """Coverage by the converters of Torch-TensorRT, not numbers. Movie Gen with two of its 48 like layers."""
-    found = check(f"model:{name}")[f"model:{name}"]
+    all_of_one_engine(check(f"model:{name}")[f"model:{name}"])
+
+
+def all_of_one_engine(found: dict[str, Any]) -> None:
     assert found
     assert {key: c for key, c in found.items() if c["unsupported"] or c["engines"] != 1 or c["supported"] != c["operators"] or not c["operators"]} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", [name for name, spec in MODELS.items() if spec.sharding])
+def test_what_a_rank_runs_of_a_model_is_one_engine_with_collectives_over_its_groups(check: Check, name: str) -> None:
+    """Rank 0 of a mesh of Ulysses and tensor-parallel ranks, from the same graphs as its plan."""
+    found = check(f"sharded:{name}:cp=2,tp=2")[f"sharded:{name}:cp=2,tp=2"]
+    all_of_one_engine(found)
+    groups = {"reelstep.cp": [0, 2], "reelstep.ulysses": [0, 2], "reelstep.tp": [0, 1]}
+    assert {key: c["groups"] for key, c in found.items() if key.startswith("denoise")} == {f"denoise video {p}": groups for p in ("bfloat16", "float32")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_ring_is_no_layer_of_tensorrts(check: Check) -> None:
+    found = check("sharded:movie-gen-30b:cp=4,ring=4")["sharded:movie-gen-30b:cp=4,ring=4"]
+    assert found["denoise video float32"]["unsupported"] == {"reelstep.ring_attention.default": 2}, "one for each of two layers"
 
 
 @pytest.mark.slow

@@ -1,0 +1,93 @@
+"""What does it cost to run a rank's graph in pieces between its collectives, where a backend has none?
+
+One rank of tp=2 of a denoiser: its graph in pieces as ranks run it, over links that carry nothing, against the same graph in one engine with each
+collective replaced by its input. Both do the same arithmetic, which is checked; what differs is the cuts.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.export import ExportedProgram
+
+from reelstep.benchmarks.engine import inputs_of
+from reelstep.benchmarks.harness import Row, interleave, parser, report
+from reelstep.compiler.backends import BACKENDS
+from reelstep.compiler.capture import capture
+from reelstep.compiler.passes import apply_passes
+from reelstep.compiler.passes.drop_dead import drop_dead
+from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, Chain, split_at_collectives
+from reelstep.compiler.program import Profile
+from reelstep.compiler.signature import Signature
+from reelstep.compiler.skus import SKUS
+from reelstep.engine.models import dit_mid, reel_tiny
+from reelstep.engine.models.movie_gen import MovieGenConfig, MovieGenTransformer, denoise_program
+from reelstep.parallel.collectives import c10d
+from reelstep.parallel.mesh import Mesh
+from reelstep.parallel.pretend import pretended_rank
+from reelstep.parallel.rules import RULES
+from reelstep.parallel.shard import empty_weights, shard
+
+SUBJECTS: dict[str, tuple[MovieGenConfig, int, tuple[int, int, int], int]] = {
+    "reel-tiny": (reel_tiny.DENOISER_CONFIG, reel_tiny.TEXT_CONFIG.length, (4, 8, 8), 200),
+    "dit-mid": (dit_mid.CONFIG, dit_mid.TEXT_TOKENS, (4, 32, 32), 30),
+    "dit-mid, whole video": (dit_mid.CONFIG, dit_mid.TEXT_TOKENS, (16, 32, 32), 10),
+}
+"""Configuration, text tokens, latent F, H, W, and rounds."""
+
+
+def without_collectives(exported: ExportedProgram) -> ExportedProgram:
+    """The same graph with the input of each collective in place of its output."""
+    alone = copy.copy(exported)
+    alone._graph_module = copy.deepcopy(exported.graph_module)
+    for node in list(alone.graph.nodes):
+        if node.target in COLLECTIVES or node.target is c10d.wait_tensor.default:
+            node.replace_all_uses_with(node.args[0])
+    return drop_dead(alone)
+
+
+def measure(name: str, mesh: Mesh, backend: str, seed: int) -> Row:
+    config, text, (f, h, w), rounds = SUBJECTS[name]
+    torch.set_num_threads(1 if BACKENDS[backend].own_threads else SKUS["cpu"].units)  # as on a rank
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory(prefix="reelstep-piecewise-") as folder:
+        torch.manual_seed(seed)
+        file = Path(folder, "weights.safetensors")
+        save_file(MovieGenTransformer(config).state_dict(), file)
+        with pretended_rank(mesh, 0) as comm:
+            with empty_weights():
+                module = MovieGenTransformer(config)
+            profile = Profile("p", {"F": f, "H": h, "W": w}, 1)
+            program = denoise_program(shard(module, RULES["movie-gen"], comm, file), text, (profile,))  # type: ignore[arg-type]
+            signature = Signature.of(program, profile)
+            exported, _ = apply_passes(capture(program, profile))
+            split = split_at_collectives(exported, signature)
+            build = BACKENDS[backend].build
+            pieces = [build(partial(_given, piece.exported), piece.signature, "float32", None, "") for piece in split.pieces]
+            chain = Chain(split, pieces, comm)
+            whole = build(partial(_given, without_collectives(exported)), signature, "float32", None, "")
+            inputs = inputs_of(signature, 1, seed)
+            a, b = whole(inputs)["velocity"], chain(inputs)["velocity"]
+            times = interleave({"whole": lambda: whole(inputs), "pieces": lambda: chain(inputs)}, rounds)
+    return {
+        "model": name, "tokens": f * h * w // 4, "mesh": str(mesh), "backend": backend, "pieces": len(pieces),
+        "whole_s": times["whole"].median_s, "pieces_s": times["pieces"].median_s, "overhead": times["pieces"].median_s / times["whole"].median_s - 1,
+        "rel_l2": float((a - b).norm() / a.norm()), "rounds": rounds,
+    }  # fmt: skip
+
+
+def _given(exported: ExportedProgram) -> ExportedProgram:
+    return exported
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parser("piecewise", __doc__ or "")
+    options.add_argument("--backends", nargs="+", default=["openvino", "eager"], metavar="NAME", help="(openvino eager)")
+    args = options.parse_args(argv)
+    rows = [measure(name, Mesh.parse("tp=2"), backend, args.seed) for backend in args.backends for name in SUBJECTS]
+    report("a graph in pieces", rows, args.seed, args.json)

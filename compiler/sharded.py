@@ -1,0 +1,159 @@
+"""The plan of a mesh: what each rank runs, holds and sends, found by one process that holds no weights.
+
+A rank's part of a module is cut on the meta device and captured over links that carry nothing. Ranks whose shares have the same sizes run the same
+operators on the same shapes and differ in where their slices begin, so that one of them is captured for all of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from reelstep.compiler.bundle import Captured
+from reelstep.compiler.compile import capture_all
+from reelstep.compiler.cost import shape_of
+from reelstep.compiler.graphs import weights_of
+from reelstep.compiler.load import Progress, silent
+from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, RING
+from reelstep.compiler.plan import ProgramPlan, RankPlan, Sent
+from reelstep.compiler.program import FLOAT_BYTES, Precision, Profile, Program
+from reelstep.parallel.collectives import GROUP, Communicator
+from reelstep.parallel.context import Attended
+from reelstep.parallel.mesh import Axis, Mesh, shares
+from reelstep.parallel.pretend import pretended_rank
+from reelstep.parallel.rules import Rules
+from reelstep.parallel.shard import counts_of, shard
+
+Lengths = frozenset[tuple[int, ...]]
+"""Of every sequence that lies on several ranks: how much of it each rank along `cp` has."""
+
+
+@dataclass(frozen=True)
+class ShardedPart:
+    """One module of a model that ranks share, and its programs."""
+
+    build: Callable[[], nn.Module]
+    programs: Callable[[nn.Module], Sequence[Program]]
+    rules: Rules
+
+
+def rank_profile(profile: Profile, mesh: Mesh) -> Profile:
+    """What a rank's graph is captured at. An exchange of a sequence packs rows among other sizes: a graph of it is of one row."""
+    return replace(profile, max_batch=1) if mesh.cp > 1 else profile
+
+
+def plan_ranks(
+    parts: Sequence[ShardedPart], mesh: Mesh, precision: Precision, keep: Iterable[str] = (), progress: Progress = silent
+) -> tuple[RankPlan, ...]:  # fmt: skip
+    """The ranks of a mesh in groups that run alike, the one of rank 0 first. keep: as for `capture_all`.
+
+    Raises ConfigError for a mesh that is too large for a part or a process that is a rank already, CompileError for what cannot be captured.
+    """
+    plans: dict[Hashable, RankPlan] = {}
+    lengths: Lengths | None = None
+    for rank in range(mesh.world):
+        with pretended_rank(mesh, rank) as comm:
+            programs = rank_programs(parts, comm)
+            capture = partial(_capture, programs, comm, precision, tuple(keep), progress)
+            first = None
+            if lengths is None:
+                first, lengths = capture()
+            key = (*(_counts(part, comm) for part in parts), *_shapes(programs), *_places(lengths, comm))
+            if key in plans:
+                plans[key] = replace(plans[key], ranks=(*plans[key].ranks, rank))
+            else:
+                plans[key] = first or capture()[0]
+    return tuple(plans.values())
+
+
+def rank_programs(parts: Sequence[ShardedPart], comm: Communicator) -> tuple[Program, ...]:
+    """What is captured on a rank: its programs, with empty weights, at its profiles. Raises ConfigError for a mesh that is too large for a part."""
+    found = [program for part in parts for program in part.programs(shard(_empty(part), part.rules, comm, None))]
+    return tuple(replace(program, profiles=tuple(rank_profile(profile, comm.mesh) for profile in program.profiles)) for program in found)
+
+
+def _empty(part: ShardedPart) -> nn.Module:
+    """On the meta device with its buffers: an export wants all on one."""
+    with torch.device("meta"):
+        return part.build()
+
+
+def _capture(
+    programs: Sequence[Program], comm: Communicator, precision: Precision, keep: tuple[str, ...], progress: Progress
+) -> tuple[RankPlan, Lengths]:  # fmt: skip
+    """What the rank of `comm` runs, and the lengths of sequences that its graphs were split by."""
+    pairs = [(program, profile) for program in programs for profile in program.profiles]
+    found: list[ProgramPlan] = []
+    held: dict[tuple[Hashable, int], Tensor] = {}
+    lengths: Lengths = frozenset()
+    for done, (program, profile) in enumerate(pairs):
+        progress(f"rank {comm.rank} of mesh {comm.mesh}: capture {program.name} {profile.name}", done, len(pairs))
+        ((item,), (draft,)) = capture_all([replace(program, profiles=(profile,))], keep=keep)
+        own: Precision = "float32" if draft.keep_f32 else precision
+        found.append(replace(draft, precision=own, sent=_sent(item.exported, comm)))
+        held |= _weights(item, own)
+        lengths |= _lengths(program)
+    return RankPlan((comm.rank,), sum(x.numel() * size for (_, size), x in held.items()), tuple(found)), lengths
+
+
+def _weights(item: Captured, precision: Precision) -> dict[tuple[Hashable, int], Tensor]:
+    """The tensors that a graph reads, by what makes one the same as another graph's, and the bytes of an element."""
+    tensors = weights_of(item.exported).values()
+    sizes = [(x, FLOAT_BYTES[precision] if x.is_floating_point() else x.element_size()) for x in tensors]
+    return {((x.untyped_storage()._cdata, x.storage_offset(), x.shape), size): x for x, size in sizes}
+
+
+def _sent(exported: ExportedProgram, comm: Communicator) -> tuple[Sent, ...]:
+    """The collectives of a call with one row, run on tensors without values, so that the communicator counts what it would send."""
+    calls: Counter[tuple[str, Axis]] = Counter()
+    comm.sent.clear()
+    for node in exported.graph.nodes:
+        if node.target in COLLECTIVES:
+            args: list[Any] = [torch.empty(shape_of(x, 1), dtype=x.meta["val"].dtype, device="meta") if isinstance(x, Node) else x for x in node.args]
+            key = node.target._schema.name.split("::")[1], args[-1].removeprefix(GROUP)
+            calls[key] += 1
+            if node.target is RING:  # its shifts are inside of it
+                comm.sent[key] += _ring_bytes(args[1], args[2], args[4], comm)
+            else:
+                comm.run(node.target, tuple(args))
+    return tuple(Sent(op, axis, count, comm.sent[op, axis]) for (op, axis), count in sorted(calls.items()))
+
+
+def _ring_bytes(k: Tensor, v: Tensor, lengths: Sequence[int], comm: Communicator) -> int:
+    """Of keys and values of every stage but the next, which is where they end. k, v: of this rank's stage."""
+    token_bytes = sum(x.numel() // x.shape[2] * x.element_size() for x in (k, v))
+    return token_bytes * (sum(lengths) - lengths[(comm.at["ring"] + 1) % len(lengths)])
+
+
+def _counts(part: ShardedPart, comm: Communicator) -> Hashable:
+    """This rank's heads and other units of a part, and whether it has one more of them than others of its Ulysses group."""
+    own = []
+    for logical, count in counts_of(_empty(part), part.rules).values():
+        axis = part.rules.axes[logical]
+        own.append(shares(count, comm.size(axis), logical)[comm.at[axis]] if axis else count)
+    return tuple((n, n % comm.mesh.ulysses > comm.at["ulysses"]) for n in own)
+
+
+def _shapes(programs: Sequence[Program]) -> list[Hashable]:
+    return [(name, tuple(tensor.shape)) for program in programs for name, tensor in program.module.state_dict().items()]
+
+
+def _lengths(program: Program) -> Lengths:
+    attended = [layer for layer in program.module.modules() if isinstance(layer, Attended)]
+    return frozenset(sizes for layer in attended for axes in (layer.rule.queries, layer.rule.keys) if (sizes := layer.lengths(axes)))
+
+
+def _places(lengths: Lengths, comm: Communicator) -> Iterator[Hashable]:
+    """This rank's part of each sequence, its ring stage's, and how long the next stage's is."""
+    for sizes in sorted(lengths):
+        stages = [sizes[i : i + comm.mesh.ulysses] for i in range(0, comm.mesh.cp, comm.mesh.ulysses)]
+        place = comm.at["ring"]
+        yield sizes[comm.at["cp"]], stages[place], sum(stages[(place + 1) % len(stages)])

@@ -1,0 +1,124 @@
+"""Requests by which a model is quantised: their calls to measure its layers on, and the results of others to compare.
+
+They run here one after the other without an engine's loop, so that the same prompts give the same calls on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from reelstep.compiler.quantisation import Calls, Engines
+from reelstep.engine.build import ServedModel, schedules_of
+from reelstep.engine.media import encode
+from reelstep.engine.models.spec import ModelSpec
+from reelstep.engine.pipelines import PIPELINES
+from reelstep.engine.pipelines.latent import Job
+from reelstep.engine.pipelines.state import PipelineState
+from reelstep.engine.request import Call, Media, Request
+from reelstep.engine.resolve import Ask, resolve
+from reelstep.engine.runner import Outputs, Runner
+from reelstep.errors import ConfigError
+
+Measure = Callable[[npt.NDArray[np.uint8], npt.NDArray[np.uint8]], float]
+"""Of two videos [F, H, W, 3]."""
+
+QUANTISED = "denoise"
+"""The program that runs at every step; the others run once."""
+
+HELD_OUT_SEED = 1 << 20
+
+
+@dataclass(frozen=True)
+class TaskRequests:
+    """Every task of the model with its defaults, once for each prompt. Pictures to animate are made by the model itself.
+
+    prompts: to measure on; held_out: to compare with, from other noise. Raises ConfigError for a prompt in both, or none in one.
+    """
+
+    served: ServedModel
+    prompts: Sequence[str]
+    held_out: Sequence[str]
+    psnr: Measure
+    ssim: Measure
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not self.held_out:
+            raise ConfigError(f"{len(self.prompts)} prompts to measure on and {len(self.held_out)} to compare with; at least one of each")
+        if both := sorted({*self.prompts} & {*self.held_out}):
+            raise ConfigError(f"prompt {both[0]!r} is both measured on and compared with; give others")
+
+    @classmethod
+    def of(cls, spec: ModelSpec, prompts: Sequence[str], held_out: Sequence[str], psnr: Measure, ssim: Measure) -> TaskRequests:
+        """Raises ConfigError for a model that does no task."""
+        if not spec.settings.tasks:
+            raise ConfigError(f"model {spec.name!r} does no task, so no request can measure it; compile it without --quantise")
+        return cls(ServedModel(spec.name, spec.version, spec.settings, schedules_of(spec.settings), {}), prompts, held_out, psnr, ssim)
+
+    @property
+    def identity(self) -> Any:
+        return [*self.prompts, "", *self.held_out, self.seed]
+
+    def calls(self, engines: Engines) -> Calls:
+        """Of `denoise`, the branches of guidance at one step in one batch."""
+        found: dict[tuple[str, str], list[Mapping[str, Tensor]]] = {}
+
+        def hear(calls: Sequence[Call]) -> None:
+            if calls[0].program == QUANTISED:
+                limit = engines[calls[0].key].signature.max_batch
+                batches = {name: torch.cat([call.inputs[name] for call in calls]).split(limit) for name in calls[0].inputs}
+                found.setdefault(calls[0].key, []).extend(dict(zip(batches, rows, strict=True)) for rows in zip(*batches.values(), strict=True))
+
+        for request in self.requests(self.prompts, self.seed, engines):
+            self.run(request, engines, hear)
+        return found
+
+    def compare(self, reference: Engines, quantised: Engines) -> tuple[float, float, int]:
+        scores = []
+        for request in self.requests(self.held_out, self.seed + HELD_OUT_SEED, reference):
+            exact, made = (self.run(request, engines).frames[0] for engines in (reference, quantised))
+            scores.append((self.psnr(made, exact), self.ssim(made, exact)))
+        psnr, ssim = np.mean(scores, axis=0)
+        return float(psnr), float(ssim), len(scores)
+
+    def requests(self, prompts: Sequence[str], seed: int, engines: Engines) -> Iterator[Request]:
+        models, tasks = {self.served.name: self.served}, self.served.settings.defaults
+        for k, prompt in enumerate(prompts):
+            still = resolve(Ask(prompt, seed=seed + k, frames=1), models) if "text_to_image" in tasks else None
+            if still is not None:
+                yield still
+            if "text_to_video" in tasks:
+                yield resolve(Ask(prompt, seed=seed + k, frames=tasks["text_to_video"].frames), models)
+            if "animate_sticker" in tasks and still is not None:
+                picture = encode(self.run(still, engines).frames[0], 1.0, "image/png")
+                yield resolve(Ask(prompt, seed=seed + k, frames=tasks["animate_sticker"].frames, image=picture), models)
+
+    def run(self, request: Request, engines: Engines, hear: Callable[[Sequence[Call]], None] = lambda calls: None) -> Media:
+        """The result of one request. hear: is told of the calls that may run together."""
+        served, runner = self.served, Runner(engines, {key: engine.signature.max_batch for key, engine in engines.items()})
+        table, rule = served.table(request.solver, request.schedule, request.steps), served.rule(request.guidance, request.scale, request.guidance_options)
+        pipeline = PIPELINES[request.task](Job(request, served.settings, table, rule), PipelineState())
+        calls = next(pipeline)
+        while True:
+            hear(calls)
+            try:
+                calls = pipeline.send(answers(runner, calls))
+            except StopIteration as done:
+                media: Media = done.value
+                return media
+
+
+def answers(runner: Runner, calls: Sequence[Call]) -> tuple[Outputs, ...]:
+    """Outputs of each call, in order; those of one key run in one batch."""
+    found: dict[int, Outputs] = {}
+    for key in dict.fromkeys(call.key for call in calls):
+        places = [k for k, call in enumerate(calls) if call.key == key]
+        found |= zip(places, runner.run([calls[k] for k in places]), strict=True)
+    return tuple(found[k] for k in range(len(calls)))
