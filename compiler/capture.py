@@ -45,7 +45,7 @@ def capture(program: Program, profile: Profile) -> ExportedProgram:
     program.module.eval()
     try:
         with quiet_torch():
-            exported = trace(program.module, signature, _is_variadic(program.module))
+            exported = trace(program.module, signature)
     except Exception as error:  # export raises whatever the module's own code raises
         raise CompileError(f"program {program.name!r} at profile {profile.name!r} cannot be exported: {error}") from error
     finally:
@@ -54,15 +54,15 @@ def capture(program: Program, profile: Profile) -> ExportedProgram:
     return exported
 
 
-def trace(module: nn.Module, signature: Signature, varargs: bool = False) -> ExportedProgram:
-    """Export `module` with a dynamic batch. varargs: its forward takes `*inputs`."""
+def trace(module: nn.Module, signature: Signature) -> ExportedProgram:
+    """Export `module`, whose forward takes the inputs one by one or as `*inputs`, with a dynamic batch."""
     rows = EXAMPLE_ROWS if signature.max_batch > 1 else 1
     device = next(module.parameters(), torch.empty(0)).device
     examples = tuple(edge.zeros(rows, device) for edge in signature.inputs)
     batch = {0: Dim(BATCH, min=1, max=max(rows, signature.max_batch))} if signature.max_batch > 1 else {}
     shapes = tuple(batch for _ in examples)
     with torch.no_grad():
-        return export(module, examples, dynamic_shapes=(shapes,) if varargs else shapes, strict=False)
+        return export(module, examples, dynamic_shapes=(shapes,) if _is_variadic(module) else shapes, strict=False)
 
 
 def output_values(exported: ExportedProgram) -> list[Tensor]:

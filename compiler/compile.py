@@ -118,7 +118,7 @@ def capture_all(programs: Sequence[Program], progress: Progress = silent, keep: 
 def make_plan(
     model: str, version: str, backend: str, sku: Sku, precision: Precision, reason: str, drafts: Sequence[ProgramPlan], quality: Quality | None = None
 ) -> Plan:
-    plans = tuple(replace(draft, precision="float32" if draft.keep_f32 else precision) for draft in drafts)
+    plans = tuple(replace(draft, precision=draft.own_precision(precision)) for draft in drafts)
     return Plan(model, version, backend, sku.name, sku.arch, {}, precision, reason, plans, quality)
 
 

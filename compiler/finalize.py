@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from reelstep.compiler.backends import Backend
 from reelstep.compiler.bundle import Bundle
-from reelstep.compiler.load import Progress, build_engine, choose, own_precision, silent
+from reelstep.compiler.load import Progress, build_engine, choose, silent
 from reelstep.compiler.program import FLOAT_BYTES, Precision
 from reelstep.compiler.skus import SKUS
 from reelstep.compiler.storage import watch_seals
@@ -105,7 +105,7 @@ def _size(paths: Sequence[Path]) -> int:
 
 def _check_room(bundle: Bundle, missing: Sequence[Key], wanted: Precision, cache: Path) -> None:
     """Engines hold their weights, each its own: less room than that is too little. More may be needed, which only the backend finds out."""
-    needs = {key: bundle.weights_bytes(*key, FLOAT_BYTES[own_precision(bundle, key, wanted)]) for key in missing}
+    needs = {key: bundle.weights_bytes(*key, FLOAT_BYTES[bundle.plan.program(*key).own_precision(wanted)]) for key in missing}
     total, largest = sum(needs.values()), max(needs, key=lambda key: needs[key], default=("", ""))
     memory = SKUS[bundle.plan.sku].memory_bytes  # 0 where it is not known
     if memory and needs.get(largest, 0) > memory:

@@ -91,16 +91,12 @@ def build_engine(
     bundle: Bundle, key: tuple[str, str], chosen: Backend, wanted: Precision, cache: Path | None, graph: Graph | None = None
 ) -> Executable:  # fmt: skip
     """The executable of one (program, profile). graph: what the backend calls to read it, the bundle's own if None."""
-    own = own_precision(bundle, key, wanted)
+    own = bundle.plan.program(*key).own_precision(wanted)
 
     def read() -> ExportedProgram:  # ops that were kept for the plan's backend, another may not run
         return decompose_ops((graph or partial(bundle.program, *key))(), chosen.keeps(bundle.plan.arch))
 
     return chosen.build(read, bundle.signatures[key], own, cache, engine_key(bundle, *key, own))
-
-
-def own_precision(bundle: Bundle, key: tuple[str, str], wanted: Precision) -> Precision:
-    return "float32" if bundle.plan.program(*key).keep_f32 else wanted
 
 
 def on_this_machine(sku: str) -> bool:

@@ -121,6 +121,10 @@ class ProgramPlan:
         sent = tuple(Sent(**each) for each in data.get("sent", ()))
         return cls(**{**data, "passes": tuple(data["passes"]), "quantised": Quantised.from_json(data.get("quantised")), "sent": sent})
 
+    def own_precision(self, plans: Precision) -> Precision:
+        """That this program runs in where the plan's is `plans`."""
+        return "float32" if self.keep_f32 else plans
+
     def explain_costs(self) -> list[str]:
         sends = f"; sends {'; '.join(map(str, self.sent))}" if self.sent else ""
         return [f"program {self.program} profile {self.profile}", f"  parameters {self.parameters:,}; FLOPs per row {self.flops:,}{sends}"]

@@ -228,8 +228,7 @@ def engines_of(captured: Sequence[Captured], drafts: Sequence[ProgramPlan], back
     """Engines of what is not in a bundle yet, on this machine."""
     chosen, engines = BACKENDS[backend], dict[Key, Executable]()
     for item, draft in zip(captured, drafts, strict=True):
-        own: Precision = "float32" if draft.keep_f32 else precision
-        key = draft.program, draft.profile
+        own, key = draft.own_precision(precision), (draft.program, draft.profile)
         engines[key] = chosen.build(lambda item=item: decompose_ops(item.exported), item.signature, own, None, "")  # type: ignore[misc]
     return engines
 

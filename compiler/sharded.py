@@ -97,7 +97,7 @@ def _capture(
     for done, (program, profile) in enumerate(pairs):
         progress(f"rank {comm.rank} of mesh {comm.mesh}: capture {program.name} {profile.name}", done, len(pairs))
         ((item,), (draft,)) = capture_all([replace(program, profiles=(profile,))], keep=keep)
-        own: Precision = "float32" if draft.keep_f32 else precision
+        own = draft.own_precision(precision)
         found.append(replace(draft, precision=own, sent=_sent(item.exported, comm)))
         held |= _weights(item, own)
         lengths |= _lengths(program)

@@ -66,12 +66,12 @@ def shard(module: nn.Module, rules: Rules, comm: Communicator, file: Path | None
             layers.setdefault(path, {})[own] = cut
     for path, own_cuts in layers.items():
         _put(module, path, split_layer(path, module.get_submodule(path), own_cuts, comm))
-    _install(module, rules, comm, lengths)
+    _install(module, rules, lengths)
     for path, rule in matching(rules.attention, _paths(module)).items():
         for joined in (rule.queries, rule.keys):
             if len({bool(lengths.mesh_axes((logical,))) for logical in joined}) > 1:
                 raise ConfigError(f"{path} joins {' and '.join(joined)}, of which only some are split; put all of them on one mesh axis, or none")
-        if any(comm.size(axis) > 1 for axis in lengths.mesh_axes((*rule.queries, *rule.keys))):
+        if lengths.are_split((*rule.queries, *rule.keys)):
             _put(module, path, Attended(module.get_submodule(path), rule, lengths.of, comm))
     return module.eval().requires_grad_(False)
 
@@ -85,6 +85,10 @@ class Lengths:
 
     def mesh_axes(self, axes: Axes) -> list[Any]:
         return [axis for logical in axes if logical and (axis := self.rules.axes[logical]) is not None]
+
+    def are_split(self, axes: Axes) -> bool:
+        """Whether several ranks share any of them."""
+        return any(self.comm.size(axis) > 1 for axis in self.mesh_axes(axes))
 
     def of(self, axes: Axes) -> tuple[int, ...] | None:
         """Of a sequence that joins these axes, on every cp rank; None if it is whole on all of them."""
@@ -140,17 +144,17 @@ def _set_shares(module: nn.Module, rules: Rules, comm: Communicator) -> None:
             setattr(module.get_submodule(owner), name, shares(count, comm.size(axis), logical)[comm.at[axis]])
 
 
-def _install(module: nn.Module, rules: Rules, comm: Communicator, lengths: Lengths) -> None:
+def _install(module: nn.Module, rules: Rules, lengths: Lengths) -> None:
     """Hooks that split inputs and what is made whole, and gather outputs."""
     for path, arguments in matching(rules.inputs, _paths(module)).items():
-        active = {i: axes for i, axes in arguments.items() if any(comm.size(axis) > 1 for axis in lengths.mesh_axes(axes))}
+        active = {i: axes for i, axes in arguments.items() if lengths.are_split(axes)}
         if active:
             module.get_submodule(path).register_forward_pre_hook(_splitting(active, lengths))
     for path, axes in matching(rules.made, _paths(module)).items():
-        if any(comm.size(axis) > 1 for axis in lengths.mesh_axes(axes)):
+        if lengths.are_split(axes):
             module.get_submodule(path).register_forward_hook(_keeping(axes, lengths))
     for path, axes in matching(rules.outputs, _paths(module)).items():
-        if any(comm.size(axis) > 1 for axis in lengths.mesh_axes(axes)):
+        if lengths.are_split(axes):
             module.get_submodule(path).register_forward_hook(_gathering(axes, lengths))
 
 
@@ -181,9 +185,7 @@ def _load(module: nn.Module, cuts: Mapping[str, Cut | None], file: Path, prefix:
             value = _read(stored, cut)
             if dtype is not None and value.is_floating_point():
                 value = value.to(dtype)
-            owner, _, own = name.rpartition(".")
-            parent = module.get_submodule(owner)
-            setattr(parent, own, nn.Parameter(value, requires_grad=False) if isinstance(here, nn.Parameter) else value)
+            _put(module, name, nn.Parameter(value, requires_grad=False) if isinstance(here, nn.Parameter) else value)
 
 
 def _narrow(module: nn.Module, cuts: Mapping[str, Cut | None]) -> None:
@@ -207,6 +209,6 @@ def _get(module: nn.Module, path: str) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
-def _put(module: nn.Module, path: str, layer: nn.Module | nn.Parameter) -> None:
+def _put(module: nn.Module, path: str, new: nn.Module | Tensor) -> None:
     owner, _, name = path.rpartition(".")
-    setattr(module.get_submodule(owner), name, layer)
+    setattr(module.get_submodule(owner), name, new)

@@ -92,4 +92,4 @@ def mixed_precision(exported: ExportedProgram, signature: Signature) -> Exported
     """The same program with explicit casts, float32 at its edges. For a backend to apply to a float32 graph as it builds."""
     with quiet_torch():
         body: Any = exported.module()
-        return drop_asserts(trace(Mixed(body), signature, varargs=True))
+        return drop_asserts(trace(Mixed(body), signature))

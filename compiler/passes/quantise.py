@@ -140,7 +140,7 @@ def quantise(exported: ExportedProgram, signature: Signature, scheme: Scheme, ch
     weights = {name: quantise_weight(exported.state_dict[name], scheme) for name in dict.fromkeys(layers.values()) if name in chosen}
     with quiet_torch():
         body: Any = exported.module()
-        return drop_unused_weights(drop_asserts(trace(Quantised(body, scheme, layers, weights, grids), signature, varargs=True)))
+        return drop_unused_weights(drop_asserts(trace(Quantised(body, scheme, layers, weights, grids), signature)))
 
 
 class Watching(Interpreter):
