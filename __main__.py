@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import queue
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from reelstep.engine.client import Artifact, ClientEvent, Generation, Options
     from reelstep.engine.executors.replicas import Elsewhere
     from reelstep.engine.models.spec import ModelSettings
+    from reelstep.engine.request import Event, Request
     from reelstep.engine.resolve import Ask, Engine, Served
 
 T = TypeVar("T")
@@ -59,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"reelstep: {error}", file=sys.stderr)
         return 2 if isinstance(error, USER_ERRORS) else 1
     return 0
+
+
+def command() -> int:
+    """`main` in a process that ends with it: to take apart all that was imported takes a third of a second, so it is kept from the garbage collector."""
+    try:
+        return main()
+    finally:
+        gc.freeze()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -113,7 +123,7 @@ def add_compile(commands: Commands) -> None:
     parser.add_argument("--mesh", metavar="AXIS=N,...", help=planned)
     parser.add_argument("--explain", action="store_true", help="print the plan: every choice and its reason")
     parser.add_argument("--sku", default="cpu", metavar="NAME", help="what it shall run on (cpu); a wrong name prints those there are")
-    parser.add_argument("--backend", help="what executes the programs (openvino on a CPU, tensorrt elsewhere)")
+    parser.add_argument("--backend", help="what executes the programs (openvino on a CPU, tensorrt elsewhere; inductor runs on both)")
     portable = "build no native engines, as ever for a SKU that is not here: `reelstep finalize` does on the target"
     parser.add_argument("--portable", action="store_true", help=portable)
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign the bundle with this private key of `reelstep keygen`")
@@ -122,7 +132,7 @@ def add_compile(commands: Commands) -> None:
 
 
 def add_quantisation(parser: argparse.ArgumentParser) -> None:
-    schemes = "int8 (products of integers), int8-weights (a smaller bundle) or fp8 (GPUs that have E4M3): the denoiser's linear layers in 8 bits"
+    schemes = "int8 (products of integers), int8-weights (a smaller bundle), fp8 or nvfp4 (for GPUs that have them): the denoiser's linear layers in few bits"
     parser.add_argument("--quantise", metavar="SCHEME", help=schemes)
     keeps = f"relative error of the denoiser on its own calls; its most sensitive layers stay as they are until it is met ({MAX_ERROR:g})"
     parser.add_argument("--max-error", type=float, metavar="X", help=keeps)
@@ -457,7 +467,7 @@ def trusted_keys(args: argparse.Namespace) -> list[PublicKey]:
 def run_inspect(args: argparse.Namespace) -> None:
     from reelstep.compiler.bundle import Bundle
     from reelstep.compiler.describe import describe, describe_json
-    from reelstep.engine.build import ServedModel
+    from reelstep.engine.served import ServedModel
 
     bundle = Bundle.open(args.bundle)
     if args.json:
@@ -523,14 +533,15 @@ def planned_samplings(settings: ModelSettings, args: argparse.Namespace) -> list
     from reelstep.compiler.planner import Sampling
     from reelstep.engine.samplers.tables import SOLVERS
 
-    menu = {quality: d.menu[quality] for d in settings.defaults.values() for quality in d.qualities}
+    task = "text_to_video" if (args.frames or max(settings.limits.frames)) > 1 else "text_to_image"
+    default = settings.defaults.get(task, next(iter(settings.defaults.values()), None))
+    menu = {quality: default.menu[quality] for quality in default.qualities} if default else {}
     if menu and not (args.solver or args.nfe or args.guidance):
         measured = "{quality}: {psnr:.1f} dB to the exact solution ({command})"
         return [
             Sampling(c.solver, c.steps or round(c.forwards / 2), c.forwards, measured.format(quality=quality, psnr=c.psnr_db, command=c.command))
             for quality, c in menu.items()
         ]
-    default = next(iter(settings.defaults.values()), None)
     name = args.solver or (default.solver if default else "euler")
     evaluations = SOLVERS[name].evaluations
     counts = args.nfe or ([default.steps * evaluations] if default else [50, 25, 12, 8])
@@ -609,6 +620,17 @@ def replicas_elsewhere(args: argparse.Namespace) -> Elsewhere | None:
     return OnCluster(args.cluster or "local", scaling, mesh, args.rank_cpus, cache_dir(args), args.backend, PRECISIONS.get(args.precision))
 
 
+@contextmanager
+def all_kept() -> Iterator[None]:
+    """For imports of what stays to the end: to look for garbage takes a third of their time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def load_engine(
     args: argparse.Namespace,
     bundles: list[Path],
@@ -619,7 +641,8 @@ def load_engine(
     checkpoints: tuple[Path, int] | None = None,
     once: bool = False,
 ) -> Engine:
-    from reelstep.engine.loop import open_engine
+    with all_kept():
+        from reelstep.engine.loop import open_engine
     from reelstep.parallel.mesh import Mesh
 
     return open_engine(
@@ -729,15 +752,21 @@ def read_picture(path: Path) -> bytes:
 
 
 def run_local(engine: Engine, ask: Ask) -> Iterator[ClientEvent]:
-    """Run one request on an engine of this process, with the events that a client would see."""
-    from reelstep.engine.client import Artifact, Cost, Generation
-    from reelstep.engine.media import encode
-    from reelstep.engine.request import Event, Failed, Finished, Preview
+    """Run one request on an engine of this process, with the events that a client would see. It has begun when this returns."""
     from reelstep.engine.resolve import resolve
 
     request = resolve(ask, engine.models)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     engine.submit(request, events.put)
+    return as_client_events(request, ask, events)
+
+
+def as_client_events(request: Request, ask: Ask, events: queue.SimpleQueue[Event]) -> Iterator[ClientEvent]:
+    """What a client would see of a request that runs. Imports come here, while it does."""
+    from reelstep.engine.client import Artifact, Cost, Generation
+    from reelstep.engine.media import encode
+    from reelstep.engine.request import Failed, Finished, Preview
+
     while not isinstance(event := events.get(), Finished):
         if isinstance(event, Failed):
             raise event.error
@@ -816,4 +845,4 @@ def run_bench(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

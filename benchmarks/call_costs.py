@@ -147,7 +147,7 @@ REEL_TINY_ROWS = {
 REEL_TINY_TASKS = {
     "text_to_video": Task("video", 2, False, 12, {"draft": 4, "standard": 8, "best": 16}),
     "text_to_image": Task("image", 2, False, 12, {"draft": 6, "standard": 12, "best": 24}),
-    "animate_sticker": Task("video", 1, True, 6, {}),
+    "animate_sticker": Task("video", 1, True, 6, {"draft": 4, "standard": 8, "best": 16}),
 }
 """Written out, so that a simulation needs no network and no torch; a test compares them with the model."""
 LATENT_FRAMES = 4

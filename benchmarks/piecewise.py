@@ -1,7 +1,7 @@
-"""What does it cost to run a rank's graph in pieces between its collectives, where a backend has none?
+"""What do the collectives of a rank's graph cost a backend, beside what travels?
 
-One rank of tp=2 of a denoiser: its graph in pieces as ranks run it, over links that carry nothing, against the same graph in one engine with each
-collective replaced by its input. Both do the same arithmetic, which is checked; what differs is the cuts.
+One rank of tp=2 of a denoiser, over links that carry nothing: its graph in pieces between the collectives, and inside one engine where the backend runs
+them itself, against the same graph in one engine with each collective replaced by its input. All do the same arithmetic, which is checked.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,11 +19,11 @@ from torch.export import ExportedProgram
 
 from reelstep.benchmarks.engine import inputs_of
 from reelstep.benchmarks.harness import Row, interleave, parser, report
-from reelstep.compiler.backends import BACKENDS
+from reelstep.compiler.backends import BACKENDS, Executable
 from reelstep.compiler.capture import capture
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.drop_dead import drop_dead
-from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, Chain, split_at_collectives
+from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, Chain, build_rank, split_at_collectives
 from reelstep.compiler.program import Profile
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
@@ -34,10 +35,17 @@ from reelstep.parallel.pretend import pretended_rank
 from reelstep.parallel.rules import RULES
 from reelstep.parallel.shard import empty_weights, shard
 
+WAN_SHAPED = MovieGenConfig(
+    layers=2, width=1536, ffn=8960, heads=12, latent_channels=16, condition_channels=0, patch=(1, 2, 2), positions=(16, 32, 32),
+    text_widths=(1536,), time_frequencies=256, time_scale=1000.0, qk_norm=True,
+)  # fmt: skip
+"""Blocks of Movie Gen's kind with the sizes of Wan 2.1 1.3B."""
+
 SUBJECTS: dict[str, tuple[MovieGenConfig, int, tuple[int, int, int], int]] = {
     "reel-tiny": (reel_tiny.DENOISER_CONFIG, reel_tiny.TEXT_CONFIG.length, (4, 8, 8), 200),
     "dit-mid": (dit_mid.CONFIG, dit_mid.TEXT_TOKENS, (4, 32, 32), 30),
     "dit-mid, whole video": (dit_mid.CONFIG, dit_mid.TEXT_TOKENS, (16, 32, 32), 10),
+    "Wan-shaped blocks": (WAN_SHAPED, 512, (4, 30, 52), 10),
 }
 """Configuration, text tokens, latent F, H, W, and rounds."""
 
@@ -68,17 +76,22 @@ def measure(name: str, mesh: Mesh, backend: str, seed: int) -> Row:
             exported, _ = apply_passes(capture(program, profile))
             split = split_at_collectives(exported, signature)
             build = BACKENDS[backend].build
-            pieces = [build(partial(_given, piece.exported), piece.signature, "float32", None, "") for piece in split.pieces]
-            chain = Chain(split, pieces, comm)
-            whole = build(partial(_given, without_collectives(exported)), signature, "float32", None, "")
+            engines: dict[str, Executable] = {
+                "whole": build(partial(_given, without_collectives(exported)), signature, "float32", None, ""),
+                "pieces": Chain(split, [build(partial(_given, piece.exported), piece.signature, "float32", None, "") for piece in split.pieces], comm),
+            }
+            if BACKENDS[backend].takes_collectives:
+                engines["inside"] = build_rank(exported, signature, BACKENDS[backend], comm)
             inputs = inputs_of(signature, 1, seed)
-            a, b = whole(inputs)["velocity"], chain(inputs)["velocity"]
-            times = interleave({"whole": lambda: whole(inputs), "pieces": lambda: chain(inputs)}, rounds)
-    return {
-        "model": name, "tokens": f * h * w // 4, "mesh": str(mesh), "backend": backend, "pieces": len(pieces),
-        "whole_s": times["whole"].median_s, "pieces_s": times["pieces"].median_s, "overhead": times["pieces"].median_s / times["whole"].median_s - 1,
-        "rel_l2": float((a - b).norm() / a.norm()), "rounds": rounds,
-    }  # fmt: skip
+            found = {how: engine(inputs)["velocity"] for how, engine in engines.items()}
+            times = interleave({how: partial(engine, inputs) for how, engine in engines.items()}, rounds)
+    medians = {f"{how}_s": timing.median_s for how, timing in times.items()}
+    row: dict[str, Any] = {"model": name, "tokens": f * h * w // 4, "mesh": str(mesh), "backend": backend, "pieces": len(split.pieces), **medians}
+    for how, overhead, error in (("pieces", "overhead", "rel_l2"), ("inside", "inside_overhead", "inside_rel_l2")):
+        if how in engines:
+            row[overhead] = times[how].median_s / times["whole"].median_s - 1
+            row[error] = float((found[how] - found["whole"]).norm() / found["whole"].norm())
+    return {**row, "rounds": rounds}
 
 
 def _given(exported: ExportedProgram) -> ExportedProgram:
@@ -88,6 +101,7 @@ def _given(exported: ExportedProgram) -> ExportedProgram:
 def main(argv: Sequence[str]) -> None:
     options = parser("piecewise", __doc__ or "")
     options.add_argument("--backends", nargs="+", default=["openvino", "eager"], metavar="NAME", help="(openvino eager)")
+    options.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS), metavar="NAME", help="(all)")
     args = options.parse_args(argv)
-    rows = [measure(name, Mesh.parse("tp=2"), backend, args.seed) for backend in args.backends for name in SUBJECTS]
+    rows = [measure(name, Mesh.parse("tp=2"), backend, args.seed) for backend in args.backends for name in args.models]
     report("a graph in pieces", rows, args.seed, args.json)

@@ -24,14 +24,15 @@ from reelstep.benchmarks.engine import inputs_of, peak_flop_per_s
 from reelstep.benchmarks.harness import Row, interleave, parser, report
 from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.compile import compile_model
-from reelstep.compiler.cost import Layout, Transformer, transformer_of
+from reelstep.compiler.cost import Transformer, transformer_of
 from reelstep.compiler.load import load
-from reelstep.compiler.planner import ASSUMED, Corrections, Device, Figure, Sampling, Workload, device_of, rank, spent_on_call
+from reelstep.compiler.planner import ASSUMED, Corrections, Device, Figure, Sampling, Workload, device_of, in_words, rank, spent_on_call
 from reelstep.compiler.program import Precision, Profile
 from reelstep.compiler.skus import SKUS
 from reelstep.engine.models import dit_mid, reel_tiny
 from reelstep.engine.models.movie_gen import MovieGenConfig, MovieGenTransformer, denoise_program
 from reelstep.errors import ConfigError
+from reelstep.parallel.mesh import Mesh
 
 NETWORKS: Mapping[str, tuple[MovieGenConfig, int]] = {
     "dit-mid": (dit_mid.CONFIG, dit_mid.TEXT_TOKENS),
@@ -132,7 +133,7 @@ def fit(timed: Sequence[Timed], device: Device, precision: Precision, source: st
 
 
 def predict(timed: Timed, device: Device, precision: Precision) -> float:
-    return spent_on_call(timed.network, timed.shape.rows, Layout(), device, precision).total
+    return spent_on_call(timed.network, timed.shape.rows, Mesh.parse(""), device, precision).total
 
 
 def calibrate(precisions: Sequence[Precision], rounds: int, cache: Path, seed: int) -> tuple[Device, list[Row]]:
@@ -204,7 +205,7 @@ def compare() -> list[Row]:
         device = device_of(SKUS[one.sku])
         workload = Workload("Wan 2.1", one.network, one.network.block_parameters, ())
         ranking = rank(workload, device, devices=one.devices, samplings=[Sampling("euler", one.nfe, one.forwards, "")], precisions=["bfloat16"])
-        best = next(choice for choice in ranking.choices if choice.layout.ranks == one.devices)
+        best = next(choice for choice in ranking.choices if choice.mesh.world == one.devices)
         implied = one.forwards * one.network.flops() / (one.seconds * one.devices * device.sku.peak_flops["bfloat16"])
         rows.append(
             {
@@ -214,7 +215,7 @@ def compare() -> list[Row]:
                 "who": one.who,
                 "published_s": one.seconds,
                 "predicted_s": best.latency_s,
-                "mesh": str(best.layout),
+                "mesh": in_words(best.mesh),
                 "error": best.latency_s / one.seconds - 1 if implied <= 1 else None,
                 "implied_share_of_peak": implied,
                 "source": one.source,

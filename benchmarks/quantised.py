@@ -1,8 +1,9 @@
 """What do 8-bit layers gain in speed and size on this CPU, and what do they lose?
 
-One call of a denoiser through our engine: float32, the backend's default (bfloat16 where the CPU has it) and each scheme of quantisation, in turn, in one
-process. Relative L2 error of the call to float32, and the bytes of the graph's weights as the bundle has them. Of a registered model also PSNR and SSIM
-of held-out requests' results to float32 ones. `wan-block` has random weights and random calls, so nothing is said of its videos.
+One call of a denoiser through our engine, of one row and, of the small network, of 16: float32, the backend's default (bfloat16 where the CPU has it) and
+each scheme of quantisation, in turn, in one process. Relative L2 error of the call to float32, and the bytes of the graph's weights as the bundle has them.
+Of a registered model also PSNR and SSIM of held-out requests' results to float32 ones. `wan-block` has random weights and random calls, so nothing is said
+of its videos.
 Needs the `bench` and `training` extras, and diffusers for `wan-block`.
 """
 
@@ -63,6 +64,7 @@ class Subject:
     requests: Requests
     results: bool
     rounds: int
+    batches: tuple[int, ...]  # rows of a call
 
 
 def registered(name: str, rounds: int, seed: int) -> Subject:
@@ -70,13 +72,13 @@ def registered(name: str, rounds: int, seed: int) -> Subject:
     spec = MODELS[name]
     prompts = PROMPTS[name](2 * PROMPTS_EACH, seed)
     requests = TaskRequests.of(spec, prompts[:PROMPTS_EACH], prompts[PROMPTS_EACH:], psnr, ssim)
-    return Subject(name, spec.programs(spec.build()), ("denoise", "video"), requests, True, rounds)
+    return Subject(name, spec.programs(spec.build()), ("denoise", "video"), requests, True, rounds, (1, 16))
 
 
 def wan(rounds: int, seed: int) -> Subject:
     made = wan_block(rounds, seed)
     requests = RandomCalls(Signature.of(made.program, made.profile), seed)
-    return Subject(made.name, (made.program,), (made.program.name, made.profile.name), requests, False, rounds)
+    return Subject(made.name, (made.program,), (made.program.name, made.profile.name), requests, False, rounds, (1,))
 
 
 def measure(subject: Subject, max_error: float, cache: Path, seed: int) -> list[Row]:
@@ -90,22 +92,22 @@ def measure(subject: Subject, max_error: float, cache: Path, seed: int) -> list[
         asked = Quantisation(scheme, max_error, 1.0, subject.requests)
         bundles[scheme] = compiled(out=cache / f"bench-{subject.name}-{scheme}.reel", quantisation=asked)
     engines = {name: load(bundle, None, precision="float32" if name == "float32" else None) for name, bundle in bundles.items()}
-    inputs: Mapping[str, Tensor] = inputs_of(plain.signatures[subject.key], 1, seed)
-    calls = {name: partial(each[subject.key], inputs) for name, each in engines.items()}
-    outputs = {name: next(iter(call().values())) for name, call in calls.items()}
-    times = interleave(calls, subject.rounds)
-    exact = outputs["float32"]
+    qualities = {name: subject.requests.compare(engines["float32"], engines[name])[:2] if subject.results else (None, None) for name in bundles}
     rows: list[Row] = []
-    for name, bundle in bundles.items():
-        record, time = bundle.plan.program(*subject.key).quantised, times[name]
-        quality = subject.requests.compare(engines["float32"], engines[name])[:2] if subject.results else (None, None)
-        row = {
-            "model": subject.name, "layers": name, "quantised": record.layers if record else 0, "kept": len(record.kept) if record else None,
-            "median_s": time.median_s, "p10_s": time.p10_s, "p90_s": time.p90_s, "rounds": time.rounds,
-            f"ratio_to_{default}": times[default].median_s / time.median_s, "rel_l2": float((outputs[name] - exact).norm() / exact.norm()),
-            "weights_mb": bundle.weights_bytes(*subject.key, 4) / 1e6, "psnr_db": quality[0], "ssim": quality[1],
-        }  # fmt: skip
-        rows.append(row)
+    for batch in subject.batches:
+        inputs: Mapping[str, Tensor] = inputs_of(plain.signatures[subject.key], batch, seed)
+        calls = {name: partial(each[subject.key], inputs) for name, each in engines.items()}
+        outputs = {name: next(iter(call().values())) for name, call in calls.items()}
+        times = interleave(calls, subject.rounds)
+        exact = outputs["float32"]
+        for name, bundle in bundles.items():
+            record, time = bundle.plan.program(*subject.key).quantised, times[name]
+            rows.append({
+                "model": subject.name, "rows": batch, "layers": name, "quantised": record.layers if record else 0, "kept": len(record.kept) if record else None,
+                "median_s": time.median_s, "p10_s": time.p10_s, "p90_s": time.p90_s, "rounds": time.rounds,
+                f"ratio_to_{default}": times[default].median_s / time.median_s, "rel_l2": float((outputs[name] - exact).norm() / exact.norm()),
+                "weights_mb": bundle.weights_bytes(*subject.key, 4) / 1e6, "psnr_db": qualities[name][0], "ssim": qualities[name][1],
+            })  # fmt: skip
     return rows
 
 

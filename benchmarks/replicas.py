@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 from reelstep.benchmarks.concurrency import PROMPTS, run_all
 from reelstep.benchmarks.harness import Row, parser, report, timing
 from reelstep.compiler.bundle import Bundle
-from reelstep.engine.build import ServedModel, build_bundle
+from reelstep.engine.build import build_bundle
 from reelstep.engine.executors.bundles import Stored, WholeBundles
 from reelstep.engine.executors.cluster import PATIENCE, OnRay, Share, connect, start_on_ray, untyped
 from reelstep.engine.executors.on_mesh import world_of
@@ -32,6 +32,7 @@ from reelstep.engine.executors.restarting import Bounds, Restarting
 from reelstep.engine.loop import Engine, warmed_up
 from reelstep.engine.request import Finished
 from reelstep.engine.resolve import Ask, resolve
+from reelstep.engine.served import ServedModel
 from reelstep.errors import ConfigError
 from reelstep.parallel.mesh import Mesh
 

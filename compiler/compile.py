@@ -60,7 +60,7 @@ def compile_model(
     captured, drafts = capture_all(programs, progress, BACKENDS[backend].keeps(target.arch))
     quality = None
     if quantisation is not None:
-        here = BACKENDS[backend].runs and on_this_machine(sku)
+        here = BACKENDS[backend].runs and not is_gpu(target.arch) and on_this_machine(sku)  # requests run on the CPU, also where a GPU is
         captured, drafts, quality = quantise_programs(
             captured, drafts, quantisation, backend if here else "eager", wanted if here else "float32", progress
         )  # fmt: skip
@@ -81,11 +81,16 @@ def build_here(bundle: Bundle, cache: Path, progress: Progress = silent) -> None
 
 
 def choose_precision(backend: str, sku: Sku, precision: Precision | None, mesh: Mesh | None = None) -> tuple[Precision, str]:
-    """The precision of a plan, and why. Raises NotFound (backend), ConfigError for a backend that does not run on the SKU, CompileError for a precision."""
-    chosen = BACKENDS[backend]
+    """The precision of a plan, and why.
+
+    Raises NotFound (backend), ConfigError for a backend that does not run on the SKU or not on its mesh, CompileError for a precision.
+    """
+    chosen = BACKENDS[backend].on(sku.arch)
     if not chosen.runs_on(sku.arch):
         fitting = sorted(name for name, other in BACKENDS.items() if other.runs_on(sku.arch))
         raise ConfigError(f"backend {backend!r} does not run on {sku.name}; choose {' or '.join(fitting)}, or another SKU")
+    if mesh is not None and (lacks := chosen.refuses(mesh, sku.arch)):
+        raise ConfigError(f"backend {backend!r} on mesh {mesh} of {sku.name}: {lacks}")
     if mesh is not None and not is_gpu(sku.arch):
         if precision == "bfloat16":
             raise CompileError(f"bfloat16 on mesh {mesh} of {sku.name}: ranks on a CPU run float32; leave --precision out")

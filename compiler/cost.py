@@ -3,15 +3,16 @@
 Of a graph or a module, from its shapes; nothing is run. Of a transformer of equal blocks also on a mesh, in closed form: `transformer_of` takes its
 sizes from a graph and accepts them only where the closed form gives the graph's own count.
 
-B rows, L tokens, S text tokens, D width, N heads, K head dim. Layouts divide L by cp = ulysses * ring, and N and the block's matrices by tp.
+B rows, L tokens, S text tokens, D width, N heads, K head dim. Meshes divide L by cp = ulysses * ring, and N and the block's matrices by tp.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
+from operator import getitem
 from typing import Any, Literal
 
 import torch
@@ -19,11 +20,15 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from reelstep.compiler.graphs import weights_of
 from reelstep.errors import CompileError
+from reelstep.kernels import OPS
+from reelstep.kernels.op import NAMESPACE
 from reelstep.parallel.context import ring_attention
+from reelstep.parallel.mesh import Mesh
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -66,7 +71,10 @@ def graph_flops(exported: ExportedProgram, rows: int = 1) -> int:
 
 
 def graph_ops(exported: ExportedProgram, rows: int = 1) -> tuple[Op, ...]:
-    """The operators of one call. What lies between products is counted as compiled backends run it: each connected piece is one pass over memory."""
+    """The operators of one call. What lies between products is counted as compiled backends run it: each connected piece is one pass over memory.
+
+    An op of ours is a piece of its own: where a graph has kept it, the call cannot be fused with what stands beside it.
+    """
     heavy = [node for node in exported.graph.nodes if node.target in FORMULAS]
     counted = Counter(Op(KINDS[node.target], FORMULAS[node.target](node, rows), _elements([*node.all_input_nodes, node], rows)) for node in heavy)
     counted.update(Op("pointwise", 0, _elements(piece, rows)) for piece in _fused(exported))
@@ -85,7 +93,7 @@ def _fused(exported: ExportedProgram) -> Iterator[list[Node]]:
         piece = piece_of[node] = [node]
         for source in sources:
             other = piece_of.get(source, piece)
-            if other is not piece and depth[source] == depth[node]:
+            if other is not piece and depth[source] == depth[node] and not _is_ours(source) and not _is_ours(node):
                 piece += other
                 piece_of.update(dict.fromkeys(other, piece))
     for piece in {id(piece): piece for piece in piece_of.values()}.values():
@@ -112,24 +120,39 @@ def _users(node: Node) -> Iterator[Node]:
 
 def _is_view(node: Node) -> bool:
     target: Any = node.target
+    if target is getitem:
+        return _is_view(node.all_input_nodes[0])
     if not isinstance(target, OpOverload):
-        return node.op == "call_function" and getattr(target, "__name__", "") == "getitem"
+        return False
     returns = target._schema.returns
     return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
 def _is_pointwise(node: Node) -> bool:
     """Reductions, gathers and copies too: all that moves memory and is no product."""
-    return isinstance(node.target, OpOverload) and node.target not in FORMULAS and not _is_view(node) and isinstance(node.meta.get("val"), Tensor)
+    return isinstance(node.target, OpOverload) and node.target not in FORMULAS and not _is_view(node) and bool(_tensors(node))
+
+
+def _is_ours(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target.namespace == NAMESPACE
+
+
+def _tensors(node: Node) -> list[Tensor]:
+    """What a node gives: one tensor, several of an op with several, or none."""
+    return [value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
 
 
 def _elements(nodes: list[Node], rows: int) -> int:
-    return sum(prod(shape_of(node, rows)) for node in nodes if isinstance(node.meta.get("val"), Tensor))
+    return sum(prod(_sizes(value, rows)) for node in nodes for value in _tensors(node))
 
 
 def shape_of(node: Any, rows: int) -> Shape:
     """The sizes of a node's tensor with the batch set to `rows`: the batch is the only symbol that a graph has."""
-    return tuple(_number(size, rows) for size in node.meta["val"].shape)
+    return _sizes(node.meta["val"], rows)
+
+
+def _sizes(value: Tensor, rows: int) -> Shape:
+    return tuple(_number(size, rows) for size in value.shape)
 
 
 def _number(size: int | torch.SymInt, rows: int) -> int:
@@ -170,41 +193,13 @@ FORMULAS: dict[Any, Callable[[Node, int], int]] = {
     **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), _product(1)),
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default, *TRANSPOSED), _convolution),
     **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding), _convolution),
-    aten.scaled_dot_product_attention.default: _attention,
+    **dict.fromkeys((aten.scaled_dot_product_attention.default, OPS["attention"].overload), _attention),
     ring_attention._opoverload: _ring,
 }
 
 KINDS: dict[Any, Kind] = {
     target: "attention" if formula in (_attention, _ring) else "convolution" if formula is _convolution else "product" for target, formula in FORMULAS.items()
 }
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How ranks share one network call: the guidance pair over `cfg`, tokens over `ulysses` (in an attention its heads) and `ring`, matrices over `tp`."""
-
-    cfg: int = 1
-    ulysses: int = 1
-    ring: int = 1
-    tp: int = 1
-
-    @property
-    def cp(self) -> int:
-        return self.ulysses * self.ring
-
-    @property
-    def ranks(self) -> int:
-        return self.cfg * self.cp * self.tp
-
-    @property
-    def mesh(self) -> Mapping[str, int]:
-        """As a plan has it: the axes of more than one rank."""
-        return {axis: size for axis, size in (("cfg", self.cfg), ("cp", self.cp), ("tp", self.tp)) if size > 1}
-
-    def __str__(self) -> str:
-        how = {(True, False): " (Ulysses)", (False, True): " (ring)", (True, True): f" (Ulysses {self.ulysses} x ring {self.ring})"}
-        inner = how.get((self.ulysses > 1, self.ring > 1), "")
-        return " x ".join(f"{axis}={size}{inner if axis == 'cp' else ''}" for axis, size in self.mesh.items()) or "one device"
 
 
 Axis = Literal["ulysses", "ring", "tp", "state"]
@@ -263,9 +258,9 @@ class Transformer:
     def flops(self, rows: int = 1) -> float:
         return sum(op.flops * op.count for op in self.ops(rows))
 
-    def ops(self, rows: int = 1, layout: Layout | None = None) -> tuple[Op, ...]:
+    def ops(self, rows: int = 1, mesh: Mesh | None = None) -> tuple[Op, ...]:
         """Of one rank in one call with `rows` rows, each a rank's own. Text is not divided by cp: every rank needs all of its keys."""
-        at = layout or Layout()
+        at = mesh or Mesh.parse("")
         d, f, n = self.width, self.ffn, self.layers
         tokens, text = rows * self.tokens / at.cp, rows * self.text_tokens
         column = _matrix(tokens, d, d / at.tp)
@@ -298,9 +293,9 @@ class Transformer:
             ops.append(Op("pointwise", 0, both * d / at.tp, n))
         return tuple(ops)
 
-    def transfers(self, rows: int, layout: Layout, element_bytes: float) -> tuple[Transfer, ...]:
+    def transfers(self, rows: int, mesh: Mesh, element_bytes: float) -> tuple[Transfer, ...]:
         """What one rank sends in one call with `rows` rows of its own. Empty for one device."""
-        at, n, tokens = layout, self.layers, rows * self.tokens
+        at, n, tokens = mesh, self.layers, rows * self.tokens
         found = []
         if at.ulysses > 1:
             sent = ulysses_bytes(tokens / at.ring, self.width / at.tp, element_bytes, at.ulysses)
@@ -311,19 +306,19 @@ class Transformer:
         if at.tp > 1:
             sent = all_reduce_bytes(tokens / at.cp * self.width * element_bytes, at.tp)
             found.append(Transfer("tp", n * self.branches * sent, n * self.branches * 2 * (at.tp - 1)))
-        if at.ranks > 1:
+        if at.world > 1:
             found.append(Transfer("state", 4 * tokens * (self.values_in + self.values_out), 2))  # float32
         return tuple(found)
 
-    def activation_bytes(self, rows: int, layout: Layout, element_bytes: float) -> float:
+    def activation_bytes(self, rows: int, mesh: Mesh, element_bytes: float) -> float:
         """The most that one rank holds beside weights: x and a branch in float32, and the larger of an attention with its buffers and a feed-forward."""
-        tokens = rows * self.tokens / layout.cp
+        tokens = rows * self.tokens / mesh.cp
         stream = 2 * tokens * self.width * 4
-        part = tokens * self.width / layout.tp * element_bytes
-        received = 4 * part if layout.ulysses > 1 else 0
-        waiting = 2 * part + tokens * self.width / layout.tp * 4 if layout.ring > 1 else 0  # the next block of keys and values, and a float32 output to merge
+        part = tokens * self.width / mesh.tp * element_bytes
+        received = 4 * part if mesh.ulysses > 1 else 0
+        waiting = 2 * part + tokens * self.width / mesh.tp * 4 if mesh.ring > 1 else 0  # the next block of keys and values, and a float32 output to merge
         attention = tokens * self.width * element_bytes + 4 * part + received + waiting
-        feed = tokens * (self.width + (3 if self.gated else 2) * self.ffn / layout.tp) * element_bytes
+        feed = tokens * (self.width + (3 if self.gated else 2) * self.ffn / mesh.tp) * element_bytes
         text = 3 * rows * self.text_tokens * self.width * element_bytes
         return stream + max(attention, feed) + text + 4 * rows * self.tokens * (self.values_in + self.values_out)
 
@@ -336,7 +331,7 @@ def _matrix(rows: float, inner: float, outer: float) -> tuple[float, float]:
 def transformer_of(exported: ExportedProgram) -> Transformer:
     """The sizes of a denoiser's graph. Raises CompileError for one whose FLOPs are not those of such a transformer: another kind of network."""
     nodes = list(exported.graph.nodes)
-    attentions = [node for node in nodes if node.target is aten.scaled_dot_product_attention.default]
+    attentions = [node for node in nodes if FORMULAS.get(node.target) is _attention]
     if not attentions:
         raise CompileError("the graph has no attention; sizes can be read of a transformer only")
     to_itself = [node for node in attentions if _input_of(node.args[0]) is _input_of(node.args[1])]
@@ -368,8 +363,11 @@ def _chain(node: Any) -> Iterator[Node]:
     """From a query or key back to the product that made it, which is the last; to the graph's edge where none did."""
     yield node
     while node.target is not aten.linear.default and node.all_input_nodes:
-        node = node.all_input_nodes[0]
+        reader, node = node, node.all_input_nodes[0]
         yield node
+        if node.target is OPS["qk_norm_rope"].overload:  # takes queries and keys side by side, and gives them so
+            node = node.args[reader.args[1]]
+            yield node
 
 
 def _input_of(node: Any) -> Node:

@@ -84,11 +84,17 @@ def with_kernels(plan: Plan, folder: Path | None = None) -> Plan:
     kept = [name for name in OPS if name in called]
     if not kept or plan.arch not in SHARED_LIMIT:
         return plan
-    if why := _why_not():
-        return replace(plan, kernels_by=f"not compiled: {why}")
+    if _why_not():
+        return replace(plan, kernels_by=f"{compiled_by(plan.arch)} ({', '.join(kept)})")
     number = int(plan.arch.removeprefix("sm"))
     found = [_figures(name, kernel, plan.arch, folder) for name in kept for kernel in OPS[name].kernels(number) if kernel.min_arch <= number]
-    return replace(plan, kernels=tuple(found), kernels_by=f"compiled for {plan.arch} by Triton {triton.__version__}")
+    return replace(plan, kernels=tuple(found), kernels_by=compiled_by(plan.arch))
+
+
+def compiled_by(arch: str) -> str:
+    """What compiles kernels for an arch here, or why nothing does, as a plan says it."""
+    why = _why_not()
+    return f"not compiled: {why}" if why else f"compiled for {arch} by Triton {triton.__version__}"
 
 
 def _why_not() -> str | None:

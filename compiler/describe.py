@@ -8,10 +8,18 @@ from typing import Any
 from reelstep.compiler.backends.tensorrt import NOT_RUN
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.plan import Plan
+from reelstep.compiler.skus import is_gpu
+
+GPU_NOT_RUN = (
+    "Backend 'inductor' has not been run on a GPU: its code is generated and its kernels are compiled for one where there is none; no package was built, "
+    "no output was compared and nothing was timed."
+)
 
 
 def not_run(plan: Plan) -> str | None:
     """What of a plan's backend nobody has seen on hardware."""
+    if plan.backend == "inductor" and is_gpu(plan.arch):
+        return GPU_NOT_RUN
     return NOT_RUN if plan.backend == "tensorrt" else None
 
 

@@ -13,11 +13,10 @@ from torch.export import ExportedProgram
 
 from reelstep.compiler.backends import BACKENDS, Backend, Executable, Graph
 from reelstep.compiler.bundle import Bundle
-from reelstep.compiler.passes.decompose_ops import decompose_ops
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
-from reelstep.compiler.skus import SKUS, detect
+from reelstep.compiler.skus import SKUS, detect, is_gpu
 from reelstep.errors import CompileError
 from reelstep.parallel.mesh import GIVEN, Mesh
 
@@ -79,6 +78,7 @@ def choose(bundle: Bundle, backend: str | None, precision: Precision | None) -> 
     chosen = BACKENDS[name]
     if chosen.runs and name == bundle.plan.backend:
         check_sku(bundle)
+    chosen = chosen.on(arch_here(bundle, chosen))
     default = bundle.plan.precision if name == bundle.plan.backend else chosen.default_precision()[0]
     wanted = precision or default
     check_precision(chosen, wanted)
@@ -91,12 +91,22 @@ def build_engine(
     bundle: Bundle, key: tuple[str, str], chosen: Backend, wanted: Precision, cache: Path | None, graph: Graph | None = None
 ) -> Executable:  # fmt: skip
     """The executable of one (program, profile). graph: what the backend calls to read it, the bundle's own if None."""
-    own = bundle.plan.program(*key).own_precision(wanted)
+    own, keep = bundle.plan.program(*key).own_precision(wanted), chosen.keeps(arch_here(bundle, chosen))
 
     def read() -> ExportedProgram:  # ops that were kept for the plan's backend, another may not run
-        return decompose_ops((graph or partial(bundle.program, *key))(), chosen.keeps(bundle.plan.arch))
+        from reelstep.compiler.passes.decompose_ops import decompose_ops  # here: an engine from the cache is not read, and start-up is spared all passes
+
+        return decompose_ops((graph or partial(bundle.program, *key))(), keep)
 
     return chosen.build(read, bundle.signatures[key], own, cache, engine_key(bundle, *key, own))
+
+
+def arch_here(bundle: Bundle, backend: Backend) -> str:
+    """What a backend runs a bundle on here: this machine's GPU if both are for GPUs, else the CPU. The plan's for one that computes nothing."""
+    planned = bundle.plan.arch
+    if not backend.runs or not is_gpu(planned):
+        return planned
+    return here if backend.runs_on(planned) and is_gpu(here := detect().arch) else SKUS["cpu"].arch
 
 
 def on_this_machine(sku: str) -> bool:
@@ -110,7 +120,8 @@ def check_sku(bundle: Bundle) -> None:
     if not on_this_machine(plan.sku):
         here = detect()
         text = f"{bundle.path} was compiled for {plan.sku} ({plan.arch}), and this machine is {here.name} ({here.arch}, {here.model})"
-        raise CompileError(f"{text}. Use it on {plan.sku}, or compile one for here: `reelstep compile {plan.model} --sku {here.name}`")
+        other = f"`reelstep compile {plan.model} --sku {here.name}`; `--backend eager` runs this one on the CPU"
+        raise CompileError(f"{text}. Use it on {plan.sku}, or compile one for here: {other}")
 
 
 def axes_of(mesh: Mesh | None) -> Mapping[str, int]:

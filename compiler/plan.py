@@ -32,7 +32,7 @@ class Quantised:
     """Of one program over its profiles. error: relative L2 of the outputs on the calls that it was measured on."""
 
     scheme: str
-    layers: int  # in 8 bits
+    layers: int  # in few bits
     calls: int
     error: float
     max_error: float  # what was allowed

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from reelstep.compiler.capture import capture
-from reelstep.compiler.cost import Axis, Layout, Op, Transformer, graph_ops, graph_parameters, transformer_of
+from reelstep.compiler.cost import Axis, Op, Transformer, graph_ops, graph_parameters, transformer_of
 from reelstep.compiler.passes.drop_unused_weights import drop_unused_weights
 from reelstep.compiler.program import FLOAT_BYTES, Precision, Profile, Program
 from reelstep.compiler.skus import Link, Sku
 from reelstep.errors import ConfigError, StorageError
-from reelstep.parallel.mesh import divisors
+from reelstep.parallel.mesh import Mesh, divisors
 
 GUIDED = 2
 """Rows of a guidance pair."""
@@ -198,7 +198,7 @@ class Memory:
 class Choice:
     """One way to make a video."""
 
-    layout: Layout
+    mesh: Mesh
     precision: Precision
     sampling: Sampling
     rows: int  # of a guidance pair in one call of one rank
@@ -212,7 +212,7 @@ class Choice:
     @property
     def device_s(self) -> float:
         """Devices times seconds: what is paid for."""
-        return self.layout.ranks * self.latency_s
+        return self.mesh.world * self.latency_s
 
 
 @dataclass(frozen=True)
@@ -253,25 +253,25 @@ def _moved_bytes(op: Op, precision: Precision) -> float:
     return (4 + FLOAT_BYTES[precision]) / 2 if op.kind == "pointwise" else FLOAT_BYTES[precision]
 
 
-def spent_on_call(transformer: Transformer, rows: int, layout: Layout, device: Device, precision: Precision) -> Spent:
-    """Seconds of one network call, in which each rank has `rows` rows. Raises ConfigError where the layout needs a link that the SKU has not.
+def spent_on_call(transformer: Transformer, rows: int, mesh: Mesh, device: Device, precision: Precision) -> Spent:
+    """Seconds of one network call, in which each rank has `rows` rows. Raises ConfigError where the mesh needs a link that the SKU has not.
 
     A ring sends its next block while it computes on this one, so only what takes longer than that attention is counted; nothing else overlaps (assumed).
     """
     reached = device.corrections[precision]
-    ops = transformer.ops(rows, layout)
+    ops = transformer.ops(rows, mesh)
     found = spent_on(ops, device, precision) + Spent(start=reached.call_s.value)
     block = next(op for op in ops if op.kind == "attention")  # to itself: of one layer, of one block of keys on the ring
-    hidden = spent_on([replace(block, count=transformer.layers * (layout.ring - 1))], device, precision).total
-    for transfer in transformer.transfers(rows, layout, FLOAT_BYTES[precision]):
-        seconds = transfer.bytes / (_link(transfer.axis, layout, device.sku).bytes_per_s * reached.link.value)
+    hidden = spent_on([replace(block, count=transformer.layers * (mesh.ring - 1))], device, precision).total
+    for transfer in transformer.transfers(rows, mesh, FLOAT_BYTES[precision]):
+        seconds = transfer.bytes / (_link(transfer.axis, mesh, device.sku).bytes_per_s * reached.link.value)
         found += Spent(link=max(0.0, seconds - hidden) if transfer.axis == "ring" else seconds, start=transfer.rounds * reached.message_s.value)
     return found
 
 
-def _link(axis: Axis, layout: Layout, sku: Sku) -> Link:
+def _link(axis: Axis, mesh: Mesh, sku: Sku) -> Link:
     """What an axis goes over. Ranks are numbered with tp innermost, then ulysses, ring and cfg, so that what talks most sits closest."""
-    spans = {"tp": layout.tp, "ulysses": layout.tp * layout.ulysses, "ring": layout.tp * layout.cp, "state": layout.ranks}
+    spans = {"tp": mesh.tp, "ulysses": mesh.tp * mesh.ulysses, "ring": mesh.tp * mesh.cp, "state": mesh.world}
     if sku.devices is None or spans[axis] <= sku.devices:
         link, where = sku.link, "within a machine"
     else:
@@ -281,27 +281,34 @@ def _link(axis: Axis, layout: Layout, sku: Sku) -> Link:
     return link
 
 
-def check_layout(transformer: Transformer, layout: Layout) -> None:
+def in_words(mesh: Mesh) -> str:
+    """A mesh for people: its axes of more than one rank, and by what `cp` exchanges tokens."""
+    how = {(True, False): " (Ulysses)", (False, True): " (ring)", (True, True): f" (Ulysses {mesh.ulysses} x ring {mesh.ring})"}
+    axes = (("cfg", mesh.cfg, ""), ("cp", mesh.cp, how.get((mesh.ulysses > 1, mesh.ring > 1), "")), ("tp", mesh.tp, ""))
+    return " x ".join(f"{axis}={size}{inner}" for axis, size, inner in axes if size > 1) or "one device"
+
+
+def check_shares(transformer: Transformer, mesh: Mesh) -> None:
     """Raises ConfigError where heads, tokens or matrices do not divide."""
-    parts = layout.ulysses * layout.tp
+    parts = mesh.ulysses * mesh.tp
     if parts > transformer.heads:
         raise ConfigError(f"ulysses x tp = {parts} is more than the {transformer.heads} heads; use ring for the rest")
     if transformer.heads % parts:
         raise ConfigError(f"{transformer.heads} heads do not divide by ulysses x tp = {parts}; some ranks would wait for others")
-    if transformer.tokens % layout.cp:
-        raise ConfigError(f"{transformer.tokens} tokens do not divide by cp={layout.cp}; choose a size that does, or another cp")
-    if transformer.ffn % layout.tp:
-        raise ConfigError(f"feed-forward of {transformer.ffn} does not divide by tp={layout.tp}")
+    if transformer.tokens % mesh.cp:
+        raise ConfigError(f"{transformer.tokens} tokens do not divide by cp={mesh.cp}; choose a size that does, or another cp")
+    if transformer.ffn % mesh.tp:
+        raise ConfigError(f"feed-forward of {transformer.ffn} does not divide by tp={mesh.tp}")
 
 
-def memory_of(workload: Workload, sampling: Sampling, rows: int, layout: Layout, device: Device, precision: Precision) -> Memory:
+def memory_of(workload: Workload, sampling: Sampling, rows: int, mesh: Mesh, device: Device, precision: Precision) -> Memory:
     """Of rank 0, which holds the other programs and the sampler's state too."""
     size, denoiser = FLOAT_BYTES[precision], workload.denoiser
     kept = {stage.name: 4 if stage.keep_f32 else size for stage in workload.stages}
-    denoising = denoiser.activation_bytes(rows, layout, size)
+    denoising = denoiser.activation_bytes(rows, mesh, size)
     latent = 4 * denoiser.tokens * denoiser.values_out
     return Memory(
-        weights=(denoiser.block_parameters / layout.tp + workload.parameters - denoiser.block_parameters) * size
+        weights=(denoiser.block_parameters / mesh.tp + workload.parameters - denoiser.block_parameters) * size
         + sum(stage.parameters * kept[stage.name] for stage in workload.stages),
         activations=max(denoising, *(stage.working_elements * kept[stage.name] for stage in workload.stages), 0.0),
         checkpoints=(2 + sampling.nfe) * latent,
@@ -309,21 +316,21 @@ def memory_of(workload: Workload, sampling: Sampling, rows: int, layout: Layout,
     )
 
 
-def layouts(devices: int) -> list[Layout]:
+def meshes(devices: int) -> list[Mesh]:
     """All of so many ranks, or of a number that divides it: the rest serve other videos."""
     found = []
     for ranks in divisors(devices):
         for cfg in (n for n in (1, GUIDED) if ranks % n == 0):
             for tp in divisors(ranks // cfg):
                 cp = ranks // cfg // tp
-                found += [Layout(cfg, ulysses, cp // ulysses, tp) for ulysses in divisors(cp)]
+                found += [Mesh(cfg, cp, tp, cp // ulysses) for ulysses in divisors(cp)]
     return found
 
 
 def rank(
     workload: Workload, device: Device, *, devices: int, samplings: Sequence[Sampling], precisions: Sequence[Precision], deadline_s: float | None = None
 ) -> Ranking:
-    """Every layout, precision and sampling that fits, the best first: most forwards, then least latency; with a deadline, of what meets it, then least
+    """Every mesh, precision and sampling that fits, the best first: most forwards, then least latency; with a deadline, of what meets it, then least
     device seconds. Raises ConfigError if nothing fits, or nothing meets the deadline: the error says the best that there is.
     """
     if devices < 1:
@@ -334,12 +341,12 @@ def rank(
         if precision not in device.corrections:
             dropped.append(Dropped(f"precision {precision}", f"no rates of {device.sku.name} at it are known"))
             continue
-        for layout in layouts(devices):
+        for mesh in meshes(devices):
             for sampling in samplings:
                 try:
-                    choices.append(_choose(workload, sampling, layout, device, precision))
+                    choices.append(_choose(workload, sampling, mesh, device, precision))
                 except ConfigError as error:
-                    dropped.append(Dropped(f"{sampling.nfe} NFE in {precision} on {layout}", str(error)))
+                    dropped.append(Dropped(f"{sampling.nfe} NFE in {precision} on {in_words(mesh)}", str(error)))
     dropped = list(dict.fromkeys(dropped))
     if not choices:
         last = dropped[-1]  # on most ranks
@@ -355,22 +362,23 @@ def rank(
         best = min(late, key=lambda c: c.latency_s)
         raise ConfigError(
             f"{workload.model} cannot be made in {deadline_s:g} s on {devices} x {device.sku.name}; the best possible is {best.latency_s:.3g} s, with "
-            f"{best.sampling.solver} of {best.sampling.nfe} NFE in {best.precision} on {best.layout}; allow that, fewer NFE, a smaller size or more devices"
+            f"{best.sampling.solver} of {best.sampling.nfe} NFE in {best.precision} on {in_words(best.mesh)}; allow that, fewer NFE, a smaller size or more "
+            "devices"
         )
     past = f"past the deadline of {deadline_s:g} s"
-    dropped += [Dropped(f"{c.latency_s:.3g} s for {c.sampling.nfe} NFE of {c.sampling.solver} in {c.precision} on {c.layout}", past) for c in late]
+    dropped += [Dropped(f"{c.latency_s:.3g} s for {c.sampling.nfe} NFE of {c.sampling.solver} in {c.precision} on {in_words(c.mesh)}", past) for c in late]
     return Ranking(workload, device, devices, deadline_s, tuple(timely), tuple(dropped))
 
 
-def _choose(workload: Workload, sampling: Sampling, layout: Layout, device: Device, precision: Precision) -> Choice:
+def _choose(workload: Workload, sampling: Sampling, mesh: Mesh, device: Device, precision: Precision) -> Choice:
     """Raises ConfigError with the reason to drop it."""
-    check_layout(workload.denoiser, layout)
-    if layout.cfg > 1 and not sampling.pairs:
-        raise ConfigError(f"{sampling.solver} has no guidance pair to share over cfg={layout.cfg}")
-    together = 1 if layout.cfg > 1 or not sampling.pairs else GUIDED
+    check_shares(workload.denoiser, mesh)
+    if mesh.cfg > 1 and not sampling.pairs:
+        raise ConfigError(f"{sampling.solver} has no guidance pair to share over cfg={mesh.cfg}")
+    together = 1 if mesh.cfg > 1 or not sampling.pairs else GUIDED
     available = device.sku.memory_bytes
     for rows in range(together, 0, -1):  # a pair that does not fit in one call runs in two
-        memory = memory_of(workload, sampling, rows, layout, device, precision)
+        memory = memory_of(workload, sampling, rows, mesh, device, precision)
         if memory.total <= available:
             break
     else:
@@ -378,13 +386,13 @@ def _choose(workload: Workload, sampling: Sampling, layout: Layout, device: Devi
             f"{memory.total / 1e9:.1f} GB do not fit {available / 1e9:.0f} GB: weights {memory.weights / 1e9:.1f}, activations {memory.activations / 1e9:.1f}, "
             f"checkpoints {memory.checkpoints / 1e9:.1f}, reserve {memory.reserve / 1e9:.1f}"
         )
-    single = spent_on_call(workload.denoiser, 1, layout, device, precision)
-    pair = spent_on_call(workload.denoiser, rows, layout, device, precision) * (together / rows)
+    single = spent_on_call(workload.denoiser, 1, mesh, device, precision)
+    pair = spent_on_call(workload.denoiser, rows, mesh, device, precision) * (together / rows)
     spent = pair * sampling.pairs + single * (sampling.nfe - sampling.pairs)
     for stage in workload.stages:
         at: Precision = "float32" if stage.keep_f32 and "float32" in device.corrections else precision
         spent += (spent_on(stage.ops, device, at) + Spent(start=device.corrections[at].call_s.value)) * stage.calls
-    return Choice(layout, precision, sampling, rows, spent, memory)
+    return Choice(mesh, precision, sampling, rows, spent, memory)
 
 
 def workload_of(model: str, programs: Sequence[Program], sizes: Mapping[str, Mapping[str, int]], calls: Mapping[str, int]) -> Workload:
@@ -433,10 +441,10 @@ def _cells(place: int, choice: Choice, price: float | None) -> list[str]:
     sampling, spent = choice.sampling, choice.spent
     split = " + ".join(f"{getattr(spent, name) / spent.total:.0%} {name}" for name in BOUNDS if getattr(spent, name) >= 0.01 * spent.total)
     paid = [f"{choice.device_s / 3600 * price:.4g}"] if price is not None else []
-    pair = " (a pair in two calls)" if sampling.pairs and choice.layout.cfg == 1 and choice.rows == 1 else ""
+    pair = " (a pair in two calls)" if sampling.pairs and choice.mesh.cfg == 1 and choice.rows == 1 else ""
     return [
         str(place), f"{choice.latency_s:.4g} s", f"{choice.device_s:.4g}", *paid, str(sampling.nfe), f"{sampling.forwards:g}", sampling.solver,
-        choice.precision, f"{choice.layout}{pair}", f"{choice.memory.total / 1e9:.1f}", f"{spent.bound}: {split}", sampling.quality,
+        choice.precision, f"{in_words(choice.mesh)}{pair}", f"{choice.memory.total / 1e9:.1f}", f"{spent.bound}: {split}", sampling.quality,
     ]  # fmt: skip
 
 
@@ -471,7 +479,6 @@ def to_json(ranking: Ranking, price: float | None = None) -> dict[str, Any]:
     choices = [
         {
             **asdict(choice),
-            "mesh": dict(choice.layout.mesh),
             "latency_s": choice.latency_s,
             "device_s": choice.device_s,
             "bound": choice.spent.bound,
@@ -504,7 +511,7 @@ def plot(ranking: Ranking, top: int, path: Path) -> None:
     chosen = ranking.choices[:top]
     canvas = Canvas(figsize=(10, 1.2 + 0.35 * len(chosen)), layout="constrained")
     axes = canvas.add_subplot()
-    names = [f"{c.layout}, {c.precision}, {c.sampling.solver} {c.sampling.nfe} NFE" for c in chosen]
+    names = [f"{in_words(c.mesh)}, {c.precision}, {c.sampling.solver} {c.sampling.nfe} NFE" for c in chosen]
     left = [0.0] * len(chosen)
     for bound in BOUNDS:
         widths = [float(getattr(c.spent, bound)) for c in chosen]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
 
 from reelstep.errors import ConfigError
+from reelstep.parallel.mesh import Mesh
 
 BATCH = "B"
 """The one size that stays dynamic: a compiled program takes any number of rows up to its profile's `max_batch`."""
@@ -42,6 +43,10 @@ class Profile:
     name: str
     sizes: Mapping[str, int]
     max_batch: int
+
+    def on_rank(self, mesh: Mesh) -> Profile:
+        """What a rank's graph is captured at. An exchange of a sequence packs rows among other sizes: a graph of it is of one row."""
+        return replace(self, max_batch=1) if mesh.cp > 1 else self
 
 
 @dataclass(frozen=True)

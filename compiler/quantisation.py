@@ -1,7 +1,7 @@
 """Quantise the programs of a model: which layers, by measured error, and with what quality in the end.
 
 Ranges come from real calls. If all layers together make too large an error, some stay: a layer's sensitivity is the error of its whole program with that
-layer alone in 8 bits, and the most sensitive ones keep the plan's precision until the error with all the others is within the limit. Then whole requests,
+layer alone in few bits, and the most sensitive ones keep the plan's precision until the error with all the others is within the limit. Then whole requests,
 which nothing was measured on, run through the engines that will be written and through float32 ones, and a bundle that falls short is not written.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from reelstep.compiler.bundle import Captured
 from reelstep.compiler.graphs import dump_graph, ops_of
 from reelstep.compiler.load import Progress
 from reelstep.compiler.passes.decompose_ops import decompose_ops
-from reelstep.compiler.passes.quantise import Grid, Quantising, Scheme, Watching, linears, quantise, quantise_weight
+from reelstep.compiler.passes.quantise import Grid, Quantising, Scheme, Stored, Watching, linears, quantise, quantise_weight
 from reelstep.compiler.plan import Kept, ProgramPlan, Quality, Quantised
 from reelstep.compiler.program import Precision
 from reelstep.compiler.skus import SKUS, Sku
@@ -34,15 +34,30 @@ Calls = Mapping[Key, Sequence[Mapping[str, Tensor]]]
 RUN_BY: Mapping[Scheme, tuple[str, ...]] = {
     "int8": ("openvino", "eager", "null"),
     "int8-weights": ("openvino", "inductor", "eager", "null"),
-    "fp8": ("null",),
+    "fp8": ("inductor", "null"),
+    "nvfp4": ("null",),
 }
 """Backends that make something of a scheme; eager is to look closer at it, and null to plan it. TensorRT has no product with a step for each row."""
+
+
+class Rate(NamedTuple):
+    """That a SKU must have for a scheme: its name among the peaks, the numbers that it is of, and what to take where there is none."""
+
+    peak: str
+    numbers: str
+    instead: str
+
+
+RATES: Mapping[Scheme, Rate] = {
+    "fp8": Rate("float8", "E4M3", "int8 or int8-weights"),
+    "nvfp4": Rate("float4", "E2M1", "fp8, int8 or int8-weights"),
+}
 
 COMPARED = 6
 """Calls of a program at a profile that errors are measured on, evenly out of all: each layer costs so many more. Ranges are of all."""
 
-FP8_MULTIPLE = 16
-"""Of a layer's widths, where a GPU's FP8 product takes it."""
+MULTIPLES: Mapping[Scheme, tuple[int, int]] = {"fp8": (16, 16), "nvfp4": (16, 32)}
+"""Of a layer's widths, out and in, where a GPU's product takes it: both divide by 16, and in bytes of two numbers each."""
 
 
 class Requests(Protocol):
@@ -84,15 +99,15 @@ class Quantisation:
 
     def check(self, backend: str, sku: Sku) -> None:
         """Raises ConfigError where the backend or the SKU cannot do it."""
-        if self.scheme == "fp8" and "float8" not in sku.peak_flops:
-            known = ", ".join(name for name, other in SKUS.items() if "float8" in other.peak_flops)
-            raise ConfigError(f"fp8 on {sku.name} ({sku.arch}), which multiplies no E4M3; use int8 or int8-weights there, or one of: {known}")
+        if self.scheme in RATES and (rate := RATES[self.scheme]).peak not in sku.peak_flops:
+            known = ", ".join(name for name, other in SKUS.items() if rate.peak in other.peak_flops)
+            raise ConfigError(f"{self.scheme} on {sku.name} ({sku.arch}), which multiplies no {rate.numbers}; use {rate.instead} there, or one of: {known}")
         if backend not in RUN_BY[self.scheme]:
             raise ConfigError(f"{self.scheme} with backend {backend!r}, which makes nothing of it; use {' or '.join(RUN_BY[self.scheme])}")
 
 
 def fits(weight: Tensor, scheme: Scheme) -> bool:
-    return scheme != "fp8" or all(width % FP8_MULTIPLE == 0 for width in weight.shape)
+    return all(width % multiple == 0 for width, multiple in zip(weight.shape, MULTIPLES.get(scheme, (1, 1)), strict=True))
 
 
 class Bench:
@@ -116,8 +131,8 @@ class Bench:
                 watching.run(*call)
         return watching.ranges
 
-    def squares(self, scheme: Scheme, weights: Mapping[str, tuple[Tensor, Tensor]], grids: Mapping[str, Grid]) -> tuple[float, float]:
-        """Sum of squares of the outputs' error with these weights in 8 bits, and of the outputs."""
+    def squares(self, scheme: Scheme, weights: Mapping[str, Stored], grids: Mapping[str, Grid]) -> tuple[float, float]:
+        """Sum of squares of the outputs' error with these weights in few bits, and of the outputs."""
         runs = Quantising(self.body, scheme, self.layers, weights, grids)
         error = total = 0.0
         with torch.no_grad():
@@ -134,7 +149,7 @@ def tensors_of(outputs: Any) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which layers of a program are in 8 bits, by weight, and what that does to its outputs."""
+    """Which layers of a program are in few bits, by weight, and what that does to its outputs."""
 
     layers: tuple[str, ...]
     grids: Mapping[str, Grid]
@@ -186,7 +201,7 @@ def merged(ranges: Any) -> dict[str, tuple[float, float]]:
 def quantise_programs(
     captured: Sequence[Captured], drafts: Sequence[ProgramPlan], asked: Quantisation, backend: str, precision: Precision, progress: Progress
 ) -> tuple[tuple[Captured, ...], tuple[ProgramPlan, ...], Quality]:
-    """What `capture_all` gave, with the programs that the requests call in 8 bits, and the quality of that.
+    """What `capture_all` gave, with the programs that the requests call in few bits, and the quality of that.
 
     backend: that runs the requests, with the engines that the bundle will have if it is the plan's. Raises ConfigError for a model without weights, and
     CompileError where no layer may be quantised or the results are worse than asked.

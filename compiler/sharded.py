@@ -24,7 +24,7 @@ from reelstep.compiler.graphs import weights_of
 from reelstep.compiler.load import Progress, silent
 from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, RING
 from reelstep.compiler.plan import ProgramPlan, RankPlan, Sent
-from reelstep.compiler.program import FLOAT_BYTES, Precision, Profile, Program
+from reelstep.compiler.program import FLOAT_BYTES, Precision, Program
 from reelstep.parallel.collectives import GROUP, Communicator
 from reelstep.parallel.context import Attended
 from reelstep.parallel.mesh import Axis, Mesh, shares
@@ -43,11 +43,6 @@ class ShardedPart:
     build: Callable[[], nn.Module]
     programs: Callable[[nn.Module], Sequence[Program]]
     rules: Rules
-
-
-def rank_profile(profile: Profile, mesh: Mesh) -> Profile:
-    """What a rank's graph is captured at. An exchange of a sequence packs rows among other sizes: a graph of it is of one row."""
-    return replace(profile, max_batch=1) if mesh.cp > 1 else profile
 
 
 def plan_ranks(
@@ -77,7 +72,7 @@ def plan_ranks(
 def rank_programs(parts: Sequence[ShardedPart], comm: Communicator) -> tuple[Program, ...]:
     """What is captured on a rank: its programs, with empty weights, at its profiles. Raises ConfigError for a mesh that is too large for a part."""
     found = [program for part in parts for program in part.programs(shard(_empty(part), part.rules, comm, None))]
-    return tuple(replace(program, profiles=tuple(rank_profile(profile, comm.mesh) for profile in program.profiles)) for program in found)
+    return tuple(replace(program, profiles=tuple(profile.on_rank(comm.mesh) for profile in program.profiles)) for program in found)
 
 
 def _empty(part: ShardedPart) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import logging
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 
 SECRET, SECRET_BYTES = "seal.secret", 32
 """One to a cache folder."""
+
+UNFINISHED = ".new-"
+"""Begins the names of directories that engines are built in, beside where they will lie."""
 
 Seal = Literal["kept", "damaged", "missing", "made"]
 
@@ -130,12 +134,13 @@ def seal(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary, move it to `path`, and put its seal beside it. Raises StorageError; `path` is then not sealed."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
+        _remove_stale(path.parent)
+        with _held_directory(path.parent) as folder:
+            temporary = folder / path.name
             write(temporary)
             sync(temporary)
             _make_secret(path.parent)
-            note = Path(folder) / "note"
+            note = folder / "note"
             write_file(note, _tag(temporary, path.parent))
             temporary.replace(path)
             note.replace(_seal_path(path))
@@ -144,6 +149,41 @@ def seal(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error}. Free some space or choose another cache directory") from error
     _tell(path, "made")
+
+
+@contextmanager
+def _held_directory(parent: Path) -> Iterator[Path]:
+    """A temporary directory, locked while its builder lives: the kernel lets go of the lock with the process."""
+    folder, descriptor = _locked_directory(parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _locked_directory(parent: Path) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
+        with suppress(FileNotFoundError):  # as below
+            descriptor = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # a network's file system may have no such locks; then nobody gets one, and nothing is taken for stale
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, descriptor
+            os.close(descriptor)  # before it was locked another builder took it for stale
+
+
+def _remove_stale(parent: Path) -> None:
+    """What builders left that were killed. A directory whose lock somebody holds is being filled."""
+    for folder in parent.glob(f"{UNFINISHED}*/"):
+        with suppress(OSError):  # locked, or removed by another meanwhile
+            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager

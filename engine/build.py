@@ -1,57 +1,44 @@
-"""From a registered model to its bundle, and from a bundle to what a server offers."""
+"""From a registered model to its bundle."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reelstep import errors
 from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.compile import build_here, choose_precision, compile_model
+from reelstep.compiler.cubins import compiled_by
 from reelstep.compiler.load import Progress, silent
 from reelstep.compiler.lora import Layout, layers_of, with_lora
-from reelstep.compiler.plan import RankPlan, canonical_json
+from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import Precision
 from reelstep.compiler.quantisation import Quantisation
 from reelstep.compiler.sharded import ShardedPart, plan_ranks
-from reelstep.compiler.skus import SKUS, Sku
+from reelstep.compiler.skus import SKUS
 from reelstep.compiler.storage import replace_file
-from reelstep.engine.lora import Adapter, check_rank, fuse, pack, read_adapter
+from reelstep.engine.lora import fuse, read_adapter
 from reelstep.engine.models import MODELS
-from reelstep.engine.models.spec import GRID, Fused, ModelSettings, ModelSpec
-from reelstep.engine.request import Fit, Request, bad_strength, check_choice, complete, inert
+from reelstep.engine.models.spec import Fused, ModelSettings, ModelSpec, hash_weights
+from reelstep.engine.request import bad_strength, check_choice, complete, inert
 from reelstep.engine.samplers.fitted import Fitted, FittedRule, RuleOptions
-from reelstep.engine.samplers.guidance import GUIDANCE, Guidance, Rule
+from reelstep.engine.samplers.guidance import GUIDANCE
 from reelstep.engine.samplers.ns import Table
-from reelstep.engine.samplers.paths import PATHS
-from reelstep.engine.samplers.schedules import SCHEDULES
-from reelstep.engine.samplers.step_cache import PIECES, STEP_CACHES, CacheOptions
-from reelstep.engine.samplers.step_cache import Rule as CacheRule
+from reelstep.engine.samplers.step_cache import CacheOptions
 from reelstep.engine.samplers.tables import SOLVERS
-from reelstep.errors import BundleError, ConfigError, InvalidRequest, NotFound, unknown
+from reelstep.engine.served import ServedModel, build_table, schedules_of, table_name
+from reelstep.errors import BundleError, ConfigError, InvalidRequest, NotFound
 from reelstep.parallel.mesh import Mesh
 from reelstep.parallel.rules import RULES
-
-
-def table_name(solver: str, schedule: str, steps: int) -> str:
-    """How a bundle names a solver table."""
-    return f"{solver}.{schedule}.{steps}"
-
-
-def build_table(settings: ModelSettings, solver: str, schedule: str, steps: int) -> Table:
-    """A table made anew for this model's path; of a distilled model on its grid, whatever the schedule. Raises ConfigError for steps that it has no grid of."""
-    times = SCHEDULES[schedule](steps) if settings.distilled is None else settings.distilled.times(steps)
-    return SOLVERS[solver].build(times, PATHS[settings.path])
 
 
 def default_tables(settings: ModelSettings) -> dict[str, Table]:
@@ -61,26 +48,15 @@ def default_tables(settings: ModelSettings) -> dict[str, Table]:
     return {table_name(*choice): build_table(settings, *choice) for choice in choices}
 
 
-def schedules_of(settings: ModelSettings) -> tuple[str, ...]:
-    """All that can be asked for."""
-    return tuple(SCHEDULES) if settings.distilled is None else (GRID,)
-
-
-def hash_weights(model: nn.Module) -> str:
-    """sha256 over names, types, shapes and bytes of all weights, hex: what an artifact of a fit is bound to."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if not tensor.is_meta:
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def load_fitted(files: Sequence[Path], spec: ModelSpec, model_hash: str) -> dict[str, Fitted]:
-    """Artifacts by name, checked. Raises ConfigError naming the file that is not one, is for another model or has a name that is taken; any for a student."""
+    """Artifacts by name, checked. A calibration, whose name is its rule's, takes the place of the one that the model ships with.
+
+    Raises ConfigError naming the file that is not one, is for another model or has a name that is taken; any for a student.
+    """
     if files and spec.settings.distilled is not None:
         raise ConfigError(f"{files[0]}: {spec.name!r} is a student of few steps and no velocity field, so nothing can be fitted to it; compile it without")
     found: dict[str, Fitted] = {}
+    shipped: dict[str, Path] = {}
     for file in files:
         try:
             fitted = Fitted.from_json(json.loads(file.read_bytes()))
@@ -90,10 +66,14 @@ def load_fitted(files: Sequence[Path], spec: ModelSpec, model_hash: str) -> dict
                 fitted.artifact.check(build_table(spec.settings, fit.solver, fit.schedule, fit.steps), fit.scale)
         except (OSError, ValueError, NotFound) as error:  # of JSON and UTF-8 too; ConfigError is one
             raise ConfigError(f"{file}: {error}") from error
-        taken = (*found, *SOLVERS, *(name for name in GUIDANCE if not isinstance(fitted.artifact, RuleOptions | CacheOptions)))
-        if fitted.name in taken:
+        calibrates = isinstance(fitted.artifact, RuleOptions | CacheOptions)
+        if calibrates and shipped.get(fitted.name, file) != file:
+            del found[fitted.name], shipped[fitted.name]
+        if fitted.name in (*found, *SOLVERS, *(() if calibrates else GUIDANCE)):
             raise ConfigError(f"{file}: something called {fitted.name!r} is there already; fit it under another name")
         found[fitted.name] = fitted
+        if file in spec.fitted:
+            shipped[fitted.name] = file
     return found
 
 
@@ -120,8 +100,9 @@ def build_bundle(
     the plan then describes, and no other mesh opens the bundle. With a cache, what lies at `out` and was made of all the same is left as it is.
     Raises NotFound, ConfigError, CompileError, StorageError.
     """
-    spec = MODELS[name]
+    spec, target = MODELS[name], SKUS[sku]
     mesh = mesh if mesh is not None and mesh.world > 1 else None
+    choice = choose_precision(backend, target, precision, mesh)  # before the work
     if step_cache and spec.pieces is None:
         raise ConfigError(f"model {name!r} does not come in the pieces that a step cache needs; compile it without")
     if spec.adaptable is None and (loras or lora_rank is not None):
@@ -144,14 +125,14 @@ def build_bundle(
         progress(f"fused {', '.join(map(str, settings.fused))}; left out: {', '.join(path.stem for path in spec.fitted) or 'no'} fits, and the menus", 0, 1)
     model_hash = hash_weights(module)
     made = load_fitted((*own, *fitted), spec, model_hash)
-    added = [*made.values()][len(own) :]
+    added = [*made.values()][len(made) - len(fitted) :]
     if useless := [each.name for each in added if isinstance(each.artifact, CacheOptions) and not step_cache]:
         raise ConfigError(f"{', '.join(useless)} is a fit of a step cache, which this bundle could not run; compile with --step-cache, or leave it out")
     tables = default_tables(settings) | menu_tables(ServedModel(spec.name, spec.version, settings, schedules_of(settings), {}, made))
-    target = SKUS[sku]
     stamp = None
     if cache is not None:
-        asked = [name, spec.version, model_hash, settings.to_json(), backend, choose_precision(backend, target, precision, mesh), str(mesh), step_cache]
+        kernels_by = compiled_by(target.arch) if BACKENDS[backend].keeps(target.arch) else ""
+        asked = [name, spec.version, model_hash, settings.to_json(), backend, choice, kernels_by, str(mesh), step_cache]
         machine = [target.name, target.arch, target.model, *sorted(target.features)]
         stamp = stamp_of(cache, [*asked, machine, [each.to_json() for each in made.values()], quantisation and quantisation.identity])
         if (kept := unchanged(out, stamp)) is not None:
@@ -173,7 +154,7 @@ def build_bundle(
         cache=cache,
         quantisation=quantisation,
         mesh=mesh,
-        ranks=plan_mesh(parts, mesh, backend, target, precision, progress) if mesh is not None else (),
+        ranks=plan_ranks(parts, mesh, choice[0], BACKENDS[backend].keeps(target.arch), progress) if mesh is not None else (),
         progress=progress,
     )
     if stamp is not None:
@@ -213,13 +194,6 @@ def sharded_parts(spec: ModelSpec) -> tuple[ShardedPart, ...]:
     return tuple(ShardedPart(resolve_name(part["build"]), resolve_name(part["programs"]), RULES[part["rules"]]) for part in spec.sharding)
 
 
-def plan_mesh(
-    parts: Sequence[ShardedPart], mesh: Mesh, backend: str, sku: Sku, precision: Precision | None, progress: Progress
-) -> tuple[RankPlan, ...]:  # fmt: skip
-    wanted, _ = choose_precision(backend, sku, precision, mesh)
-    return plan_ranks(parts, mesh, wanted, BACKENDS[backend].keeps(sku.arch), progress)
-
-
 def fuse_loras(settings: ModelSettings, model: str, linears: Mapping[str, nn.Linear], loras: Sequence[tuple[Path, float]]) -> ModelSettings:
     """Add them to the weights, and say so in the settings, which lose the menus: their numbers were measured without. Raises ConfigError."""
     layers = layers_of(linears)
@@ -238,127 +212,6 @@ def card_of(spec: ModelSpec, fused: Sequence[Fused]) -> str:
         return card
     added = "".join(f"- {each}, sha256 {each.digest}\n" for each in fused)
     return f"{card}\n## LoRA\n\nFused into these weights; what is said above was measured without.\n\n{added}"
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A loaded model, as clients see it.
-
-    tables: the training-free ones of the bundle, by `table_name`; fitted: what was fitted to it; in_pieces: whether step caches can run;
-    loras: what requests may name.
-    """
-
-    name: str
-    version: str
-    settings: ModelSettings
-    schedules: tuple[str, ...]
-    tables: Mapping[str, Table]
-    fitted: Mapping[str, Fitted] = field(default_factory=dict)
-    in_pieces: bool = False
-    loras: Mapping[str, Adapter] = field(default_factory=dict)
-
-    @property
-    def solvers(self) -> tuple[str, ...]:
-        """All that can be asked for: the training-free ones and those fitted to this model; only its own of a distilled model."""
-        if self.settings.distilled is not None:
-            return tuple(dict.fromkeys(d.solver for d in self.settings.defaults.values()))
-        return (*SOLVERS, *(name for name, fitted in self.fitted.items() if isinstance(fitted.artifact, Table)))
-
-    @cached_property
-    def fits(self) -> Mapping[str, Fit]:
-        """What each fitted solver and guidance holds for."""
-        return {name: fitted.fit for name, fitted in self.fitted.items() if not isinstance(fitted.artifact, RuleOptions | CacheOptions)}
-
-    @cached_property
-    def guidance_rules(self) -> Mapping[str, Mapping[str, float]]:
-        """All options of each rule: as calibrated for the model, else the rule's own. A fitted rule has none. A distilled model takes no guidance."""
-        if self.settings.distilled is not None:
-            return {"none": GUIDANCE["none"].complete({})}
-        artifacts = [fitted.artifact for fitted in self.fitted.values()]
-        calibrated = {made.rule: made.options for made in artifacts if isinstance(made, RuleOptions)}
-        own = {name: dict[str, float]() for name, fitted in self.fitted.items() if isinstance(fitted.artifact, FittedRule)}
-        return {name: rule.complete(calibrated.get(name, {})) for name, rule in GUIDANCE.items()} | own
-
-    def check_guidance(self, rule: str, scale: float, options: Mapping[str, float]) -> None:
-        """Raises ConfigError or NotFound for what the rule does not take."""
-        self.rule(rule, scale, options)
-
-    def rule(self, name: str, scale: float, options: Mapping[str, float]) -> Rule:
-        """The rule of one request. Raises as `check_guidance`."""
-        if name not in self.fitted or isinstance(self.fitted[name].artifact, RuleOptions):
-            return GUIDANCE[name].build(scale, PATHS[self.settings.path], options)
-        made = self.fitted[name].artifact
-        assert isinstance(made, FittedRule)
-        return Guidance(name, lambda scale, path: made.rule()).build(scale, PATHS[self.settings.path], options)
-
-    @cached_property
-    def step_caches(self) -> Mapping[str, Mapping[str, float]]:
-        """All options of each step cache: as calibrated for the model, else the rule's own. None where the bundle has no pieces."""
-        artifacts = [fitted.artifact for fitted in self.fitted.values()]
-        calibrated = {made.rule: made.options for made in artifacts if isinstance(made, CacheOptions)}
-        return {name: cache.complete(calibrated.get(name, {})) for name, cache in STEP_CACHES.items()} if self.in_pieces else {}
-
-    def check_step_cache(self, request: Request) -> None:
-        """Raises ConfigError or NotFound for what the request's step cache does not take, or does not go with."""
-        self.step_cache(request)
-
-    def step_cache(self, request: Request) -> CacheRule | None:
-        """The rule of one request, None where nothing is to be skipped. Raises as `check_step_cache`."""
-        if not request.step_cache:
-            return None
-        if request.guidance in self.fits:
-            text = f"guidance {request.guidance!r} was fitted to the network's own outputs, which a step cache replaces; choose another, or no step cache"
-            raise ConfigError(text)
-        evaluations = request.steps * (1 if request.solver in self.fitted else SOLVERS[request.solver].evaluations)
-        return STEP_CACHES[request.step_cache].build(evaluations, GUIDANCE[request.guidance].measures, request.step_cache_options)
-
-    def check_lora(self, request: Request) -> None:
-        """Raises ConfigError for adapters that the request cannot run with, NotFound for one that is not loaded."""
-        chosen = self._adapters(request)
-        if chosen and request.step_cache:
-            raise ConfigError(f"step cache {request.step_cache!r} runs the network in pieces, which take no LoRA; leave one of the two out")
-        if chosen and self.settings.lora is not None:
-            check_rank({name: adapter.rank for name, (adapter, _) in chosen.items()}, self.settings.lora)
-
-    def lora(self, request: Request) -> Tensor | None:
-        """[1, N], the adapters of one request; None where there are none, or none with any strength. Raises as `check_lora`."""
-        self.check_lora(request)
-        chosen = self._adapters(request)
-        return pack(self.settings.lora, chosen.values()) if chosen and self.settings.lora is not None else None
-
-    def _adapters(self, request: Request) -> dict[str, tuple[Adapter, float]]:
-        """Those that change anything."""
-        if missing := [name for name in request.lora if name not in self.loras]:
-            raise unknown("LoRA", missing[0], self.loras)
-        return {name: (self.loras[name], strength) for name, strength in request.lora.items() if strength}
-
-    @classmethod
-    def of(cls, bundle: Bundle, loras: Mapping[str, Path] | None = None) -> ServedModel:
-        """loras: files by the names that requests use. Raises ConfigError for one that is not for this model, or where the bundle takes none."""
-        tables = {key: Table.from_json(data) for key, data in bundle.solvers.items()}
-        fitted = {name: Fitted.from_json(data) for name, data in bundle.fitted.items()}
-        in_pieces = {*PIECES} <= {program for program, _ in bundle.signatures}
-        settings = ModelSettings.from_json(bundle.settings)
-        adapters = read_loras(bundle.plan.model, settings, loras) if loras else {}
-        return cls(bundle.plan.model, bundle.plan.version, settings, schedules_of(settings), tables, fitted, in_pieces, adapters)
-
-    def table(self, solver: str, schedule: str, steps: int) -> Table:
-        """The bundle's table where it has this one, else a new one. A fitted solver has times of its own, whatever the schedule."""
-        if solver in self.fitted:
-            made = self.fitted[solver].artifact
-            assert isinstance(made, Table)
-            return made
-        return self.tables.get(table_name(solver, schedule, steps)) or build_table(self.settings, solver, schedule, steps)
-
-
-def read_loras(model: str, settings: ModelSettings, files: Mapping[str, Path]) -> dict[str, Adapter]:
-    """Adapters by name. Raises ConfigError for a file that is none for this model, and for a bundle that takes none, or none of such a rank."""
-    if settings.lora is None:
-        raise ConfigError(f"the bundle of {model!r} takes no LoRA ({', '.join(files)}); compile it with --lora-rank, or fuse it with --lora")
-    adapters = {name: read_adapter(file, model, settings.lora.layers) for name, file in files.items()}
-    for name, adapter in adapters.items():
-        check_rank({name: adapter.rank}, settings.lora)
-    return adapters
 
 
 def menu_tables(served: ServedModel) -> dict[str, Table]:

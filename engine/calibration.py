@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from reelstep.compiler.quantisation import Calls, Engines
-from reelstep.engine.build import ServedModel, schedules_of
 from reelstep.engine.media import encode
 from reelstep.engine.models.spec import ModelSpec
 from reelstep.engine.pipelines import PIPELINES
@@ -24,10 +23,14 @@ from reelstep.engine.pipelines.state import PipelineState
 from reelstep.engine.request import Call, Media, Request
 from reelstep.engine.resolve import Ask, resolve
 from reelstep.engine.runner import Outputs, Runner
+from reelstep.engine.served import ServedModel, schedules_of
 from reelstep.errors import ConfigError
 
 Measure = Callable[[npt.NDArray[np.uint8], npt.NDArray[np.uint8]], float]
 """Of two videos [F, H, W, 3]."""
+
+Hear = Callable[[Sequence[Call]], None]
+"""Is told of the calls that may run together."""
 
 QUANTISED = "denoise"
 """The program that runs at every step; the others run once."""
@@ -60,7 +63,7 @@ class TaskRequests:
         """Raises ConfigError for a model that does no task."""
         if not spec.settings.tasks:
             raise ConfigError(f"model {spec.name!r} does no task, so no request can measure it; compile it without --quantise")
-        return cls(ServedModel(spec.name, spec.version, spec.settings, schedules_of(spec.settings), {}), prompts, held_out, psnr, ssim)
+        return cls(unfitted(spec), prompts, held_out, psnr, ssim)
 
     @property
     def identity(self) -> Any:
@@ -91,28 +94,46 @@ class TaskRequests:
     def requests(self, prompts: Sequence[str], seed: int, engines: Engines) -> Iterator[Request]:
         models, tasks = {self.served.name: self.served}, self.served.settings.defaults
         for k, prompt in enumerate(prompts):
-            still = resolve(Ask(prompt, seed=seed + k, frames=1), models) if "text_to_image" in tasks else None
-            if still is not None:
-                yield still
+            if "text_to_image" in tasks:
+                yield resolve(Ask(prompt, seed=seed + k, frames=1), models)
             if "text_to_video" in tasks:
                 yield resolve(Ask(prompt, seed=seed + k, frames=tasks["text_to_video"].frames), models)
-            if "animate_sticker" in tasks and still is not None:
-                picture = encode(self.run(still, engines).frames[0], 1.0, "image/png")
+            if "animate_sticker" in tasks and "text_to_image" in tasks:
+                picture = make_picture(self.served, prompt, seed + k, runner_on(engines))
                 yield resolve(Ask(prompt, seed=seed + k, frames=tasks["animate_sticker"].frames, image=picture), models)
 
-    def run(self, request: Request, engines: Engines, hear: Callable[[Sequence[Call]], None] = lambda calls: None) -> Media:
-        """The result of one request. hear: is told of the calls that may run together."""
-        served, runner = self.served, Runner(engines, {key: engine.signature.max_batch for key, engine in engines.items()})
-        table, rule = served.table(request.solver, request.schedule, request.steps), served.rule(request.guidance, request.scale, request.guidance_options)
-        pipeline = PIPELINES[request.task](Job(request, served.settings, table, rule), PipelineState())
-        calls = next(pipeline)
-        while True:
-            hear(calls)
-            try:
-                calls = pipeline.send(answers(runner, calls))
-            except StopIteration as done:
-                media: Media = done.value
-                return media
+    def run(self, request: Request, engines: Engines, hear: Hear = lambda calls: None) -> Media:
+        """The result of one request."""
+        return run_request(self.served, request, runner_on(engines), hear)
+
+
+def unfitted(spec: ModelSpec) -> ServedModel:
+    """A model as it is served before anything was fitted to it."""
+    return ServedModel(spec.name, spec.version, spec.settings, schedules_of(spec.settings), {})
+
+
+def runner_on(engines: Engines) -> Runner:
+    return Runner(engines, {key: engine.signature.max_batch for key, engine in engines.items()})
+
+
+def run_request(served: ServedModel, request: Request, runner: Runner, hear: Hear = lambda calls: None) -> Media:
+    """The result of one request, one round of calls after the other."""
+    table, rule = served.table(request.solver, request.schedule, request.steps), served.rule(request.guidance, request.scale, request.guidance_options)
+    pipeline = PIPELINES[request.task](Job(request, served.settings, table, rule), PipelineState())
+    calls = next(pipeline)
+    while True:
+        hear(calls)
+        try:
+            calls = pipeline.send(answers(runner, calls))
+        except StopIteration as done:
+            media: Media = done.value
+            return media
+
+
+def make_picture(served: ServedModel, prompt: str, seed: int, runner: Runner) -> bytes:
+    """A PNG to animate, made by the model itself. Raises UnsupportedRequest for one that makes no pictures of words."""
+    still = resolve(Ask(prompt, seed=seed, frames=1), {served.name: served})
+    return encode(run_request(served, still, runner).frames[0], 1.0, "image/png")
 
 
 def answers(runner: Runner, calls: Sequence[Call]) -> tuple[Outputs, ...]:

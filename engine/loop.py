@@ -26,12 +26,11 @@ from reelstep.compiler.load import silent
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signing import PublicKey
 from reelstep.compiler.storage import sha256_file
-from reelstep.engine.build import ServedModel
 from reelstep.engine.checkpoints import Checkpoints
 from reelstep.engine.executors import LOOK_S, Executor
 from reelstep.engine.executors.bundles import runner_of
 from reelstep.engine.executors.inline import Inline
-from reelstep.engine.executors.on_mesh import open_on_mesh
+from reelstep.engine.executors.patience import Allowance
 from reelstep.engine.executors.replicas import Elsewhere, Load, Scaler
 from reelstep.engine.pipelines import PIPELINES
 from reelstep.engine.pipelines.latent import Job, Pipeline
@@ -39,6 +38,7 @@ from reelstep.engine.pipelines.state import PipelineState
 from reelstep.engine.request import Call, Event, Failed, Finished, Media, Preview, Progress, Queued, Request, Usage, validate
 from reelstep.engine.runner import Outputs
 from reelstep.engine.scheduler import Scheduler, Ticket
+from reelstep.engine.served import ServedModel
 from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, Overloaded, ReelstepError, Unavailable, UnsupportedRequest, unknown
 from reelstep.parallel.mesh import Mesh
 
@@ -82,7 +82,8 @@ class Engine:
 
     At most `max_running` requests hold memory; `max_queued` more may wait for a place, then Overloaded. `on_batch` hears of every batch.
     checkpoints: where states of running requests are kept, and looked for when one starts; those of an engine that closes stay there.
-    `release`, which may be called twice, frees what the executor holds once nothing runs on it. `load` is that of the last moment.
+    rows_at_once: of a call that a replica runs at the same time, on parts of its mesh. `release`, which may be called twice, frees what the executor
+    holds once nothing runs on it. `load` is that of the last moment.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Engine:
         on_batch: Callable[[BatchRecord], None] | None = None,
         release: Callable[[], None] | None = None,
         checkpoints: Checkpoints | None = None,
+        rows_at_once: int = 1,
     ) -> None:
         self.models = models
         self._checkpoints = checkpoints
@@ -103,7 +105,7 @@ class Engine:
         self._on_batch = on_batch
         self.release = release
         self.load = Load(0, 0)
-        self._scheduler = Scheduler(executor.max_rows)
+        self._scheduler = Scheduler(executor.max_rows, rows_at_once)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._running: dict[str, Running] = {}
         self._queued: dict[str, Running] = {}
@@ -367,14 +369,15 @@ def open_engine(
     elsewhere: Elsewhere | None = None,
     checkpoints: tuple[Path, int] | None = None,
     once: bool = False,
+    allowance: Allowance | None = None,
 ) -> Engine:
     """Load bundles and run each once, so that the first request meets warm engines. trusted: if any, one of these must have signed each bundle.
 
     once: for a single request, which is done sooner if engines are opened as it calls them and none is run before.
     mesh: of ranks that share one bundle's model, in float32: on this machine, or as `elsewhere` says, whose replicas then run all that there is.
     loras: files by the names that requests use, of the only bundle. checkpoints: a directory for states of running requests, and every how many steps
-    one is kept. Raises BundleError, CompileError, NotFound (backend), or ConfigError when two
-    bundles hold one model, and as `open_on_mesh` or `elsewhere`.
+    one is kept. allowance: how long a call on a mesh may take; `elsewhere` brings its own. Raises BundleError, CompileError, NotFound (backend), or
+    ConfigError when two bundles hold one model, and as `open_on_mesh` or `elsewhere`.
     """
     if loras and (len(bundles) != 1 or (mesh is not None and mesh.world > 1)):
         raise ConfigError(f"LoRAs ({', '.join(loras)}) belong to one bundle on one device; serve it from a server of its own, without a mesh")
@@ -392,7 +395,8 @@ def open_engine(
     if checkpoints is not None:
         how = [__version__, backend, precision, str(mesh), {name: sha256_file(file) for name, file in (loras or {}).items()}]
         kept = Checkpoints(*checkpoints, {bundle.plan.model: json.dumps([bundle.manifest["sha256"], *how]) for bundle in opened})
-    make = partial(Engine, models, max_running=max_running, max_queued=max_queued, on_batch=on_batch, checkpoints=kept)
+    at_once = 1 if mesh is None else mesh.cfg
+    make = partial(Engine, models, max_running=max_running, max_queued=max_queued, on_batch=on_batch, checkpoints=kept, rows_at_once=at_once)
     if elsewhere is not None:
         progress(f"replicas: {elsewhere.scaling.least}", 0, 1)
         replicas = elsewhere.open(opened)
@@ -401,8 +405,10 @@ def open_engine(
         engine.release = Scaler(elsewhere, replicas, lambda: engine.load).close
         return warmed_up(engine)
     if mesh is not None and mesh.world > 1:
+        from reelstep.engine.executors.on_mesh import open_on_mesh  # here: it brings all that compiles, which one device is spared
+
         progress(f"ranks of mesh {mesh}", 0, 1)
-        ranks = open_on_mesh(opened[0], mesh, cache, backend)
+        ranks = open_on_mesh(opened[0], mesh, cache, backend, allowance or Allowance())
         progress(f"ranks of mesh {mesh}: ready", 1, 1)
         return warmed_up(make(ranks, release=ranks.close))
     engine = make(Inline({bundle.plan.model: runner_of(bundle, cache, backend, precision, progress, later=once) for bundle in opened}))
@@ -410,28 +416,31 @@ def open_engine(
 
 
 def warmed_up(engine: Engine) -> Engine:
-    """The engine, after a request to every task of its models."""
+    """The engine, after requests to every task of its models: a backend may run one row by another engine than several."""
     for model in engine.models.values():
         for task in model.settings.tasks:
-            for step_cache in ("", *model.step_caches):
-                warm_up(engine, model, task, step_cache)
-            for lora in [*model.loras][:1]:
-                warm_up(engine, model, task, "", {lora: 1.0})
+            for several in (False, True):
+                for step_cache in ("", *model.step_caches):
+                    warm_up(engine, model, task, step_cache, several)
+                for lora in [*model.loras][:1]:
+                    warm_up(engine, model, task, "", several, {lora: 1.0})
     return engine
 
 
-def warm_up(engine: Engine, model: ServedModel, task: str, step_cache: str, lora: Mapping[str, float] | None = None) -> None:
-    """One request at scale 2, so that both branches of guidance run: of one step, or with a step cache of three, of which it skips the second.
+def warm_up(engine: Engine, model: ServedModel, task: str, step_cache: str, several: bool, lora: Mapping[str, float] | None = None) -> None:
+    """One request of one step, or with a step cache of three, of which it skips the second. several: for two results at scale 2, so that no call has one row.
 
     A student of few steps runs as it always does.
     """
     defaults, limits, student = model.settings.defaults[task], model.settings.limits, model.settings.distilled is not None
-    steps, scale, guidance = (defaults.steps, defaults.scale, defaults.guidance) if student else (3 if step_cache else 1, 2.0, "cfg")
+    wanted = 2.0 if several else 1.0
+    steps, scale, guidance = (defaults.steps, defaults.scale, defaults.guidance) if student else (3 if step_cache else 1, wanted, "cfg")
     width, height = limits.sizes[0]
     image = np.full((height, width, 3), 255, np.uint8) if task == "animate_sticker" else None
     request = Request(
-        id=f"warm-up {model.name} {task}", model=model.name, task=task, prompt="warm up", negative_prompt="", seed=0, count=1,
-        width=width, height=height, frames=defaults.frames, frames_per_second=defaults.frames_per_second, steps=steps, scale=scale,
+        id=f"warm-up {model.name} {task}", model=model.name, task=task, prompt="warm up", negative_prompt="", seed=0,
+        count=min(2 if several else 1, limits.max_count), width=width, height=height,
+        frames=defaults.frames, frames_per_second=defaults.frames_per_second, steps=steps, scale=scale,
         solver=defaults.solver, schedule=defaults.schedule, guidance=guidance, guidance_options={}, step_cache=step_cache,
         step_cache_options={"threshold": 10.0} if step_cache else {}, image=image, preview_every=0, priority=0, deadline=math.inf,
         lora=lora or {},

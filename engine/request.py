@@ -133,7 +133,7 @@ class Request:
     step_cache_options: Mapping[str, float]  # of that rule
     image: npt.NDArray[np.uint8] | None  # [H, W, 3 or 4]
     preview_every: int  # steps between previews; 0 for none
-    priority: int  # 0 default, 1 highest, then 2, ...
+    priority: int  # the smaller goes first; 0 by default
     deadline: float  # on time.monotonic's clock; math.inf for none
     lora: Mapping[str, float] = field(default_factory=dict)  # strengths by name
 

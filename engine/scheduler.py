@@ -6,6 +6,7 @@ step they are at, because time and guidance are inputs of each row. Cancelling a
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -50,9 +51,11 @@ class Scheduler:
     Among keys: a ticket that waited longer than `patience_s` goes first; then the best priority; then the key whose calls are the
     shortest. Short programs (text, picture, time) so let a newcomer reach the denoiser quickly, where it joins the others' batch; and a
     finished request is decoded before the next long step. Within a key: priority, deadline, arrival, until `max_rows` is full.
+    at_once: rows that a replica runs at the same time, on parts of its mesh (`cfg`): whoever gets fewer leaves a part idle.
     """
 
     max_rows: Mapping[Key, int]
+    at_once: int = 1
     patience_s: float = 1.0
     waiting: dict[Key, list[Ticket]] = field(default_factory=lambda: defaultdict(list))
     estimates: dict[Key, Estimate] = field(default_factory=lambda: defaultdict(Estimate))
@@ -70,7 +73,7 @@ class Scheduler:
     def next_batch(self, now: float, replicas: int = 1) -> list[Ticket]:
         """The calls to run now, all of one key; empty when nothing waits. They no longer wait afterwards.
 
-        replicas: that are free: the batch is for one of them, and leaves the others as much.
+        replicas: that are free: the batch is for one of them, and leaves the others as much, in rows that keep every part of one at work.
         """
         keys = [k for k, tickets in self.waiting.items() if tickets]
         if not keys:
@@ -78,7 +81,8 @@ class Scheduler:
         key = min(keys, key=lambda k: self._rank(k, now))
         queue = sorted(self.waiting[key], key=lambda t: (t.priority, t.deadline, t.number))
         batch, rows = [queue[0]], queue[0].rows
-        most = min(self.max_rows[key], -(-sum(t.rows for t in queue) // replicas))
+        share = sum(t.rows for t in queue) / replicas
+        most = min(self.max_rows[key], math.ceil(share / self.at_once) * self.at_once)
         for ticket in queue[1:]:
             if rows + ticket.rows <= most:
                 batch.append(ticket)

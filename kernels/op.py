@@ -13,7 +13,6 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.utils import _pytree as pytree
 
 from reelstep.errors import ConfigError
-from reelstep.kernels.jit import HAS_TRITON
 
 NAMESPACE = "reelstep"
 
@@ -77,6 +76,8 @@ def define(
     fake: the same outputs without values. run: what calls run on every device, for an op that chooses by itself; if None, the reference on a CPU and
     the kernel on a GPU. The custom op has no autograd; `Op.__call__` does not use it where a derivative is wanted.
     """
+    from reelstep.kernels.jit import HAS_TRITON  # here: who only reads the table of ops is spared Triton's import
+
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", run or reference, mutates_args=())
     op.register_fake(fake)
     if run is None and HAS_TRITON:

@@ -58,7 +58,8 @@ def _reference(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor
     y = wide(x)
     across = weight is not None and weight.shape[0] != x.shape[3]
     y = y.flatten(2) if across else y
-    y = F.rms_norm(y, y.shape[-1:], None if weight is None else wide(weight), eps).reshape(x.shape)
+    y = F.rms_norm(y, y.shape[-1:], None if weight is None else wide(weight), eps)
+    y = y.reshape(x.shape) if across else y  # elsewhere a view in every graph between a norm and the attention that could take its operand as it lies
     if cos is not None and sin is not None:
         even, odd = y[..., ::2], y[..., 1::2]
         c, s = wide(cos)[:, None], wide(sin)[:, None]

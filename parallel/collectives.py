@@ -30,7 +30,8 @@ class Communicator:
     """This rank's links along every axis of a mesh. Collective to make: all ranks of the default process group do so at once.
 
     timeout_s: of one collective. where: what is running, for errors ("denoise video, call 17"). sent: bytes that this rank put on links, by
-    (op, axis); for an all-reduce those of the ring algorithm, the fewest there are. Raises ConfigError if the process group has another size.
+    (op, axis); for an all-reduce those of the ring algorithm, the fewest there are. passed: how many times this rank came through a link, so that
+    who is behind is known; inside: where it waits now, empty where it computes. Raises ConfigError if the process group has another size.
     """
 
     def __init__(self, mesh: Mesh, timeout_s: float) -> None:
@@ -38,6 +39,7 @@ class Communicator:
         self.mesh, self.rank, self.timeout_s = mesh, dist.get_rank(), timeout_s
         self.at = mesh.coordinates(self.rank)
         self.where = "start"
+        self.passed, self.inside, self.closed = 0, "", False
         self.sent: Counter[tuple[str, Axis]] = Counter()
         self.lines: dict[Axis, tuple[int, ...]] = {}
         self.groups: dict[Axis, dist.ProcessGroup] = {}
@@ -59,6 +61,7 @@ class Communicator:
             _unregister_process_group(GroupName(GROUP + axis))
             _BY_GROUP.pop(GROUP + axis, None)
         self.groups = {}
+        self.closed = True
 
     def size(self, axis: Axis) -> int:
         return self.mesh.size(axis)
@@ -99,6 +102,24 @@ class Communicator:
         result: Tensor = self.guarded(name, axis, lambda: c10d.wait_tensor(op(*args)))
         return result
 
+    def run_into(self, op: Any, args: tuple[Any, ...], out: Tensor) -> None:
+        """As `run`, with the result in memory that the caller brings. Nothing of it is exported, so nothing is copied but what all-reduce writes over."""
+        axis: Axis = args[-1].removeprefix(GROUP)
+        name, x = op._schema.name.split("::")[1], args[0]
+        self.sent[name, axis] += self._bytes(name, args, axis)
+
+        def work() -> None:
+            group = self.groups[axis]
+            if name == "all_reduce":
+                out.copy_(x)
+                group.allreduce([out]).wait()
+            elif name == "all_gather_into_tensor":
+                group._allgather_base(out, x).wait()
+            else:
+                group.alltoall_base(out, x, args[1], args[2]).wait()
+
+        self.guarded(name, axis, work)
+
     def shift(self, x: Tensor, received: Tensor, axis: Axis) -> Callable[[], None]:
         """Begin to send x to the next rank of an axis, and to fill `received` from the one before. The returned call waits for both."""
         line, group = self.lines[axis], self.groups[axis]
@@ -124,7 +145,13 @@ class Communicator:
         return x
 
     def guarded(self, op: str, axis: Axis | None, work: Callable[[], Any]) -> Any:
-        """The result of `work`; where a link fails, the error that says which. axis: None for the whole mesh."""
+        """The result of `work`; where a link fails, the error that says which. axis: None for the whole mesh.
+
+        Raises Unavailable too once these links are closed: a call that was given up must not wake up and use those of the next replica.
+        """
+        if self.closed:
+            raise Unavailable(f"the links of rank {self.rank} are closed, and {op} came later", retry_after_s=1.0)
+        self.inside = f"{op} over {axis or 'the mesh'}"
         try:
             return work()
         except RuntimeError as error:
@@ -136,6 +163,9 @@ class Communicator:
                 f"{self.timeout_s:g} s: {error}",
                 retry_after_s=1.0,
             ) from error
+        finally:
+            self.passed += 1
+            self.inside = ""
 
     def self_test(self) -> None:
         """Every collective once on every axis, against sums known beforehand. Raises InternalError naming the first that is wrong."""

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
+from reelstep.parallel.mesh import Mesh
 from reelstep.registry import Registry
 
 Graph = Callable[[], ExportedProgram]
@@ -38,6 +39,8 @@ class Backend(Protocol):
     """False for a backend that computes nothing."""
     own_threads: bool
     """Whether it computes on a CPU with threads of its own and not with torch's, which then compete: they wait actively after each operator."""
+    takes_collectives: bool
+    """Whether it runs collectives inside a graph, over this process's links: such a graph needs no cut at them."""
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -50,6 +53,14 @@ class Backend(Protocol):
 
     def runs_on(self, arch: str) -> bool:
         """Whether its engines are for an arch; a backend that computes nothing plans for any."""
+        ...
+
+    def on(self, arch: str) -> Backend:
+        """The same for the device of an arch that it runs on: what it can run and builds may differ between devices."""
+        ...
+
+    def refuses(self, mesh: Mesh, arch: str) -> str | None:
+        """What ranks of a mesh cannot run on an arch, and what to take instead; None where they can."""
         ...
 
     def keeps(self, arch: str) -> frozenset[str]:

@@ -13,6 +13,7 @@ from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import TORCH_DTYPES, Signature
 from reelstep.compiler.skus import is_gpu
+from reelstep.parallel.mesh import Mesh
 
 
 class EagerExecutable:
@@ -33,6 +34,7 @@ class EagerBackend:
     name = "eager"
     runs = True
     own_threads = False
+    takes_collectives = False
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
 
     def default_precision(self) -> tuple[Precision, str]:
@@ -40,6 +42,12 @@ class EagerBackend:
 
     def runs_on(self, arch: str) -> bool:
         return not is_gpu(arch)
+
+    def on(self, arch: str) -> EagerBackend:
+        return self
+
+    def refuses(self, mesh: Mesh, arch: str) -> None:
+        return None
 
     def keeps(self, arch: str) -> frozenset[str]:
         return frozenset()

@@ -1,6 +1,7 @@
 """AOTInductor: C++ generated, compiled by the system's compiler, loaded as a shared library. The portable path.
 
-On a CPU in float32. On a GPU in bfloat16 too, with our Triton kernels as they are and the products' tiles chosen by measuring.
+On a CPU in float32. On a GPU in bfloat16 too, with our Triton kernels as they are and the products' tiles chosen by measuring. One name for both: which
+device it is follows the arch, by `on`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from reelstep.compiler.skus.cpu import SKU
 from reelstep.compiler.storage import seal, sealed
 from reelstep.errors import CompileError
 from reelstep.kernels import OPS
+from reelstep.parallel.mesh import Mesh
 
 
 class InductorExecutable:
@@ -57,6 +59,7 @@ class InductorBackend:
     name: str = "inductor"
     runs: bool = True
     own_threads: bool = False
+    takes_collectives: bool = False
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -68,7 +71,13 @@ class InductorBackend:
         return "bfloat16", "every GPU in the table of SKUs has tensor cores for bfloat16"
 
     def runs_on(self, arch: str) -> bool:
-        return not is_gpu(arch)
+        return True
+
+    def on(self, arch: str) -> InductorBackend:
+        return replace(self, device="cuda" if is_gpu(arch) else "cpu")
+
+    def refuses(self, mesh: Mesh, arch: str) -> str | None:
+        return "ranks run its pieces on CPUs alone; use backend 'tensorrt', one device, or plan it with backend 'null'" if is_gpu(arch) else None
 
     def keeps(self, arch: str) -> frozenset[str]:
         return frozenset(OPS) if is_gpu(arch) else frozenset()  # a call to one cannot be fused with what stands beside it
@@ -77,6 +86,9 @@ class InductorBackend:
         if precision not in self.precisions:
             text = f"builds {' and '.join(self.precisions)} for {self.device}, not {precision}"
             raise CompileError(f"backend 'inductor' {text}; use precision {self.precisions[0]} or backend 'openvino'")
+        if self.device != "cpu" and not torch.cuda.is_available():
+            text = f"torch {torch.__version__} sees no CUDA device; it needs a CUDA build of torch, the NVIDIA driver and a GPU"
+            raise CompileError(f"{_where(signature)} cannot be built for {self.device} by backend 'inductor' here: {text}")
         if cache is None:
             with tempfile.TemporaryDirectory(prefix="reelstep-inductor-") as folder:
                 path = Path(folder) / "engine.pt2"

@@ -10,6 +10,7 @@ from torch import Tensor
 from reelstep.compiler.backends import Graph
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
+from reelstep.parallel.mesh import Mesh
 
 
 class NullExecutable:
@@ -25,6 +26,7 @@ class NullBackend:
     name = "null"
     runs = False
     own_threads = False
+    takes_collectives = False
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
 
     def default_precision(self) -> tuple[Precision, str]:
@@ -32,6 +34,12 @@ class NullBackend:
 
     def runs_on(self, arch: str) -> bool:
         return True
+
+    def on(self, arch: str) -> NullBackend:
+        return self
+
+    def refuses(self, mesh: Mesh, arch: str) -> None:
+        return None
 
     def keeps(self, arch: str) -> frozenset[str]:
         return frozenset()

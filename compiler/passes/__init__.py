@@ -9,6 +9,7 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from reelstep.compiler.capture import output_values, quiet_torch
+from reelstep.compiler.passes.compose_attention import compose_attention
 from reelstep.compiler.passes.decompose_ops import decompose_ops
 from reelstep.compiler.passes.define_empty import EMPTY_OPS, define_empty
 from reelstep.compiler.passes.drop_asserts import drop_asserts
@@ -21,6 +22,7 @@ from reelstep.errors import CompileError
 Pass = Callable[[ExportedProgram], ExportedProgram]
 
 PASSES: dict[str, Pass] = {
+    "compose_attention": compose_attention,
     "decompose_ops": decompose_ops,
     "functionalise": functionalise,
     "drop_asserts": drop_asserts,
@@ -33,12 +35,14 @@ PASSES: dict[str, Pass] = {
 
 
 def apply_passes(exported: ExportedProgram, keep: Iterable[str] = ()) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """The rewritten graph, and the names of the passes that changed it. Raises CompileError naming a pass that broke the graph.
+    """The rewritten graph, and the names of the passes that changed it. The graph that is given is used up. Raises CompileError naming a pass that broke it.
 
     keep: ops of ours that the backend runs whole, `Backend.keeps`.
     """
     applied = []
-    passes = PASSES | {"decompose_ops": partial(decompose_ops, keep=keep)} if keep else PASSES
+    kept = frozenset(keep)
+    told: dict[str, Pass] = {"compose_attention": partial(compose_attention, keep=kept), "decompose_ops": partial(decompose_ops, keep=kept)}
+    passes = PASSES | told if kept else PASSES
     for name, rewrite in passes.items():
         before, edges = _text(exported), _edges(exported)
         with quiet_torch():

@@ -5,12 +5,14 @@ only products feed (a gated FFN's middle, the norms of queries and keys, whose s
 everything that meets a float32 tensor (residual sums and their norms, modulation) runs in float32. An op of ours that a graph has
 kept takes what comes: it computes in float32 and gives the dtype of its first tensor. In float32 run the first and the
 last product too: they are small, and what they round reaches the output whole. A product of a quantised tensor (passes/quantise.py) reads float32, which
-are integers times a step that no bfloat16 holds, and gives bfloat16. A runtime's own bfloat16 hint casts everything
-and rounds the residual stream at every layer: several times the error (`reelstep bench engine`).
+are integers times a step that no bfloat16 holds, and gives float32: it sums integers anyway, and behind a cast the runtime would not take an activation
+into the product. A runtime's own bfloat16 hint casts everything and rounds the residual stream at every layer: several times the error
+(`reelstep bench engine`).
 """
 
 from __future__ import annotations
 
+from operator import getitem
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from reelstep.compiler.capture import quiet_torch, trace
 from reelstep.compiler.passes.drop_asserts import drop_asserts
-from reelstep.compiler.passes.quantise import FAKE_QUANTISE
+from reelstep.compiler.passes.quantise_before_moves import FAKE_QUANTISE, is_rounded
 from reelstep.compiler.signature import Signature
 from reelstep.kernels import OPS
 from reelstep.kernels.op import NAMESPACE
@@ -40,7 +42,7 @@ ROW_NORMS = frozenset({aten.rms_norm.default, aten.layer_norm.default})
 SUMS = frozenset(
     {
         aten.group_norm.default, aten.native_layer_norm.default, aten.native_group_norm.default, aten._fused_rms_norm.default,
-        aten.softmax.int, aten._softmax.default, aten.sum.dim_IntList, aten.mean.dim, aten.var.correction,
+        aten.softmax.int, aten._softmax.default, aten.sum.dim_IntList, aten.mean.dim, aten.var.correction, aten.amax.default,
         aten.exp.default, aten.pow.Tensor_Scalar, aten.cos.default, aten.sin.default, aten.log.default, aten.rsqrt.default,
     }
 )  # fmt: skip
@@ -52,19 +54,18 @@ class Recast(Interpreter):
     def __init__(self, body: GraphModule) -> None:
         super().__init__(body)
         products = [node for node in body.graph.nodes if node.target in PRODUCTS]
-        self.kept = {products[0], products[-1]} if products else set()
-        self.quantised = {node for node in products if isinstance(node.args[0], Node) and node.args[0].target is FAKE_QUANTISE}
-        self.keeps = self.rounds = False
+        self.kept = {*products[:1], *products[-1:], *(node for node in products if is_rounded(node.args[0]))}
+        self.keeps = False
 
     def run_node(self, n: Node) -> Any:
-        self.keeps, self.rounds = n in self.kept, n in self.quantised - self.kept
+        self.keeps = n in self.kept
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is getitem:  # of an op of several dtypes: nothing is computed
+            return super().call_function(target, args, kwargs)
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.bfloat16)]
         mixed = len({x.dtype for x in tensors}) > 1 and getattr(target, "namespace", "") != NAMESPACE
-        if self.rounds:
-            return cast(super().call_function(target, args, kwargs), torch.bfloat16)
         if (target in PRODUCTS and not self.keeps) or (target in ROW_NORMS and tensors[0].dtype is torch.bfloat16):
             args, kwargs = cast((args, kwargs), torch.bfloat16)
         elif target in SUMS or target is FAKE_QUANTISE or self.keeps or mixed:

@@ -1,12 +1,13 @@
-"""Linear layers in 8 bits, written so that what runs the graph can see it.
+"""Linear layers in 8 bits or in 4, written so that what runs the graph can see it.
 
     y = x W^T + b  ->  y = fake_quantise(x) (q * step)^T + b
 
-q [N, K] is the weight in 8 bits, step [N, 1] is float32, a row of W for each output. In "int8" x goes through a grid of 256 numbers whose step and
+q [N, K] is the weight in few bits, step [N, 1] is float32, a row of W for each output. In "int8" x goes through a grid of 256 numbers whose step and
 zero point were measured on real calls (Jacob et al. 2018, arXiv:1712.05877, equations 1 and 3); a runtime with 8-bit products (OpenVINO's
 low-precision transformations, on VNNI or AMX) moves the steps behind the product and multiplies integers. In "int8-weights" x stays as it is. In
 "fp8" both are E4M3 (Micikevicius et al. 2022, arXiv:2209.05433), every row of x finds its own step as it comes, and the product is torch's own for
-such operands, `_scaled_mm`. Only operators of torch stand in the graph: every backend that knows them runs it.
+such operands, `_scaled_mm`. In "nvfp4" both are NVFP4 (nvfp4.py), and the product of what they hold stands for Blackwell's own, which torch has on no CPU.
+Only operators of torch stand in the graph: every backend that knows them runs it.
 
 B batch, L tokens, K width in, N width out.
 """
@@ -27,14 +28,21 @@ from torch.fx import GraphModule, Interpreter, Node
 from reelstep.compiler.capture import quiet_torch, trace
 from reelstep.compiler.passes.drop_asserts import drop_asserts
 from reelstep.compiler.passes.drop_unused_weights import drop_unused_weights
+from reelstep.compiler.passes.nvfp4 import REACH, block_scales, codes_of, pack, through_nvfp4, unpack, values_of
+from reelstep.compiler.passes.quantise_before_moves import quantise_before_moves
 from reelstep.compiler.signature import Signature
 from reelstep.kernels.fp8_norm_quantise import LARGEST, SMALLEST
 
 aten = torch.ops.aten
 
-Scheme = Literal["int8", "int8-weights", "fp8"]
+Scheme = Literal["int8", "int8-weights", "fp8", "nvfp4"]
+Stored = tuple[Tensor, ...]
+"""A weight [N, K] in few bits and what it is scaled by: 8-bit [N, K] and steps [N, 1]; in NVFP4 bytes [N, K / 2], the scales of blocks
+[N, K / 16], and the whole's []."""
+
+PARTS = ("q", "step", "whole")
+"""Of what is stored: what its buffers are called, before the number of the weight."""
 LINEAR = aten.linear.default
-FAKE_QUANTISE = aten.fake_quantize_per_tensor_affine.default
 LEAST, MOST = -128, 127  # of int8; weights leave out the least, so that their grid is symmetric
 
 
@@ -52,6 +60,11 @@ class Grid:
         step = max((high - low) / (MOST - LEAST), SMALLEST)
         return cls(step, max(LEAST, min(MOST, round(LEAST - low / step))))
 
+    @property
+    def largest(self) -> float:
+        """Of the magnitudes it covers."""
+        return self.step * max(self.zero - LEAST, MOST - self.zero)
+
 
 def _shapes(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
     """Of the fake quantisation, whose own in torch does not know a dynamic batch."""
@@ -68,14 +81,19 @@ def linears(exported: ExportedProgram) -> dict[str, str]:
     return {name: weights[weight.name] for name, weight in found.items() if isinstance(weight, Node) and weight.name in weights}
 
 
-def quantise_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """[N, K] -> 8-bit [N, K] and float32 steps [N, 1], so that each row's largest magnitude is the type's."""
-    largest = weight.detach().float().abs().amax(1, keepdim=True).clamp_min(SMALLEST)
+def quantise_weight(weight: Tensor, scheme: Scheme) -> Stored:
+    """[N, K] as the scheme stores it, so that the largest magnitude of each row is the type's; in NVFP4 that of each block and of the whole."""
+    exact = weight.detach().float()
+    largest = exact.abs().amax(1, keepdim=True).clamp_min(SMALLEST)
+    if scheme == "nvfp4":
+        scale = largest.amax() / REACH
+        scales = block_scales(exact, scale)
+        return pack(codes_of(exact, scales, scale)), scales, scale
     if scheme == "fp8":
         step = largest / LARGEST
-        return (weight.detach().float() / step).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), step
+        return (exact / step).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), step
     step = largest / MOST
-    return (weight.detach().float() / step).round().clamp(-MOST, MOST).to(torch.int8), step
+    return (exact / step).round().clamp(-MOST, MOST).to(torch.int8), step
 
 
 def e4m3_linear(x: Tensor, weight: Tensor, step: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -88,14 +106,12 @@ def e4m3_linear(x: Tensor, weight: Tensor, step: Tensor, bias: Tensor | None = N
 
 
 class Quantising(Interpreter):
-    """Runs a float32 graph with some linear layers in 8 bits; tracing that run gives the quantised graph.
+    """Runs a float32 graph with some linear layers in few bits; tracing that run gives the quantised graph.
 
-    layers: from a node's name to its weight's; weights: in 8 bits, with their steps; grids: of what goes into a layer, where the scheme fixes one.
+    layers: from a node's name to its weight's; weights: as the scheme stores them; grids: of what goes into a layer, where the scheme fixes one.
     """
 
-    def __init__(
-        self, body: GraphModule, scheme: Scheme, layers: Mapping[str, str], weights: Mapping[str, tuple[Tensor, Tensor]], grids: Mapping[str, Grid]
-    ) -> None:
+    def __init__(self, body: GraphModule, scheme: Scheme, layers: Mapping[str, str], weights: Mapping[str, Stored], grids: Mapping[str, Grid]) -> None:
         super().__init__(body)
         self.scheme, self.layers, self.weights, self.grids = scheme, layers, weights, grids
         self.layer: str | None = None
@@ -108,7 +124,9 @@ class Quantising(Interpreter):
         if self.layer is None or self.layer not in self.weights:
             return super().call_function(target, args, kwargs)
         x, _, *bias = args
-        q, step = self.weights[self.layer]
+        q, step, *whole = self.weights[self.layer]
+        if self.scheme == "nvfp4":
+            return F.linear(through_nvfp4(x, self.grids[self.layer].largest / REACH), values_of(unpack(q), step, *whole), *bias)
         if self.scheme == "fp8":
             return e4m3_linear(x, q, step, *bias)
         if self.scheme == "int8":
@@ -118,29 +136,28 @@ class Quantising(Interpreter):
 
 
 class Quantised(nn.Module):
-    """A graph module run through Quantising; the 8-bit weights are its buffers."""
+    """A graph module run through Quantising; the weights in few bits are its buffers."""
 
-    def __init__(
-        self, body: GraphModule, scheme: Scheme, layers: Mapping[str, str], weights: Mapping[str, tuple[Tensor, Tensor]], grids: Mapping[str, Grid]
-    ) -> None:
+    def __init__(self, body: GraphModule, scheme: Scheme, layers: Mapping[str, str], weights: Mapping[str, Stored], grids: Mapping[str, Grid]) -> None:
         super().__init__()
         self.body, self.scheme, self.layers, self.grids, self.names = body, scheme, layers, grids, tuple(weights)
-        for k, (q, step) in enumerate(weights.values()):
-            self.register_buffer(f"q{k}", q)
-            self.register_buffer(f"step{k}", step)
+        self.parts = PARTS[: max(map(len, weights.values()), default=0)]
+        for k, stored in enumerate(weights.values()):
+            for part, tensor in zip(self.parts, stored, strict=True):
+                self.register_buffer(f"{part}{k}", tensor)
 
     def forward(self, *inputs: Tensor) -> Any:
-        weights = {name: (getattr(self, f"q{k}"), getattr(self, f"step{k}")) for k, name in enumerate(self.names)}
+        weights = {name: tuple(getattr(self, f"{part}{k}") for part in self.parts) for k, name in enumerate(self.names)}
         return Quantising(self.body, self.scheme, self.layers, weights, self.grids).run(*inputs)
 
 
 def quantise(exported: ExportedProgram, signature: Signature, scheme: Scheme, chosen: Collection[str], grids: Mapping[str, Grid]) -> ExportedProgram:
-    """The same program with the linear layers of the weights `chosen` in 8 bits; their float weights are gone. grids: by weight, for "int8"."""
+    """The same program with the linear layers of the weights `chosen` in few bits; their float weights are gone. grids: by weight, of what goes in."""
     layers = linears(exported)
     weights = {name: quantise_weight(exported.state_dict[name], scheme) for name in dict.fromkeys(layers.values()) if name in chosen}
     with quiet_torch():
         body: Any = exported.module()
-        return drop_unused_weights(drop_asserts(trace(Quantised(body, scheme, layers, weights, grids), signature)))
+        return quantise_before_moves(drop_unused_weights(drop_asserts(trace(Quantised(body, scheme, layers, weights, grids), signature))))
 
 
 class Watching(Interpreter):

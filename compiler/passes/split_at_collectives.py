@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from reelstep.compiler.backends import Executable
+from reelstep.compiler.backends import Backend, Executable
 from reelstep.compiler.capture import quiet_torch, trace
 from reelstep.compiler.signature import TORCH_DTYPES, Edge, Signature
 from reelstep.errors import CompileError
@@ -29,6 +30,8 @@ RING: OpOverload = ring_attention._opoverload
 COLLECTIVES = frozenset(
     {c10d.all_reduce.default, c10d.all_gather_into_tensor.default, c10d.all_to_all_single.default, c10d.reduce_scatter_tensor.default, RING}
 )
+IN_GRAPH = COLLECTIVES - {RING, c10d.reduce_scatter_tensor.default}
+"""Those that a backend may run itself. A ring overlaps what travels with what is computed, and is always a cut."""
 DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -88,8 +91,22 @@ class Chain:
                 values |= {name: tensor[0] if name in step.raised else tensor for name, tensor in found.items()}
             else:
                 args = _with_values(step.args, values)
-                values[step.output] = step.op(*args) if step.op is RING else self.comm.run(step.op, args)
+                values[step.output] = self.comm.guarded("ring_attention", "ring", partial(step.op, *args)) if step.op is RING else self.comm.run(step.op, args)
         return {edge.name: values[name] for edge, name in zip(self.signature.outputs, self.split.outputs, strict=True)}
+
+
+def build_rank(exported: ExportedProgram, signature: Signature, backend: Backend, comm: Communicator) -> Executable:
+    """A rank's program in float32: one engine where the backend runs what collectives the graph has, else pieces between them. Raises CompileError."""
+    found = {node.target for node in exported.graph.nodes} & COLLECTIVES
+    if backend.takes_collectives and found <= IN_GRAPH:
+        return backend.build(lambda: exported, signature, "float32", None, "")
+    split = split_at_collectives(exported, signature)
+    built = [backend.build(partial(_exported, piece), piece.signature, "float32", None, "") for piece in split.pieces]
+    return Chain(split, built, comm)
+
+
+def _exported(piece: Piece) -> ExportedProgram:
+    return piece.exported
 
 
 def split_at_collectives(exported: ExportedProgram, signature: Signature) -> Split:

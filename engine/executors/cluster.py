@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from reelstep.compiler.skus.cpu import SKU
 from reelstep.engine.executors import LOOK_S, RETRY_S
 from reelstep.engine.executors.bundles import Stored, WholeBundles
 from reelstep.engine.executors.on_mesh import ranks_of, world_of
+from reelstep.engine.executors.patience import Allowance
 from reelstep.engine.executors.processes import Processes, Ranks, World, identity_of, serve_rank
 from reelstep.engine.executors.replicas import Scaling
 from reelstep.engine.executors.restarting import Bounds, Restarting
@@ -91,18 +92,18 @@ class Patience:
     """How long is waited beyond what a `World` says, in seconds."""
 
     place_s: float  # until the cluster has room for a replica
-    call_s: float  # for one call, then its replica counts as hung
     pulse_s: float  # without a word from rank 0, then it counts as lost
 
 
-PATIENCE = Patience(place_s=60.0, call_s=600.0, pulse_s=4.0)
+PATIENCE = Patience(place_s=60.0, pulse_s=4.0)
 BOUNDS = Bounds(starts=20, window_s=600.0, reruns=5)
 """More than on one machine, where what ends a replica is mostly itself: nodes come and go."""
 
 
 def open_on_cluster(
-    bundles: Sequence[Bundle], *, replicas: int, mesh: Mesh, share: Share, cache: Path, backend: str | None = None, precision: Precision | None = None
-) -> Restarting:
+    bundles: Sequence[Bundle], *, replicas: int, mesh: Mesh, share: Share, cache: Path, backend: str | None = None, precision: Precision | None = None,
+    allowance: Allowance = BOUNDS.calls,
+) -> Restarting:  # fmt: skip
     """Replicas on the cluster that this process has joined, each of all bundles on one rank, or of the only one on a mesh.
 
     A node that has nothing at a bundle's path is sent its files. Raises, before anything starts, as `ranks_of`; then what a replica's start raises.
@@ -116,14 +117,14 @@ def open_on_cluster(
         stored = tuple(Stored.of(bundle, cache) for bundle in bundles)
         ranks = WholeBundles(stored, backend, precision)
     world = world_of(mesh, "cpu:gloo,cuda:nccl" if share.gpus else "gloo")
-    return Restarting([partial(start_on_ray, world, ranks, share, PATIENCE, Cargo(stored))] * replicas, BOUNDS)
+    return Restarting([partial(start_on_ray, world, ranks, share, PATIENCE, Cargo(stored))] * replicas, replace(BOUNDS, calls=allowance))
 
 
 @dataclass
 class OnCluster:
     """Replicas on the cluster at `address` (see `connect`), which is joined when they are opened.
 
-    cpus: of a rank; None for its part of this machine's cores on a local cluster, else 1.
+    cpus: of a rank; None for its part of this machine's cores on a local cluster, else 1. allowance: how long a call may take.
     """
 
     address: str
@@ -133,6 +134,7 @@ class OnCluster:
     cache: Path
     backend: str | None = None
     precision: Precision | None = None
+    allowance: Allowance = BOUNDS.calls
 
     def open(self, bundles: Sequence[Bundle]) -> Restarting:
         """Raises ConfigError for bundles of different SKUs; then as `connect` and `open_on_cluster`."""
@@ -146,7 +148,8 @@ class OnCluster:
         self.share = Share.of(skus.pop(), cpus)
         connect(self.address, math.ceil(ranks * cpus))
         return open_on_cluster(
-            bundles, replicas=self.scaling.least, mesh=self.mesh, share=self.share, cache=self.cache, backend=self.backend, precision=self.precision
+            bundles, replicas=self.scaling.least, mesh=self.mesh, share=self.share, cache=self.cache, backend=self.backend, precision=self.precision,
+            allowance=self.allowance,
         )  # fmt: skip
 
     def room(self) -> int:
@@ -274,6 +277,10 @@ class FirstRank(Rank):
         processes = getattr(self, "_processes", None)
         return None if processes is None else processes.failure
 
+    @ray.method(concurrency_group="pulse")
+    def behind(self) -> dict[int, str]:
+        return self._processes.behind()
+
     def close(self) -> None:
         self._processes.close()
 
@@ -340,6 +347,13 @@ class OnRay:
             raise unknown("model", model, self._runners)
         return self._runners[model].run(calls)
 
+    def give_up(self, why: str) -> str:
+        try:
+            who: dict[int, str] = ray.get(self.actors[0].behind.remote(), timeout=self.patience.pulse_s / 4)
+        except RayError:
+            who = {0: "does not say which rank it waits for"}
+        return self._fail(f"{why}: {', '.join(f'rank {rank} of {self.world.mesh.world} on node {self.nodes[rank]} {does}' for rank, does in who.items())}")
+
     def close(self) -> None:
         """Stop the ranks and give their room back. Idempotent."""
         if self._closed.is_set():
@@ -382,16 +396,14 @@ class OnRay:
         self._calls += 1
         where = f"{program} {profile}, call {self._calls}"
         try:
-            told = self._wait(
-                self.actors[0].run.remote(model, (program, profile), pack({name: x.contiguous() for name, x in inputs.items()})), self.patience.call_s, where
-            )
+            told = self._wait(self.actors[0].run.remote(model, (program, profile), pack({name: x.contiguous() for name, x in inputs.items()})), math.inf, where)
             return unpack(_heard(told))
         except Unavailable as error:
             failure = self._fail(self._ended() or str(error))
             raise Unavailable(f"{failure} (during {where})", retry_after_s=RETRY_S) from error
 
     def _wait(self, answer: Any, timeout_s: float, what: str) -> Any:
-        """What rank 0 answers. Raises Unavailable where it, or any other rank, ends or hangs before."""
+        """What rank 0 answers. Raises Unavailable where it, or any other rank, ends or loses its pulse before, or the replica is given up."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             done, _ = ray.wait([answer], timeout=LOOK_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -15,15 +15,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from reelstep.compiler.bundle import AGAIN, Bundle
-from reelstep.compiler.load import build_engine, check_mesh, choose
+from reelstep.compiler.load import arch_here, build_engine, check_mesh, choose
 from reelstep.compiler.skus.cpu import SKU
 from reelstep.compiler.storage import seal, sealed
-from reelstep.engine.build import hash_weights
 from reelstep.engine.executors.bundles import Stored
+from reelstep.engine.executors.patience import Allowance
 from reelstep.engine.executors.processes import Part, ShardedModel, World, start
 from reelstep.engine.executors.restarting import Bounds, Restarting
 from reelstep.engine.models import MODELS
-from reelstep.engine.models.spec import ModelSpec
+from reelstep.engine.models.spec import ModelSpec, hash_weights
 from reelstep.engine.runner import Runner
 from reelstep.engine.samplers.step_cache import PIECES
 from reelstep.errors import BundleError, ConfigError
@@ -65,7 +65,7 @@ class BundleRanks:
         return {self.sharded.name: Runner({**shared.executables, **executables}, {**shared.max_batch, **limits})}
 
 
-def open_on_mesh(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None) -> Restarting:
+def open_on_mesh(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None, allowance: Allowance = BOUNDS.calls) -> Restarting:
     """The bundle's programs in float32 on a mesh of processes, of which this one is rank 0, and started again when a rank is lost.
 
     Warns of a mesh larger than this machine's cores. Raises, before any process starts, as `ranks_of`; then what a replica's start raises.
@@ -73,15 +73,15 @@ def open_on_mesh(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = 
     ranks = ranks_of(bundle, mesh, cache, backend)
     if mesh.world > SKU.units:
         log.warning("mesh %s has %d ranks, and this machine %d cores: they wait for each other", mesh, mesh.world, SKU.units)
-    return Restarting([partial(start, world_of(mesh, "gloo"), ranks)], BOUNDS)
+    return Restarting([partial(start, world_of(mesh, "gloo"), ranks)], replace(BOUNDS, calls=allowance))
 
 
 def ranks_of(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None) -> BundleRanks:
     """The ranks of a mesh that share a bundle's model.
 
     Weights of what is sharded are written into `cache` once, for the ranks to read their slices. Raises ConfigError for a model that does not say how
-    it is sharded, a bundle with the pieces of step caches and a mesh larger than there are heads, BundleError for a bundle of another version or
-    other weights of the model.
+    it is sharded, a bundle with the pieces of step caches, a mesh larger than there are heads and one that the backend refuses, BundleError for a bundle of
+    another version or other weights of the model.
     """
     check_mesh(bundle, mesh)
     spec = spec_of(bundle)
@@ -89,6 +89,8 @@ def ranks_of(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None
     for part in parts:
         check_part(part, mesh, spec.name)
     chosen, _ = choose(bundle, backend, "float32")
+    if lacks := chosen.refuses(mesh, arch_here(bundle, chosen)):
+        raise ConfigError(f"{bundle.path} on mesh {mesh} by backend {chosen.name!r}: {lacks}")
     return BundleRanks(Stored.of(bundle, cache), ShardedModel(spec.name, weights_file(bundle, spec, cache.absolute()), parts, chosen.name))
 
 

@@ -11,7 +11,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -26,15 +26,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
-from torch.export import ExportedProgram
 
 from reelstep import __version__
 from reelstep.compiler.backends import BACKENDS, Executable
 from reelstep.compiler.capture import capture
 from reelstep.compiler.passes import apply_passes
-from reelstep.compiler.passes.split_at_collectives import Chain, Piece, split_at_collectives
+from reelstep.compiler.passes.split_at_collectives import build_rank
 from reelstep.compiler.program import Profile, Program
-from reelstep.compiler.sharded import rank_profile
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.storage import sha256_file
 from reelstep.engine.executors import LOOK_S, RETRY_S
@@ -48,6 +46,9 @@ from reelstep.parallel.rules import RULES
 from reelstep.parallel.shard import empty_weights, shard
 
 log = logging.getLogger(__name__)
+
+KILL_S = 2.0
+"""For which it is waited that a killed rank ends, and then a call that only it held up."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class ShardedModel:
             module = shard(module, RULES[part.rules], comm, self.file, part.prefix)
             for program in resolve_name(part.programs)(module):
                 for profile in program.profiles:
-                    own = rank_profile(profile, comm.mesh)
+                    own = profile.on_rank(comm.mesh)
                     executables[program.name, own.name] = self._build(program, own, comm)
                     limits[program.name, own.name] = own.max_batch
         return {self.name: Runner(executables, limits)}
@@ -114,14 +115,7 @@ class ShardedModel:
     def _build(self, program: Program, profile: Profile, comm: Communicator) -> Executable:
         signature = Signature.of(program, profile)
         exported, _ = apply_passes(capture(program, profile))
-        split = split_at_collectives(exported, signature)
-        build = BACKENDS[self.backend].build
-        built = [build(partial(_graph, piece), piece.signature, "float32", None, "") for piece in split.pieces]
-        return Chain(split, built, comm)
-
-
-def _graph(piece: Piece) -> ExportedProgram:
-    return piece.exported
+        return build_rank(exported, signature, BACKENDS[self.backend], comm)
 
 
 def start(world: World, ranks: Ranks) -> Processes:
@@ -158,6 +152,8 @@ class Processes:
         self._store, self._calls, self._lock = store, 0, threading.Lock()
         self._closed = threading.Event()
         self._comm: Communicator | None = None
+        self._beats: dict[int, tuple[str, float]] = {}
+        self._given_up: str | None = None
         try:
             self._refuse_strangers(identity_of(ranks), self._collect("hello", world.start_s))
             _tell(store, "go", {})
@@ -183,8 +179,23 @@ class Processes:
             raise unknown("model", model, self._runners)
         return self._runners[model].run(calls)
 
+    def behind(self) -> dict[int, str]:
+        """What those ranks do that keep the others waiting: who came through the fewest links, and among them who is in none."""
+        assert self._comm is not None
+        places = {0: (self._comm.passed, self._comm.inside)} | {rank: _place(beat) for rank, (beat, _) in self._beats.items()}
+        last = min((passed, bool(inside)) for passed, inside in places.values())
+        return {
+            rank: f"waits in {inside}" if inside else "computes and does not come to an end"
+            for rank, (passed, inside) in places.items() if (passed, bool(inside)) == last
+        }  # fmt: skip
+
+    def give_up(self, why: str) -> str:
+        who = [f"rank {rank} of {self.world.mesh.world} {does}" for rank, does in self.behind().items()]
+        self.failure = self._given_up = f"{why}: {', '.join(who)}; start the replica again"
+        return self.failure
+
     def close(self) -> None:
-        """Stop the ranks and wait for them. Idempotent."""
+        """Stop the ranks and wait for them; one that failed ends theirs by force. Idempotent."""
         if not self._closed.is_set():
             self._end(clean=self.failure is None)
             self._monitor.join()
@@ -210,7 +221,7 @@ class Processes:
                 outputs = _evaluate(self._comm, runner, command, inputs)
                 self._store.delete_key(f"call/{self._calls - 1}")  # every rank has read it, or this call had not ended
             except (ReelstepError, RuntimeError) as error:
-                self.failure = f"{self._cause() or error} (during {command['where']}); start the replica again"
+                self.failure = self._given_up or f"{self._cause() or error} (during {command['where']}); start the replica again"
                 raise Unavailable(self.failure, retry_after_s=RETRY_S) from error
             return outputs
 
@@ -281,31 +292,35 @@ class Processes:
     def _watch(self) -> None:
         """Notices a rank that is gone while nothing runs."""
         store = _client("127.0.0.1" if self._store.host in ("", "localhost") else self._store.host, self._store.port, self.world.start_s)
-        seen: dict[int, tuple[bytes, float]] = {}
         while not self._closed.wait(LOOK_S):
             problem = self._ended(list(self.children))
             for rank in range(1, self.world.mesh.world):
-                beat = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
-                if rank not in seen or seen[rank][0] != beat:
-                    seen[rank] = (beat, time.monotonic())
-                elif time.monotonic() - seen[rank][1] > self.world.silence_s:
+                beat = store.get(f"beat/{rank}").decode() if store.check([f"beat/{rank}"]) else ""
+                if rank not in self._beats or self._beats[rank][0] != beat:
+                    self._beats[rank] = (beat, time.monotonic())
+                elif time.monotonic() - self._beats[rank][1] > self.world.silence_s:
                     problem = problem or f"rank {rank} of {self.world.mesh.world} has not been heard of for {self.world.silence_s:g} s"
             if problem and self.failure is None and not self._closed.is_set():
                 self.failure = f"{problem}; start the replica again"
                 log.error("%s", self.failure)
 
     def _end(self, clean: bool) -> None:
-        with self._lock:
-            self._closed.set()
-            if clean:
+        self._closed.set()
+        if clean:
+            with self._lock:
                 _tell(self._store, f"call/{self._calls + 1}", {"stop": True})
-            else:
-                _tell(self._store, "go", {"refused": True})
-            for child in self.children.values():
-                child.join(self.world.collective_s if clean else 0)
-                if child.exitcode is None:
-                    child.kill()
-                    child.join()
+        else:
+            _tell(self._store, "go", {"refused": True})
+        for rank, child in self.children.items():
+            child.join(self.world.collective_s if clean else 0)
+            if child.exitcode is None:
+                child.kill()
+                child.join(KILL_S)
+            if child.exitcode is None:
+                log.error("rank %d of %d does not end, although it was killed: a driver holds process %s", rank, self.world.mesh.world, child.pid)
+        # A call that was given up ends by itself where a link to a rank that was killed held it, and perhaps never where this process's program does.
+        if self._lock.acquire(timeout=KILL_S):
+            self._lock.release()
         if self._comm is not None:
             self._comm.close()
             dist.destroy_process_group()
@@ -317,7 +332,9 @@ def serve_rank(rank: int, world: World, ranks: Ranks, host: str, port: int) -> N
     What goes wrong is reported to rank 0 and raised.
     """
     store = _client(host, port, world.start_s)
-    threading.Thread(target=_beat, args=(rank, world, host, port), name="reelstep-beat", daemon=True).start()
+    comm: Communicator | None = None
+    place = lambda: "0 " if comm is None else f"{comm.passed} {comm.inside}"  # noqa: E731  # it reads what is made below
+    threading.Thread(target=_beat, args=(rank, world, host, port, place), name="reelstep-beat", daemon=True).start()
     with _reporting(store, "hello", rank):
         identity = identity_of(ranks)
     _tell(store, f"hello/{rank}", identity)
@@ -398,15 +415,21 @@ def _next(store: TCPStore, call: int, world: World) -> Any:
             store.check([f"call/{call}"])
 
 
-def _beat(rank: int, world: World, host: str, port: int) -> None:
+def _beat(rank: int, world: World, host: str, port: int, place: Callable[[], str]) -> None:
     store, count = _client(host, port, world.start_s), 0
     try:
         while True:
-            store.set(f"beat/{rank}", str(count))
+            store.set(f"beat/{rank}", f"{count} {place()}")
             count += 1
             time.sleep(world.silence_s / 8)
     except RuntimeError:
         return  # rank 0 is gone, and the main thread finds that too
+
+
+def _place(beat: str) -> tuple[int, str]:
+    """How many links a rank came through, and in which one it waits, as its heartbeat says."""
+    _, passed, inside = (beat or "0 0 ").split(" ", 2)
+    return int(passed), inside
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from itertools import count
 from typing import Literal, Protocol
 
 from reelstep.engine.executors import LOOK_S, RETRY_S, Executor
+from reelstep.engine.executors.patience import Allowance, Hand, Kind, Usual
 from reelstep.engine.request import Call
 from reelstep.engine.runner import Outputs
 from reelstep.engine.scheduler import Key
@@ -42,8 +43,12 @@ class Replica(Executor, Protocol):
         """Why another shall take its place although it lives, as when its machine is drained. None where it may stay."""
         ...
 
+    def give_up(self, why: str) -> str:
+        """Its call takes too long: it has died. Returns why, and which rank keeps the others waiting. The call itself may never return."""
+        ...
+
     def close(self) -> None:
-        """Free what it holds, dead or alive. Idempotent."""
+        """Free what it holds, dead or alive, whatever a call that was given up still does. Idempotent."""
         ...
 
 
@@ -54,6 +59,7 @@ class Bounds:
     starts: int  # of one replica within `window_s`, beside its first one; those that fail count
     window_s: float
     reruns: int  # of the same calls: what ends one replica after another may be they themselves
+    calls: Allowance = field(default_factory=Allowance)  # what one may take; then its replica counts as hung
 
     def __post_init__(self) -> None:
         if self.starts < 0 or self.reruns < 0 or self.window_s <= 0:
@@ -64,7 +70,7 @@ class Bounds:
 class Place:
     """Where one replica lives. Only who made it "running", "starting" or "closing" touches the replica.
 
-    ends: when it died or did not start, and why. retired: why it is not wanted any more.
+    ends: when it died or did not start, and why. retired: why it is not wanted any more. hand: runs the replica's calls. ran: kinds of them that ended.
     """
 
     number: int
@@ -73,6 +79,8 @@ class Place:
     state: Literal["live", "running", "ended", "starting", "closing"]
     ends: deque[tuple[float, str]] = field(default_factory=deque)
     retired: str | None = None
+    hand: Hand | None = None
+    ran: set[Kind] = field(default_factory=set)
 
     @property
     def lives(self) -> bool:
@@ -88,7 +96,8 @@ class Restarting:
 
     starts: one function for each replica, called here, all at once, and again after every death; replicas that hold a process's only group of ranks
     (`Processes`) can be one at a time. A thread of its own looks after them and has the dead started anew while the others go on: `run` takes one
-    that lives and waits only where there is none. restarts, reruns: how many times a replica was started anew, and calls run again.
+    that lives and waits only where there is none. A call that takes much longer than such calls do (`bounds.calls`) ends its replica. restarts, reruns:
+    how many times a replica was started anew, and calls run again.
     Raises ConfigError for no replica and for replicas of different programs; what the first start of any raises.
     """
 
@@ -98,6 +107,7 @@ class Restarting:
         if not starts:
             raise ConfigError("no replica to run on; give a function that starts one")
         self.bounds, self.restarts, self.reruns = bounds, 0, 0
+        self._usual = Usual(bounds.calls)
         self._changed = threading.Condition()
         self._closed = False
         self._wanted, self._start, self._numbers = len(starts), starts[0], count()
@@ -149,9 +159,8 @@ class Restarting:
         ended: list[str] = []
         while True:
             place = self._claim()
-            assert place.replica is not None
             try:
-                outputs = place.replica.run(model, calls)
+                outputs = self._run(place, model, calls)
             except Unavailable as error:
                 self._release(place, str(error))
                 ended.append(str(error))
@@ -167,6 +176,24 @@ class Restarting:
             else:
                 self._release(place, None)
                 return outputs
+
+    def _run(self, place: Place, model: str, calls: Sequence[Call]) -> list[Outputs]:
+        """On the place's replica. Raises what it raises, and Unavailable where the calls take too long; the replica has then ended."""
+        replica = place.replica
+        assert replica is not None
+        kind = (model, *calls[0].key, sum(call.rows for call in calls))
+        fresh = kind not in place.ran
+        limit_s, began = self._usual.limit_s(kind, fresh), time.monotonic()
+        place.hand = place.hand or Hand(f"reelstep-replica-{place.number}")
+        future = place.hand.run(lambda: replica.run(model, calls), limit_s)
+        seconds = time.monotonic() - began
+        if not future.done():
+            what = f"{kind[1]} {kind[2]} of {model!r} with {kind[3]} rows has run for {seconds:.1f} s on replica {place.number}"
+            raise Unavailable(replica.give_up(f"{what} ({self._usual.note_cut(kind, fresh)})"), retry_after_s=RETRY_S)
+        outputs = future.result()
+        self._usual.note(kind, fresh, seconds)
+        place.ran.add(kind)
+        return outputs
 
     def close(self) -> None:
         """Stop all replicas. Waits for a call that is under way, and not for long for a start, which then ends what it started itself. Idempotent."""
@@ -303,6 +330,10 @@ def _close(place: Place) -> None:
     if place.replica is not None:
         place.replica.close()
         place.replica = None
+    if place.hand is not None:
+        place.hand.close()
+        place.hand = None
+    place.ran.clear()
 
 
 def _listed(reasons: Sequence[str]) -> str:

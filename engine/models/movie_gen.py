@@ -21,6 +21,7 @@ from reelstep.engine.request import Limits
 from reelstep.errors import ConfigError
 from reelstep.kernels.gated_residual import gated_residual
 from reelstep.kernels.patchify import patchify
+from reelstep.kernels.qk_norm_rope import qk_norm_rope
 from reelstep.kernels.rms_modulate import rms_modulate
 from reelstep.kernels.swiglu import swiglu
 from reelstep.kernels.unpatchify import unpatchify
@@ -61,7 +62,7 @@ class MovieGenConfig:
 class Attention(nn.Module):
     """Multi-head attention without biases. Queries from x [B, L, D]; keys and values from context [B, S, D].
 
-    Torch's own attention: nobody reads lse here, and what replaces it where a sequence is split or gradients are taken does so by its name.
+    Torch's own attention: what replaces it where a sequence is split, where gradients are taken, or where a backend keeps the op of ours does so by its name.
     """
 
     def __init__(self, config: MovieGenConfig) -> None:
@@ -72,13 +73,15 @@ class Attention(nn.Module):
         self.k = nn.Linear(d, d, bias=False)
         self.v = nn.Linear(d, d, bias=False)
         self.out = nn.Linear(d, d, bias=False)
-        self.q_norm = nn.RMSNorm(k, eps=EPS) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(k, eps=EPS) if config.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(k, eps=EPS) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(k, eps=EPS) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q_BLNK = self.q_norm(self.q(x).unflatten(-1, (self.heads, -1)))
-        k_BSNK = self.k_norm(self.k(context).unflatten(-1, (self.heads, -1)))
+        q_BLNK = self.q(x).unflatten(-1, (self.heads, -1))
+        k_BSNK = self.k(context).unflatten(-1, (self.heads, -1))
         v_BSNK = self.v(context).unflatten(-1, (self.heads, -1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BLNK, k_BSNK = qk_norm_rope(q_BLNK, k_BSNK, self.q_norm.weight, self.k_norm.weight, eps=EPS)
         y_BNLK = F.scaled_dot_product_attention(q_BLNK.transpose(1, 2), k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2))
         return self.out(y_BNLK.transpose(1, 2).flatten(2))
 

@@ -5,6 +5,7 @@ Settings travel in the bundle, so that a server never builds the model's class.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from reelstep.compiler.lora import Layout
@@ -133,3 +135,13 @@ class ModelSpec:
     pieces: Callable[[nn.Module], tuple[Program, ...]] | None = None  # `denoise` split for step caches, on the same weights
     adaptable: Callable[[nn.Module], Mapping[str, nn.Linear]] | None = None  # layers of `denoise` that a LoRA may change, by path in the transformer
     sharding: tuple[Mapping[str, str], ...] = ()  # the parts that ranks share: arguments of executors.processes.Part, a layer above; prefixes as of `build`
+
+
+def hash_weights(model: nn.Module) -> str:
+    """sha256 over names, types, shapes and bytes of all weights, hex: what an artifact of a fit is bound to."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

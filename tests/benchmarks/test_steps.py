@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 
 from reelstep.benchmarks import steps
 from reelstep.benchmarks.page import markdown
-from reelstep.benchmarks.steps import candidates, plot, references, ssim
+from reelstep.benchmarks.steps import candidates, joined, plot, references, ssim
 from reelstep.engine.request import Fit
 from reelstep.engine.resolve import Ask
+from reelstep.errors import ConfigError
 
 
 def clip(seed: int) -> np.ndarray:
@@ -71,6 +73,57 @@ def test_every_solver_spends_exactly_the_nfe_that_it_is_compared_at_and_stochast
 def test_a_rule_that_ends_at_a_time_is_tried_with_several_at_the_tasks_own_steps():
     tried = candidates(SimpleNamespace(models={"toy": SERVED}), Ask(""), [4])
     assert [ask.guidance_options for ask in tried if ask.guidance and ask.steps is None] == [{"stop": 0.25}, {"stop": 0.375}, {"stop": 0.75}]
+
+
+def test_stops_and_their_steps_can_be_chosen_and_a_schedule_is_everyones():
+    tried = candidates(SimpleNamespace(models={"toy": SERVED}), Ask("", schedule="karras"), [4], [0.6, 0.7], 20)
+    assert [(ask.guidance_options, ask.steps) for ask in tried if ask.guidance][1:] == [({"stop": 0.6}, 20), ({"stop": 0.7}, 20)]
+    assert {ask.schedule for ask in tried} == {"karras"}
+
+
+def test_one_nfe_is_one_row_of_a_stochastic_solver():
+    tried = candidates(SimpleNamespace(models={"toy": SERVED}), Ask(""), [16])
+    assert [ask.steps for ask in tried if ask.solver == "lcm"] == [16]
+
+
+@pytest.mark.parametrize("full", [Ask("", scale=1.0), Ask("", scale=3.0, guidance="picture_and_text", guidance_options={"picture": 1.5})])
+def test_where_cfg_is_not_full_guidance_solvers_alone_are_compared(full):
+    tried = candidates(SimpleNamespace(models={"toy": SERVED}), full, [4])
+    assert {ask.solver for ask in tried} == set(SERVED.solvers)
+    assert {ask.guidance for ask in tried} == {full.guidance}
+
+
+def row(solver: str, nfe: int, psnr_db: float, guidance: str = "cfg", stop: float | None = None) -> dict[str, object]:
+    return {"solver": solver, "guidance": guidance, "stop": stop, "nfe": nfe, "psnr_db": psnr_db}
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A file of an earlier run, as `report` writes it."""
+    about = {"command": "reelstep bench steps --nfe 4 12", "commit": "abc", "load_1min": 2.0, "time": "now"}
+    rows = [row("heun", 4, 1.0), row("heun", 12, 2.0), row("ab2", 12, 3.0), row("ab2", 12, 4.0, "interval", 0.5), row("ab2", 12, 5.0, "interval", 0.25)]
+    (tmp_path / "a.json").write_text(json.dumps({"benchmark": "steps", "conditions": about, "task": "text_to_video", "samples": 64, "rows": rows}))
+    return tmp_path / "a.json"
+
+
+def test_rows_join_those_of_an_earlier_run_and_replace_what_was_measured_again(earlier):
+    rows, about = joined([row("heun", 6, 1.5), row("ab2", 12, 3.5), row("deis", 6, 9.0)], earlier, {"task": "text_to_video", "samples": 64})
+    assert [(r["solver"], r["guidance"], r["nfe"], r["stop"], r["psnr_db"]) for r in rows] == [
+        ("heun", "cfg", 4, None, 1.0), ("heun", "cfg", 6, None, 1.5), ("heun", "cfg", 12, None, 2.0), ("ab2", "cfg", 12, None, 3.5),
+        ("ab2", "interval", 12, 0.5, 4.0), ("ab2", "interval", 12, 0.25, 5.0), ("deis", "cfg", 6, None, 9.0),
+    ]  # fmt: skip
+    assert about == {"task": "text_to_video", "samples": 64, "before": "reelstep bench steps --nfe 4 12, commit abc, load 2.0, now;"}
+    earlier.write_text(json.dumps({**json.loads(earlier.read_text()), "before": "the first;"}))
+    assert joined((), earlier, {})[1]["before"].startswith("the first; reelstep bench steps --nfe 4 12,")
+
+
+def test_rows_of_another_comparison_are_not_joined(earlier, tmp_path):
+    with pytest.raises(ConfigError, match="samples 64 instead of 8"):
+        joined((), earlier, {"samples": 8})
+    (tmp_path / "bad.json").write_text("[]")
+    for file in ("bad.json", "none.json"):
+        with pytest.raises(ConfigError, match="cannot add to"):
+            joined((), tmp_path / file, {})
 
 
 def test_a_table_and_plots_are_made_of_rows(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.capture import capture
 from reelstep.compiler.cost import (
-    Layout,
     Op,
     Transformer,
     all_reduce_bytes,
@@ -25,9 +25,17 @@ from reelstep.compiler.cost import (
     transformer_of,
     ulysses_bytes,
 )
+from reelstep.compiler.graphs import ops_of
+from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.program import Profile, Program
 from reelstep.engine.models.movie_gen import MovieGenConfig, MovieGenTransformer, denoise_program
 from reelstep.errors import CompileError
+from reelstep.kernels import OPS
+from reelstep.kernels.attention import attention
+from reelstep.kernels.gated_residual import gated_residual
+from reelstep.kernels.qk_norm_rope import qk_norm_rope
+from reelstep.kernels.rms_modulate import rms_modulate
+from reelstep.parallel.mesh import Mesh
 
 
 def by_hand(rows: int, length: int) -> int:
@@ -68,10 +76,14 @@ def denoiser() -> MovieGenTransformer:
         return MovieGenTransformer(CONFIG)
 
 
-@pytest.fixture(scope="module")
-def graph(denoiser: MovieGenTransformer) -> ExportedProgram:
+def captured(denoiser: MovieGenTransformer) -> ExportedProgram:
     program = denoise_program(denoiser, TEXT_TOKENS, (Profile("video", SIZES, 4),))
     return capture(program, program.profiles[0])
+
+
+@pytest.fixture(scope="module")
+def graph(denoiser: MovieGenTransformer) -> ExportedProgram:
+    return captured(denoiser)
 
 
 def by_formula(layers: int, d: int, f: int, tokens: int, text: int, edges: int) -> int:
@@ -94,6 +106,26 @@ def test_flops_agree_with_torchs_counter_with_the_graph_and_with_the_formula(gra
     with torch.no_grad(), counter:
         denoiser(*inputs)
     assert found.flops(3) == graph_flops(graph, 3) == counter.get_total_flops() == 3 * by_formula(2, 64, 160, TOKENS, TEXT_TOKENS, 64)
+
+
+def test_a_graph_that_keeps_our_ops_has_the_sizes_and_the_flops_of_one_that_has_their_formulas(denoiser: MovieGenTransformer, graph: ExportedProgram) -> None:
+    kept, formulas = (apply_passes(captured(denoiser), keep=keep)[0] for keep in (OPS, ()))
+    assert {"reelstep.attention.default", "reelstep.qk_norm_rope.default"} <= {*ops_of(kept)}
+    assert transformer_of(kept) == transformer_of(formulas) == transformer_of(graph)
+    assert graph_flops(kept, 3) == graph_flops(formulas, 3) == 3 * by_formula(2, 64, 160, TOKENS, TEXT_TOKENS, 64)
+
+
+def test_an_op_of_several_tensors_moves_all_of_them_and_who_reads_one_moves_that_one() -> None:
+    class Normed(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            q, k = qk_norm_rope(q, k, None, None)
+            out, lse = attention(q.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2))
+            return out.exp(), lse
+
+    exported = export(Normed(), (torch.zeros(1, 4, 2, 8), torch.zeros(1, 3, 2, 8)), strict=False)
+    queries, keys, lse = 4 * 2 * 8, 3 * 2 * 8, 4 * 2
+    ops = sorted((op.kind, op.elements, op.count) for op in graph_ops(exported))
+    assert ops == [("attention", 2 * queries + 2 * keys + lse, 1), ("pointwise", 2 * queries, 1), ("pointwise", 2 * (queries + keys), 1)]
 
 
 @pytest.mark.parametrize(("tokens", "flops"), [(73_728, 1.0249e16), (55_296, 6.487e15), (36_864, 3.525e15), (8_192, 5.121e14), (2_304, 1.334e14)])
@@ -120,7 +152,9 @@ def test_wans_blocks_cost_what_torch_counts_in_another_implementation() -> None:
     assert counted(3) - counted(2) == replace(one, layers=2).flops() - one.flops()
 
 
-def test_bytes_on_one_device_are_those_of_the_graph(graph: ExportedProgram) -> None:
+def test_bytes_on_one_device_are_those_of_the_graph() -> None:
+    graph, _ = apply_passes(captured(MovieGenTransformer(CONFIG)))
+
     def elements(ops: tuple[Op, ...], kind: str) -> float:
         return sum(op.elements * op.count for op in ops if op.kind == kind)
 
@@ -150,6 +184,19 @@ def test_what_lies_between_products_is_one_pass_over_memory() -> None:
     assert passes == [2 * 128, 3 * 128]  # reads x, writes h; reads h and the product, writes the sum
 
 
+def test_an_op_that_is_kept_is_a_pass_of_its_own() -> None:
+    class Stream(nn.Module):
+        def forward(self, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+            return rms_modulate(gated_residual(x, gate, y) + x, scale, shift)
+
+    def passes(keep: Iterable[str]) -> list[float]:
+        exported = export(Stream(), (*(torch.zeros(1, 4, 8) for _ in range(2)), *(torch.zeros(1, 8) for _ in range(3))), strict=False)
+        return sorted(op.elements for op in graph_ops(apply_passes(exported, keep)[0]) for _ in range(op.count))
+
+    assert passes(()) == [3 * 32 + 3 * 8]  # reads x, y and the vectors, writes the result
+    assert passes(OPS) == [2 * 32 + 2 * 8, 3 * 32, 3 * 32 + 8]
+
+
 def test_a_graph_that_is_no_transformer_is_refused() -> None:
     with pytest.raises(CompileError, match="no attention"):
         transformer_of(export(Residual().eval(), (torch.zeros(2, 8, 8),), strict=False))
@@ -159,9 +206,9 @@ def test_ranks_share_the_work_and_repeat_only_the_text() -> None:
     network = Transformer(3, 64, 4, 160, gated=False, tokens=96, text_tokens=24, values_in=16, values_out=16, qk_norm=True)
     one = network.flops()
     text, edges = 3 * 4 * 64 * 64 * 24, 2 * 96 * 32 * 64
-    for layout in (Layout(ulysses=4), Layout(ring=4), Layout(ulysses=2, ring=2), Layout(tp=4), Layout(ulysses=2, tp=2)):
-        shared = sum(op.flops * op.count for op in network.ops(1, layout))
-        assert shared == pytest.approx((one - text - edges) / 4 + text / layout.tp + edges / layout.cp)
+    for mesh in map(Mesh.parse, ("cp=4", "cp=4,ring=4", "cp=4,ring=2", "tp=4", "cp=2,tp=2")):
+        shared = sum(op.flops * op.count for op in network.ops(1, mesh))
+        assert shared == pytest.approx((one - text - edges) / 4 + text / mesh.tp + edges / mesh.cp)
 
 
 def test_ulysses_moves_what_changes_its_owner() -> None:
@@ -199,10 +246,10 @@ def test_an_all_reduce_sends_what_the_ring_algorithm_sends() -> None:
 
 def test_communication_of_a_call_is_that_of_its_attentions_and_branches() -> None:
     network = Transformer(3, 64, 4, 160, gated=False, tokens=96, text_tokens=24, values_in=16, values_out=16, qk_norm=False)
-    sent = {t.axis: t for t in network.transfers(2, Layout(ulysses=2, ring=3, tp=2), 2)}
+    sent = {t.axis: t for t in network.transfers(2, Mesh.parse("cp=6,ring=3,tp=2"), 2)}
     assert sent["ulysses"].bytes == 3 * 4 * (2 * 96 / 3) * (64 / 2) * 2 * 1 / 4
     assert sent["ring"].bytes == 3 * 2 * 2 * (2 * 96 / 3) * (64 / 4) * 2
     assert sent["tp"].bytes == 3 * 3 * 2 * (2 * 96 / 6 * 64 * 2) / 2  # self-attention, attention to text, feed-forward
-    assert network.transfers(2, Layout(), 2) == ()
-    assert {t.axis for t in network.transfers(1, Layout(cfg=2), 2)} == {"state"}
-    assert sum(t.bytes for t in replace(network, text_tokens=0).transfers(2, Layout(tp=2), 2) if t.axis == "tp") == 3 * 2 * (2 * 96 * 64 * 2)
+    assert network.transfers(2, Mesh.parse(""), 2) == ()
+    assert {t.axis for t in network.transfers(1, Mesh.parse("cfg=2"), 2)} == {"state"}
+    assert sum(t.bytes for t in replace(network, text_tokens=0).transfers(2, Mesh.parse("tp=2"), 2) if t.axis == "tp") == 3 * 2 * (2 * 96 * 64 * 2)

@@ -161,7 +161,7 @@ def test_ops_of_a_meshs_ranks_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cubins, "HAS_TRITON", False)
     plan = planned("swiglu")
     split = replace(plan, programs=(), ranks=(RankPlan((0,), 0, plan.programs),))
-    assert "kernels of the ops that are kept: not compiled: Triton is not installed; install reelstep[triton]" in with_kernels(split).explain()
+    assert "kernels of the ops that are kept: not compiled: Triton is not installed; install reelstep[triton] (swiglu)" in with_kernels(split).explain()
 
 
 def test_the_ring_between_ranks_is_no_kernel() -> None:

@@ -25,6 +25,7 @@ from reelstep.compiler.finalize import Finalized, explain, finalize
 from reelstep.compiler.load import load
 from reelstep.compiler.program import Program
 from reelstep.compiler.skus import SKUS
+from reelstep.compiler.storage import seal, sealed
 from reelstep.errors import CompileError, ConfigError, NotFound, StorageError
 
 CompileToy = Callable[..., Bundle]
@@ -111,6 +112,36 @@ def test_a_finalize_that_was_killed_goes_on_where_it_stopped(portable: Bundle, t
         assert process.stdout.readline() == "killed here\n"
         process.send_signal(signal.SIGKILL)
     assert states(finalize(portable, cache)) == {"find l4": "cached", "find l3": "cached", "lookup l4": "built"}
+
+
+def test_what_a_killed_builder_left_goes_with_the_next_build_and_what_a_live_one_fills_stays(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys, time\n"
+        "from reelstep.compiler.storage import seal\n"
+        "def write(path):\n"
+        "    path.write_bytes(b'half'); print(path.parent, flush=True); sys.stdin.readline(); path.write_bytes(b'whole')\n"
+        "seal(pathlib.Path(sys.argv[1]), write)\n"
+    )
+
+    def builder(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-P", "-c", code, str(tmp_path / f"{name}.blob")]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    with builder("killed") as killed, builder("live") as live:
+        assert killed.stdout is not None
+        assert live.stdout is not None
+        left, filled = Path(killed.stdout.readline().strip()), Path(live.stdout.readline().strip())
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        assert {*tmp_path.glob(".new-*")} == {left, filled}
+        seal(tmp_path / "next.blob", lambda path: path.write_bytes(b"engine"))
+        assert {*tmp_path.glob(".new-*")} == {filled}
+        live.communicate("\n")
+    assert live.returncode == 0
+    assert not {*tmp_path.glob(".new-*")}
+    assert sealed(tmp_path / "live.blob")
+    assert (tmp_path / "live.blob").read_bytes() == b"whole"
+    assert not sealed(tmp_path / "killed.blob")
 
 
 def test_an_engine_that_is_killed_half_written_is_not_taken(portable: Bundle, cache: Path) -> None:

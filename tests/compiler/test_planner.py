@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reelstep import __main__ as cli
-from reelstep.compiler.cost import Layout, Op, Transformer
+from reelstep.compiler.cost import Op, Transformer
 from reelstep.compiler.planner import (
     ASSUMED,
     Corrections,
@@ -21,7 +21,8 @@ from reelstep.compiler.planner import (
     Workload,
     device_of,
     explain,
-    layouts,
+    in_words,
+    meshes,
     plot,
     rank,
     read_device,
@@ -33,6 +34,7 @@ from reelstep.compiler.planner import (
 from reelstep.compiler.skus import SKUS
 from reelstep.engine.models.movie_gen import MovieGenConfig, MovieGenTransformer, denoise_program, time_program
 from reelstep.errors import ConfigError, StorageError
+from reelstep.parallel.mesh import Mesh
 
 BIG = Transformer(48, 6144, 48, 16384, gated=True, tokens=73_728, text_tokens=1024, values_in=64, values_out=64, qk_norm=False)
 MOVIE_GEN = Workload("movie-gen-30b", BIG, 29_303_494_656, ())
@@ -60,29 +62,29 @@ def test_an_operator_takes_the_longer_of_its_flops_and_its_bytes() -> None:
 def test_fifty_steps_of_movie_gen_on_eight_h100_at_forty_percent_take_324_seconds() -> None:
     at_forty = replace(IDEAL, product=Figure(0.4, "assumed"), attention=Figure(0.4, "assumed"), bandwidth=Figure(1e6, "assumed"), link=Figure(1e6, "assumed"))
     ranking = rank(MOVIE_GEN, Device(SKUS["h100-sxm"], {"bfloat16": at_forty}), devices=8, samplings=[FIFTY], precisions=["bfloat16"])
-    by_mesh = {str(choice.layout): choice.latency_s for choice in ranking.choices}
+    by_mesh = {in_words(choice.mesh): choice.latency_s for choice in ranking.choices}
     text = 48 * 4 * 6144**2 * 1024  # keys and values, which three more ranks compute too
     assert by_mesh["cfg=2 x cp=4 (Ulysses)"] == pytest.approx(100 * (1.0249e16 + 3 * text) / (8 * 989.5e12 * 0.4), rel=1e-4)
 
 
 def test_transfers_take_their_bytes_at_the_rate_of_the_link_they_cross() -> None:
     device = ideal("h100-sxm")
-    within = spent_on_call(BIG, 1, Layout(ulysses=8), device, "bfloat16").link
+    within = spent_on_call(BIG, 1, Mesh.parse("cp=8"), device, "bfloat16").link
     state = 4 * 73_728 * 128 / 450e9
     assert within - state == pytest.approx(48 * 4 * 73_728 * 6144 * 2 * 7 / 64 / 450e9)
-    across = spent_on_call(BIG, 1, Layout(ulysses=16), device, "bfloat16").link
+    across = spent_on_call(BIG, 1, Mesh.parse("cp=16"), device, "bfloat16").link
     assert across - state * 9 == pytest.approx(48 * 4 * 73_728 * 6144 * 2 * 15 / 256 / 50e9)
-    inside = spent_on_call(BIG, 1, Layout(cfg=2, ulysses=8), device, "bfloat16").link  # only the pair's velocities cross
+    inside = spent_on_call(BIG, 1, Mesh.parse("cfg=2,cp=8"), device, "bfloat16").link  # only the pair's velocities cross
     assert inside == pytest.approx(within - state + state * 9)
 
 
 def test_a_ring_hides_behind_its_attention_and_shows_where_that_is_short() -> None:
-    assert spent_on_call(BIG, 1, Layout(ring=2), ideal("h100-sxm"), "bfloat16").link == pytest.approx(4 * 73_728 * 128 / 450e9)  # the state alone
+    assert spent_on_call(BIG, 1, Mesh.parse("cp=2,ring=2"), ideal("h100-sxm"), "bfloat16").link == pytest.approx(4 * 73_728 * 128 / 450e9)  # the state alone
     short = replace(BIG, tokens=512)
     slow = Device(replace(SKUS["h100-sxm"], link=replace(SKUS["h100-sxm"].link, bytes_per_s=1e9)), {"bfloat16": IDEAL})
     attention = 48 * 4 * 256 * 256 * 6144 / 989.5e12  # while a block of keys is on its way, this rank's queries meet the other
     moved = 48 * 2 * 256 * 6144 * 2 / 1e9
-    assert spent_on_call(short, 1, Layout(ring=2), slow, "bfloat16").link == pytest.approx(moved - attention + 4 * 512 * 128 / 1e9, rel=2e-3)
+    assert spent_on_call(short, 1, Mesh.parse("cp=2,ring=2"), slow, "bfloat16").link == pytest.approx(moved - attention + 4 * 512 * 128 / 1e9, rel=2e-3)
 
 
 def test_what_does_not_fit_is_dropped_with_its_sizes() -> None:
@@ -92,7 +94,7 @@ def test_what_does_not_fit_is_dropped_with_its_sizes() -> None:
     assert alone.startswith("1")
     assert "GB do not fit 80 GB: weights 117.2, activations" in alone  # 29.3e9 x 4
     assert all(choice.memory.total <= 80e9 for choice in ranking.choices)
-    assert all(choice.layout.tp > 1 for choice in ranking.choices if choice.precision == "float32")
+    assert all(choice.mesh.tp > 1 for choice in ranking.choices if choice.precision == "float32")
 
 
 def test_a_guidance_pair_that_does_not_fit_in_one_call_runs_in_two() -> None:
@@ -104,7 +106,7 @@ def test_a_guidance_pair_that_does_not_fit_in_one_call_runs_in_two() -> None:
 
 def test_weights_are_divided_by_tp_and_activations_by_all() -> None:
     ranking = rank(MOVIE_GEN, H200, devices=8, samplings=[FIFTY], precisions=["bfloat16"])
-    memory = {str(choice.layout): choice.memory for choice in ranking.choices}
+    memory = {in_words(choice.mesh): choice.memory for choice in ranking.choices}
     assert memory["tp=8"].weights == 2 * (BIG.block_parameters / 8 + 29_303_494_656 - BIG.block_parameters)
     assert memory["cp=8 (Ulysses)"].weights == 2 * 29_303_494_656
     assert memory["cp=8 (Ulysses)"].activations < memory["tp=8"].activations < memory["one device"].activations
@@ -122,23 +124,23 @@ def test_meshes_that_do_not_divide_the_model_are_dropped() -> None:
 
 def test_without_a_pair_cfg_has_nothing_to_share() -> None:
     ranking = rank(MOVIE_GEN, H200, devices=2, samplings=[Sampling("euler", 8, 8, "not measured")], precisions=["bfloat16"])
-    assert all(choice.layout.cfg == 1 for choice in ranking.choices)
+    assert all(choice.mesh.cfg == 1 for choice in ranking.choices)
     assert "no guidance pair" in next(one.reason for one in ranking.dropped if "cfg=2" in one.what)
 
 
 def test_machines_without_a_known_network_are_not_joined() -> None:
     lone = replace(H200, sku=replace(H200.sku, network=None))
     ranking = rank(MOVIE_GEN, lone, devices=16, samplings=[EIGHT], precisions=["bfloat16"])
-    assert max(choice.layout.ranks for choice in ranking.choices) == 8
+    assert max(choice.mesh.world for choice in ranking.choices) == 8
     assert any("needs a link between machines of 8, and none is known of h200-sxm" in one.reason for one in ranking.dropped)
 
 
 def test_every_mesh_of_a_number_that_divides_the_devices_is_tried() -> None:
-    tried = layouts(8)
+    tried = meshes(8)
     assert len(tried) == len(set(tried))
-    assert {layout.ranks for layout in tried} == {1, 2, 4, 8}
-    assert len([layout for layout in tried if layout.ranks == 8]) == 10 + 6  # ways to write 8, and 4, as ulysses x ring x tp
-    assert Layout(2, 2, 2, 1) in tried
+    assert {mesh.world for mesh in tried} == {1, 2, 4, 8}
+    assert len([mesh for mesh in tried if mesh.world == 8]) == 10 + 6  # ways to write 8, and 4, as ulysses x ring x tp
+    assert Mesh.parse("cfg=2,cp=4,ring=2") in tried
 
 
 def test_the_best_comes_first_and_with_a_deadline_the_cheapest_of_the_most_forwards() -> None:
@@ -173,7 +175,7 @@ def test_every_number_that_is_not_measured_is_printed_as_such() -> None:
         assert figure.source.startswith(("assumed", "published"))
     assert H200.sku.source in text
     best = ranking.choices[0]
-    assert f"{best.layout.ranks * best.latency_s / 3600 * 2.5:.4g}" in text
+    assert f"{best.mesh.world * best.latency_s / 3600 * 2.5:.4g}" in text
     assert "price" not in explain(ranking, 3)
     assert "not in this model, so not counted: encode_text, decode" in text
 
@@ -278,3 +280,5 @@ def test_the_menu_that_was_measured_is_what_is_planned() -> None:
     assert [(s.solver, s.nfe, s.forwards) for s in samplings] == [("bns_4", 4, 8), ("bns_8", 8, 16), ("bns_16", 16, 32)]
     assert all("(reelstep bench steps)" in s.quality for s in samplings)
     assert all(s.pairs == s.nfe for s in samplings)
+    picture = cli.build_parser().parse_args(["plan", "reel-tiny", "--sku", "b200", "--frames", "1"])
+    assert {s.solver for s in cli.planned_samplings(MODELS["reel-tiny"].settings, picture)} == {"ab2"}

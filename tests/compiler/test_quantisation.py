@@ -15,7 +15,7 @@ from reelstep.compiler.load import load
 from reelstep.compiler.passes.quantise import Quantising, linears, quantise_weight
 from reelstep.compiler.plan import Plan
 from reelstep.compiler.program import Profile, Program, TensorSpec
-from reelstep.compiler.quantisation import Bench, Quantisation
+from reelstep.compiler.quantisation import Bench, Quantisation, fits
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
 from reelstep.errors import CompileError, ConfigError
@@ -195,12 +195,26 @@ def test_fp8_is_planned_for_a_gpu_and_measured_here(tmp_path):
     assert plan.quality.backend == "eager"
 
 
+def test_nvfp4_is_planned_for_a_gpu_that_multiplies_it_and_measured_here(tmp_path):
+    bundle = compiled(tmp_path / "nvfp4.reel", "nvfp4", max_error=0.2, min_psnr=10.0, backend="null", sku="b200")
+    record = bundle.plan.program("denoise", "l4").quantised
+    assert (record.scheme, record.layers) == ("nvfp4", 2)
+    assert [each.layer for each in record.kept] == ["spread.weight"], "the outlier's block has one scale, and rounds its other 15 numbers away"
+    assert 0.05 < record.error < 0.2, "E2M1 has one bit behind the leading one"
+    assert 10 < bundle.plan.quality.psnr_db < 40
+    stored = sorted((str(tensor.dtype), tuple(tensor.shape)) for tensor in bundle.tensors.values())
+    packed, scales = ("torch.uint8", (WIDTH, WIDTH // 2)), ("torch.float8_e4m3fn", (WIDTH, WIDTH // 16))
+    assert [each for each in stored if each[0] != "torch.float32"] == [scales] * 2 + [packed] * 2, "of two profiles"
+
+
 @pytest.mark.parametrize(
     ("scheme", "backend", "sku", "text"),
     [
         ("fp8", "eager", "cpu", r"fp8 on cpu .*multiplies no E4M3; use int8.*one of: l40s, h100-sxm"),
         ("fp8", "null", "a100-80g", r"fp8 on a100-80g \(sm80\)"),
-        ("fp8", "tensorrt", "h100-sxm", r"fp8 with backend 'tensorrt'.*use null"),
+        ("nvfp4", "null", "h100-sxm", r"nvfp4 on h100-sxm \(sm90\), which multiplies no E2M1; use fp8, int8 or int8-weights there, or one of: b200, rtx-5090"),
+        ("nvfp4", "tensorrt", "b200", r"nvfp4 with backend 'tensorrt'.*use null"),
+        ("fp8", "tensorrt", "h100-sxm", r"fp8 with backend 'tensorrt'.*use inductor or null"),
         ("int8", "inductor", "cpu", r"int8 with backend 'inductor'.*use openvino"),
     ],
 )
@@ -208,6 +222,17 @@ def test_what_cannot_take_effect_is_refused_before_the_work(tmp_path, scheme, ba
     with pytest.raises(ConfigError, match=text):
         compiled(tmp_path / "x.reel", scheme, backend=backend, sku=sku)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_sku_says_whether_it_multiplies_e2m1():
+    assert {name for name, sku in SKUS.items() if "float4" in sku.peak_flops} == {"b200", "rtx-5090"}
+
+
+def test_layers_whose_widths_a_gpus_product_does_not_take_are_left_out():
+    shapes = ((16, 32), (16, 16), (8, 32))
+    assert [fits(torch.empty(shape), "fp8") for shape in shapes] == [True, True, False]
+    assert [fits(torch.empty(shape), "nvfp4") for shape in shapes] == [True, False, False]
+    assert fits(torch.empty(5, 3), "int8")
 
 
 def test_every_sku_says_whether_it_multiplies_e4m3():

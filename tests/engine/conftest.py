@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelstep.engine.build import ServedModel
 from reelstep.engine.executors.inline import Inline
 from reelstep.engine.loop import BatchRecord, Engine
 from reelstep.engine.models.spec import ModelSettings
@@ -28,6 +27,7 @@ from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import linear
 from reelstep.engine.samplers.step_cache import CacheOptions
 from reelstep.engine.samplers.tables import SOLVERS
+from reelstep.engine.served import ServedModel
 
 TARGET, NULL_TARGET = 0.5, -0.25
 SETTINGS = ModelSettings(

@@ -17,9 +17,9 @@ from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.load import load
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.engine import build
-from reelstep.engine.build import ServedModel, build_bundle, default_tables, hash_weights, table_name
+from reelstep.engine.build import build_bundle, default_tables
 from reelstep.engine.models import MODELS
-from reelstep.engine.models.spec import ModelSettings, ModelSpec
+from reelstep.engine.models.spec import ModelSettings, ModelSpec, hash_weights
 from reelstep.engine.request import Choice, Fit
 from reelstep.engine.resolve import Ask, resolve
 from reelstep.engine.samplers.fitted import Fitted
@@ -27,6 +27,7 @@ from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import linear
 from reelstep.engine.samplers.step_cache import PIECES
 from reelstep.engine.samplers.tables import SOLVERS
+from reelstep.engine.served import ServedModel, table_name
 from reelstep.errors import ConfigError
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from reelstep.engine.build import ServedModel
 from reelstep.engine.calibration import HELD_OUT_SEED, TaskRequests
 from reelstep.engine.models import MODELS
 from reelstep.engine.pipelines.latent import draw_noise
 from reelstep.engine.request import Defaults
+from reelstep.engine.served import ServedModel
 from reelstep.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reelstep.benchmarks.concurrency import run_all
-from reelstep.engine.build import ServedModel, default_tables, load_fitted, menu_tables, schedules_of
+from reelstep.engine.build import default_tables, load_fitted, menu_tables
 from reelstep.engine.executors.inline import Inline
 from reelstep.engine.loop import Engine
 from reelstep.engine.models.reel_tiny_flash import SPEC
@@ -18,6 +18,7 @@ from reelstep.engine.models.spec import GRID, Distilled, ModelSettings
 from reelstep.engine.request import Choice, Defaults
 from reelstep.engine.resolve import Ask, resolve
 from reelstep.engine.runner import Runner
+from reelstep.engine.served import ServedModel, schedules_of
 from reelstep.errors import ConfigError, InvalidRequest, NotFound
 from reelstep.training.imagine_flash import StudentGrid
 

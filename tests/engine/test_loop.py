@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reelstep.engine.executors.inline import Inline
-from reelstep.engine.loop import Engine
+from reelstep.engine.loop import Engine, warm_up
 from reelstep.engine.request import Preview, Progress, Queued
 from reelstep.engine.resolve import Ask, resolve
 from reelstep.engine.runner import Runner
@@ -582,3 +582,12 @@ def test_a_replica_that_is_there_later_is_used(gated):
     executor.capacity = 2
     executor.wait_for(2)
     run_freely(executor, heard)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_warm_up_is_of_one_row_or_of_several_in_every_call(toy, several):
+    """A backend may run one row by another engine than several."""
+    warm_up(toy.engine, toy.engine.models["toy"], "text_to_video", "", several)
+    ran = {(batch.key[1], batch.rows > 1) for batch in toy.batches}
+    assert {("denoise", several), ("decode", several)} <= ran
+    assert ("denoise", not several) not in ran

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reelstep.compiler.lora import Adapted, Layout, layers_of, with_lora
 from reelstep.compiler.program import Profile
 from reelstep.engine import build
-from reelstep.engine.build import ServedModel, build_bundle, read_loras
+from reelstep.engine.build import build_bundle
 from reelstep.engine.executors.inline import Inline
 from reelstep.engine.loop import BatchRecord, Engine, open_engine
 from reelstep.engine.lora import Adapter, fuse, pack, read_adapter
@@ -28,6 +28,7 @@ from reelstep.engine.models.spec import ModelSettings, ModelSpec
 from reelstep.engine.request import Choice
 from reelstep.engine.resolve import Ask, resolve
 from reelstep.engine.runner import Runner
+from reelstep.engine.served import ServedModel, read_loras
 from reelstep.errors import ConfigError, InvalidRequest, NotFound, UnsupportedRequest
 from reelstep.tests.engine.conftest import PROGRAMS, SETTINGS, TARGET, Heard, denoise, make_model, make_request
 

@@ -39,6 +39,17 @@ def test_free_replicas_get_as_much_each_and_no_row_is_left_over():
     assert names(s.next_batch(0.0, 8)) == ["wide"], "a call is never split"
 
 
+def test_a_replica_whose_mesh_runs_two_rows_at_once_gets_two_before_another_gets_any():
+    s = scheduler()
+    s.at_once = 2
+    for name in "abcdefg":
+        s.push(name, 0, TEXT, 1, 0, INF, 0.0)
+    assert [names(s.next_batch(0.0, free)) for free in (3, 2, 1)] == [["a", "b", "c", "d"], ["e", "f"], ["g"]]
+    for name in "ab":
+        s.push(name, 0, STEP, 1, 0, INF, 0.0)
+    assert names(s.next_batch(0.0, 2)) == ["a", "b"], "on one replica they take as long as on two, and the other is free"
+
+
 def test_a_batch_never_holds_more_rows_than_its_key_takes():
     s = scheduler()
     for name, rows in (("a", 3), ("b", 2), ("c", 1)):

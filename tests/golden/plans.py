@@ -1,20 +1,24 @@
 """The plans that were read and agreed on: the text of each, made anew without the SKU, and the command that writes them.
 
 `python -P -m reelstep.tests.golden.plans [MODEL ...]` rewrites those that differ, of all models or of these; read the difference before it is kept.
-A plan of the CPU leaves out which CPU it was made on. One of a mesh is of what its ranks share; what they run whole is in the plan for one device.
+A plan of the CPU leaves out which CPU it was made on. One of a mesh is of what its ranks share; what they run whole is in the plan for one device. One
+for a backend that keeps ops of ours is that of the bundle which `reelstep compile` writes.
 """
 
 from __future__ import annotations
 
 import difflib
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from reelstep.compiler.backends import BACKENDS
+from reelstep.__main__ import main
+from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.compile import capture_all, choose_precision, make_plan
-from reelstep.compiler.cubins import with_kernels
 from reelstep.compiler.load import axes_of
 from reelstep.compiler.plan import ProgramPlan, RankPlan
 from reelstep.compiler.program import Precision
@@ -48,20 +52,20 @@ class Golden:
 LARGE = "movie-gen-30b"
 BEST_OF_EIGHT = "cfg=2,cp=4,ring=4"
 """What `reelstep plan movie-gen-30b --gpus 8` ranks first for h200-sxm, and for b200."""
-KEPT = Golden("dit-mid", "h200-sxm", backend="inductor")
-"""A graph with our kernels in it. `compile` does not offer the backend for a GPU, and its class for one keeps the same ops."""
+KEPT = tuple(Golden(model, "h100-sxm", backend="inductor") for model in ("reel-tiny", "dit-mid"))
+"""Graphs with our kernels in them."""
 GOLDEN = (
     *(Golden(model, "cpu") for model in MODELS),
-    KEPT,
+    *KEPT,
     *(Golden(LARGE, sku, mesh) for sku in ("h200-sxm", "b200") for mesh in ("", BEST_OF_EIGHT)),
 )
 
 
 @cache
-def drafts(model: str, keep: frozenset[str]) -> tuple[ProgramPlan, ...]:
+def drafts(model: str) -> tuple[ProgramPlan, ...]:
     """What does not depend on the SKU, traced once."""
     spec = MODELS[model]
-    return capture_all(spec.programs(spec.build()), keep=keep)[1]
+    return capture_all(spec.programs(spec.build()))[1]
 
 
 @cache
@@ -69,16 +73,26 @@ def ranks(model: str, mesh: str, precision: Precision) -> tuple[RankPlan, ...]:
     return plan_ranks(sharded_parts(MODELS[model]), Mesh.parse(mesh), precision)
 
 
+def compiled_text(golden: Golden) -> str:
+    """By the command line."""
+    with TemporaryDirectory() as folder, redirect_stdout(StringIO()), redirect_stderr(StringIO()) as told:
+        out = Path(folder) / "golden.reel"
+        code = main(["compile", golden.model, "--sku", golden.sku, "--backend", golden.backend, "--portable", "-o", str(out)])
+        assert code == 0, told.getvalue()
+        return Bundle.open(out).plan.explain()
+
+
 def plan_text(golden: Golden) -> str:
+    if golden in KEPT:
+        return compiled_text(golden)
     spec, sku = MODELS[golden.model], SKUS[golden.sku]
     precision, reason = choose_precision("null", sku, None)
     made_for = replace(sku, arch="any") if sku.name == "cpu" else sku
-    keep = BACKENDS[golden.backend].keeps(sku.arch)
-    whole = () if golden.mesh else drafts(golden.model, keep)
+    whole = () if golden.mesh else drafts(golden.model)
     plan = make_plan(spec.name, spec.version, golden.backend, made_for, precision, reason, whole)
     if golden.mesh:
         plan = replace(plan, mesh=axes_of(Mesh.parse(golden.mesh)), ranks=ranks(golden.model, golden.mesh, precision))
-    return with_kernels(plan).explain()
+    return plan.explain()
 
 
 def difference(golden: Golden, found: str) -> str:

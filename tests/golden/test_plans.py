@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -15,7 +16,7 @@ from reelstep.tests.golden.plans import BEST_OF_EIGHT, GOLDEN, HERE, KEPT, LARGE
 
 def marked(golden: Golden) -> list[pytest.MarkDecorator]:
     triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton, of the version in constraints.txt")
-    return [pytest.mark.slow] * (golden.model == LARGE) + [triton] * (golden == KEPT)
+    return [pytest.mark.slow] * (golden.model == LARGE) + [triton] * (golden in KEPT)
 
 
 @pytest.mark.parametrize("golden", [pytest.param(golden, marks=marked(golden), id=str(golden)) for golden in GOLDEN])
@@ -29,7 +30,7 @@ def test_a_plan_is_the_one_that_was_agreed_on(golden: Golden) -> None:
 def test_the_mesh_is_the_one_that_the_planner_ranks_first(sku: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", LARGE, "--sku", sku, "--gpus", "8", "--json"]) == 0
     best = json.loads(capsys.readouterr().out)["choices"][0]
-    assert best["layout"] == {axis: getattr(Mesh.parse(BEST_OF_EIGHT), axis) for axis in best["layout"]}
+    assert best["mesh"] == asdict(Mesh.parse(BEST_OF_EIGHT))
 
 
 def test_every_model_has_a_plan_and_every_file_is_of_one() -> None:

@@ -72,6 +72,37 @@ def test_pieces_chained_over_links_are_the_graph_and_the_model(world: Any, dit: 
             assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
 
 
+TOKENS, HELD = 27, 40 * 4
+"""Of the latent, and bytes of each."""
+SENT = {
+    "tp=2": lambda rank, rows: {"all_reduce tp": 3 * rows * TOKENS * HELD},
+    # q, k and v of 14 or 13 tokens to the rank of the other heads (3 and 2 of 5), y back; then the tokens, padded to 14, of an output of 16 numbers
+    "cp=2": lambda rank, rows: {
+        "all_to_all_single ulysses": (14 * 2 * 3 + 13 * 3 if rank == 0 else 13 * 3 * 3 + 14 * 2) * 8 * 4, "all_gather_into_tensor cp": 14 * 16 * 4,
+    },
+}  # fmt: skip
+"""What a rank puts on its links: all-reduce over two ranks sends as much as it holds (ring algorithm), the others what goes to somebody else."""
+
+
+@pytest.mark.parametrize(("mesh", "rows"), [("tp=2", [2, 1, 2]), ("cp=2", [1])])
+def test_collectives_inside_one_engine_give_the_models_numbers_and_send_what_the_formulas_say(world: Any, dit: Any, mesh: str, rows: list[int]) -> None:
+    file, module = dit
+    for rank, answers in enumerate(world.run(2, on_ranks.in_one_engine, file, mesh, rows, 60.0)):
+        assert len(answers) == len(rows)
+        for count, (found, sent) in zip(rows, answers, strict=True):
+            x, modulation, context = (value.double() for value in on_ranks.dit_inputs(count))
+            with torch.no_grad():
+                wanted = module(x, modulation, None, context).numpy()
+            assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+            assert sent == SENT[mesh](rank, count)
+
+
+def test_a_rank_that_is_late_is_said_so_through_the_engine(world: Any, dit: Any) -> None:
+    (said,), nothing = world.run(2, on_ranks.in_one_engine, dit[0], "tp=2", [1], 1.0, 1)
+    assert not nothing
+    assert said.startswith("all_reduce over tp (ranks 0, 1) failed on rank 0 during denoise video, call 3, with a timeout of 1 s: ")
+
+
 @pytest.mark.parametrize("mesh", ["cp=2,tp=2", "cp=4,ring=2"])
 def test_one_process_exports_the_graph_of_a_rank_over_a_fake_group(fake: Any, dit: Any, mesh: str) -> None:
     part = on_ranks.sharded_dit(dit[0], fake(mesh), config=on_ranks.SHALLOW)

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from reelstep.__main__ import main
-from reelstep.engine.build import build_bundle, hash_weights, load_fitted
+from reelstep.engine.build import build_bundle, load_fitted
 from reelstep.engine.models import MODELS
+from reelstep.engine.models.spec import hash_weights
 from reelstep.engine.request import Fit
 from reelstep.engine.samplers.fitted import Fitted
 from reelstep.engine.samplers.step_cache import STEP_CACHES
-from reelstep.errors import ConfigError, UnsupportedRequest
+from reelstep.errors import ConfigError
 from reelstep.training.fits import FITS
 from reelstep.training.model_field import ModelFields
 from reelstep.training.zoo.stickers import prompts
@@ -135,16 +136,15 @@ def test_a_fit_that_cannot_be_is_refused_before_any_work(change, message, tmp_pa
     assert not (tmp_path / "cache").exists()
 
 
+def test_guidance_is_not_fitted_where_there_is_none_to_save(tmp_path, capsys):
+    assert main(["fit", "adaptive-guidance", "reel-tiny", "-o", str(tmp_path / "a.json"), "--task", "animate_sticker"]) == 2
+    assert "animate_sticker at scale 1 has no guidance to save; give --scale" in capsys.readouterr().err
+
+
 def test_nothing_is_fitted_to_a_student_and_its_teacher_is_named(tmp_path, capsys):
     assert main(["fit", "bns", "reel-tiny-flash", "-o", str(tmp_path / "a.json"), "--cache", str(tmp_path / "cache"), *SMALL, *OWN["bns"]]) == 2
     assert "fit 'reel-tiny', its teacher" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
-
-
-def test_an_animation_has_more_conditions_than_a_prompt():
-    spec = MODELS["reel-tiny"]
-    with pytest.raises(UnsupportedRequest, match="a prompt alone"):
-        ModelFields.of(spec, spec.build(), Fit(("animate_sticker",), "", "", 4, "cfg", {}, 1.0), ["a cat"])
 
 
 def test_a_models_field_is_its_guided_network_with_gradients_in_state_and_time():
@@ -166,3 +166,16 @@ def test_prompts_are_different_and_a_function_of_their_seed():
     assert len(set(one)) == 130
     assert prompts(130, 0) == one
     assert prompts(130, 1) != one
+
+
+def test_a_new_calibration_takes_the_place_of_the_one_that_the_model_ships_with(tmp_path):
+    spec = MODELS["reel-tiny"]
+    own = next(file for file in spec.fitted if file.name == "reel-tiny.adaptive.json")
+    data = json.loads(own.read_text())
+    data["artifact"]["options"]["threshold"] = 0.5
+    (tmp_path / "mine.json").write_text(json.dumps(data))
+    made = load_fitted([*spec.fitted, tmp_path / "mine.json"], spec, data["model_hash"])
+    assert len(made) == len(spec.fitted)
+    assert made["adaptive"].artifact.options["threshold"] == 0.5
+    with pytest.raises(ConfigError, match="is there already"):
+        load_fitted([*spec.fitted, tmp_path / "mine.json", tmp_path / "mine.json"], spec, data["model_hash"])

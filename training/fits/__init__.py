@@ -5,26 +5,27 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from reelstep.compiler.storage import replace_file
-from reelstep.engine.build import build_table, hash_weights
 from reelstep.engine.models import MODELS
-from reelstep.engine.models.spec import ModelSpec
+from reelstep.engine.models.spec import ModelSpec, hash_weights
 from reelstep.engine.request import Defaults, Fit
 from reelstep.engine.samplers.fitted import Artifact, Fitted
 from reelstep.engine.samplers.guidance import GUIDANCE
 from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.tables import SOLVERS
+from reelstep.engine.served import build_table
 from reelstep.errors import ConfigError, ReelstepError, UnsupportedRequest
 from reelstep.registry import Registry
 from reelstep.training import checkpoint
@@ -47,6 +48,8 @@ FITS: Registry[Callable[[Sequence[str]], None]] = Registry(
 
 PROMPTS: Registry[Callable[[int, int], list[str]]] = Registry("prompts of model", {"reel-tiny": "reelstep.training.zoo.stickers:prompts"})
 """(count, seed) -> prompts of the kind a model was trained for."""
+
+P = ParamSpec("P")
 
 ROWS = 4  # samples of one forward and backward
 POINTS = 33  # of a stored reference path
@@ -71,6 +74,7 @@ def solver_parser(name: str, text: str) -> argparse.ArgumentParser:
     made = parser(name, text)
     made.add_argument("--nfe", type=int, required=True, metavar="N", help="velocities of one sample; each is two forwards under guidance")
     made.add_argument("--guidance", default="cfg", metavar="RULE", help="rule of guidance (%(default)s)")
+    made.add_argument("--picture", type=float, metavar="X", help="scale of the picture to animate: guidance is then picture_and_text, three forwards")
     made.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="of the reference solver, RK45 (%(default)g)")
     made.add_argument("--cache", type=Path, default=Path(".cache/reelstep/fits"), metavar="DIR", help="references and state to resume from (%(default)s)")
     return made
@@ -136,16 +140,13 @@ def prepare_solver(args: argparse.Namespace, processes: Processes = ALONE) -> tu
     """
 
     def fit(defaults: Defaults, scale: float) -> Fit:
-        if not GUIDANCE[args.guidance].is_field:
-            known = ", ".join(name for name, rule in GUIDANCE.items() if rule.is_field)
-            raise ConfigError(f"no solver can be fitted under guidance {args.guidance!r}, which depends on what came before; one of: {known}")
-        options = GUIDANCE[args.guidance].complete({})
-        GUIDANCE[args.guidance].build(scale, PATHS[MODELS[args.model].settings.path], options)
-        return Fit((args.task,), args.out.stem, "", args.nfe, args.guidance, options, scale)
+        guidance, options = field_guidance(args.guidance, args.picture, args.task)
+        GUIDANCE[guidance].build(scale, PATHS[MODELS[args.model].settings.path], options)
+        return Fit((args.task,), args.out.stem, "", args.nfe, guidance, options, scale)
 
     subject = prepare(args, fit, processes)
-    wanted = subject.fit
-    asked = [subject.model_hash, args.task, wanted.guidance, wanted.guidance_options, wanted.scale, *subject.prompts, args.seed, args.tolerance]
+    wanted, pictures = subject.fit, [*subject.train.identity, *subject.validation.identity]
+    asked = [subject.model_hash, args.task, wanted.guidance, wanted.guidance_options, wanted.scale, *subject.prompts, args.seed, args.tolerance, *pictures]
     folder = args.cache / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     train = solve_pairs(subject.train, subject.noises[0], args.tolerance, folder / "train.pt", processes)
     validation = solve_pairs(subject.validation, subject.noises[1], args.tolerance, folder / "validation.pt", processes)
@@ -153,10 +154,26 @@ def prepare_solver(args: argparse.Namespace, processes: Processes = ALONE) -> tu
     return fast, (train, validation), folder
 
 
+def field_guidance(name: str, picture: float | None, task: str) -> tuple[str, dict[str, float]]:
+    """The rule that a field is guided by, and all its options. picture: scale of the picture to animate, under a rule of its own.
+
+    Raises ConfigError for a rule that makes no field, and for the scale of a picture where there is none or another rule.
+    """
+    if picture is not None and (task != "animate_sticker" or name not in ("cfg", "picture_and_text")):
+        raise ConfigError(f"--picture {picture:g} with {task} under guidance {name!r}; it is for animate_sticker, under picture_and_text")
+    name = name if picture is None else "picture_and_text"
+    if not GUIDANCE[name].is_field:
+        known = ", ".join(known for known, rule in GUIDANCE.items() if rule.is_field)
+        raise ConfigError(f"no solver can be fitted under guidance {name!r}, which depends on what came before; one of: {known}")
+    return name, GUIDANCE[name].complete({} if picture is None else {"picture": picture})
+
+
 def prepare_guidance(args: argparse.Namespace, name: str) -> tuple[Subject, Table]:
     """A subject whose Fit says that it is guidance `name` on one solver, and that solver's table."""
 
     def fit(defaults: Defaults, scale: float) -> Fit:
+        if name != "cfg" and not scale > 1:
+            raise ConfigError(f"{args.task} at scale {scale:g} has no guidance to save; give --scale of the requests, above 1")
         solver, schedule = args.solver or defaults.solver, args.schedule or defaults.schedule
         return Fit((args.task,), solver, schedule, args.steps or defaults.steps, name, {}, scale)
 
@@ -214,6 +231,27 @@ def baselines(subject: Subject, pairs: Pairs) -> dict[str, float]:
             continue
         found[f"{name}.{schedule}"] = validate(table, subject.validation, pairs, ROWS)
     return found
+
+
+class Stopwatch:
+    """Seconds of a fit, those of its interrupted parts among them: a file beside the state that it resumes from keeps them. keeps: whether to write it."""
+
+    def __init__(self, saved: Path, keeps: bool = True) -> None:
+        self.file, self.keeps, self.began = saved.with_suffix(".seconds"), keeps, time.monotonic()
+        self.before = float(self.file.read_text()) if saved.exists() and self.file.exists() else 0.0
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    def heard(self, progress: Callable[P, None]) -> Callable[P, None]:
+        """`progress`, with the seconds kept at each call."""
+
+        def hear(*args: P.args, **kwargs: P.kwargs) -> None:
+            if self.keeps:
+                replace_file(self.file, f"{self.seconds():.1f}\n".encode())
+            progress(*args, **kwargs)
+
+        return hear
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from reelstep.engine.models import MODELS
 from reelstep.errors import ConfigError
 from reelstep.training import bespoke
-from reelstep.training.fits import ROWS, baselines, plot_scores, prepare_solver, print_scores, progress_bar, solver_parser, write
+from reelstep.training.fits import ROWS, Stopwatch, baselines, plot_scores, prepare_solver, print_scores, progress_bar, solver_parser, write
 
 TEXT = """\
 Fit a Bespoke solver: midpoint (rk2) or Euler (rk1) in coordinates of time and scale, fitted to one model under one scale.
@@ -34,15 +33,14 @@ def main(arguments: Sequence[str]) -> None:
     bespoke.Bespoke.base(options.kind, options.steps).table(MODELS[args.model].settings.path)
     subject, (train, validation), folder = prepare_solver(args)
     assert train.between is not None
-    began = time.monotonic()
-    paths = []
+    saved = folder / f"bespoke_{args.kind}_{args.nfe}_{args.rate:g}_{args.iterations}.pt"
+    clock, paths = Stopwatch(saved), []
     for index in torch.arange(args.pairs).split(ROWS):
         paths.append(bespoke.Paths.of(subject.train(index), train.between[:, index]))
         print(f"reference paths: {int(index[-1]) + 1} of {args.pairs}", flush=True)
-    saved = folder / f"bespoke_{args.kind}_{args.nfe}_{args.rate:g}_{args.iterations}.pt"
     with progress_bar(options.iterations) as progress:
-        fit = bespoke.fit_bespoke(paths, (subject.validation, validation), options, progress, saved)
-    seconds = time.monotonic() - began
+        fit = bespoke.fit_bespoke(paths, (subject.validation, validation), options, clock.heard(progress), saved)
+    seconds = clock.seconds()
     name = args.out.stem
     scores = {name: fit.best_db, "start": fit.start_db, **baselines(subject, validation)}
     conditions = {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 
 from reelstep.engine.models import MODELS
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.training import bns
 from reelstep.training.distributed import start
-from reelstep.training.fits import ROWS, baselines, plot_scores, prepare_solver, print_scores, progress_bar, solver_parser, write
+from reelstep.training.fits import ROWS, Stopwatch, baselines, plot_scores, prepare_solver, print_scores, progress_bar, solver_parser, write
 from reelstep.training.trainer import Processes
 
 TEXT = """\
@@ -41,13 +40,13 @@ def fit(args: argparse.Namespace, processes: Processes) -> None:
     times = bns.initial_table(args.nfe, PATHS[MODELS[args.model].settings.path], args.sigma_0)
     subject, (train, validation), folder = prepare_solver(args, processes)
     saved = folder / f"bns_{args.nfe}_{args.sigma_0:g}_{args.rate:g}_{args.batch}_{args.iterations}.pt"
-    began = time.monotonic()
+    clock = Stopwatch(saved, processes.first)
     initial = bns.solve_rows(times, subject.train, train, ROWS)
     if processes.first:
-        print(f"rows solved for, {time.monotonic() - began:.0f} s", flush=True)
+        print(f"rows solved for, {clock.seconds():.0f} s", flush=True)
     with progress_bar(options.iterations, processes.first) as progress:
-        found = bns.fit_bns(initial, (subject.train, train), (subject.validation, validation), options, progress, saved, processes)
-    seconds = time.monotonic() - began
+        found = bns.fit_bns(initial, (subject.train, train), (subject.validation, validation), options, clock.heard(progress), saved, processes)
+    seconds = clock.seconds()
     name = args.out.stem
     scores = {name: found.best_db, "start": found.start_db, **baselines(subject, validation)}
     conditions = {

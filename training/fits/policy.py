@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +18,7 @@ from reelstep.engine.samplers.paths import PATHS
 from reelstep.errors import ConfigError
 from reelstep.training.adaptive_guidance import Trial, attempt, choose_threshold, nearest_stop, record
 from reelstep.training.field import Pairs
-from reelstep.training.fits import ROWS, Subject, guidance_parser, prepare_guidance, write
+from reelstep.training.fits import ROWS, Stopwatch, Subject, guidance_parser, prepare_guidance, write
 from reelstep.training.policy_search import Found, Options, check_budget, search
 
 TEXT = """\
@@ -49,15 +48,15 @@ def main(arguments: Sequence[str]) -> None:
     subject, table = prepare_guidance(args, name)
     budget = 3 * table.n // 2 if args.forwards is None else args.forwards
     check_budget(table, budget)
-    began = time.monotonic()
-    cosines, ends = record(subject.train.network, table, "adaptive", PATHS[table.path], subject.fit.scale, subject.noises[0], ROWS, report)
-    asked = [subject.model_hash, table.hash, subject.fit.scale, args.task, *subject.prompts, budget, asdict(options)]
+    asked = [subject.model_hash, table.hash, subject.fit.scale, args.task, *subject.prompts, budget, asdict(options), *subject.train.identity]
     saved = args.cache / f"policy_{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.pt"
+    clock = Stopwatch(saved)
+    cosines, ends = record(subject.train.network, table, "adaptive", PATHS[table.path], subject.fit.scale, subject.noises[0], ROWS, report)
     found = search(
         subject.train.network, table, subject.fit.scale, Pairs(subject.noises[0], ends), budget, options,
-        lambda what, done, of, missed: report(f"{what}, {missed:.4f} missed", done, of), saved,
+        clock.heard(lambda what, done, of, missed: report(f"{what}, {missed:.4f} missed", done, of)), saved,
     )  # fmt: skip
-    seconds = time.monotonic() - began
+    seconds = clock.seconds()
     trials, rivals = compare(subject, table, found.policy, name, cosines)
     conditions = {
         "forwards": found.policy.forwards, "budget": budget, "missed": found.missed,

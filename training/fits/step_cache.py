@@ -10,15 +10,15 @@ from pathlib import Path
 from torch import Tensor
 
 from reelstep.compiler.program import Program
-from reelstep.engine.build import build_table
 from reelstep.engine.models import MODELS
 from reelstep.engine.samplers.convert import TO_VELOCITY
 from reelstep.engine.samplers.guidance import GUIDANCE
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.step_cache import STEP_CACHES, CacheOptions, Edges
+from reelstep.engine.served import build_table
 from reelstep.errors import ConfigError
 from reelstep.training.fits import ROWS, guidance_parser, prepare_guidance, write
-from reelstep.training.model_field import ModelFields
+from reelstep.training.model_field import ModelFields, run_program
 from reelstep.training.step_cache import Calibration, Split, built, calibrate
 
 TEXT = """\
@@ -72,9 +72,7 @@ def split(fields: ModelFields, programs: Mapping[str, Program], index: Tensor) -
         return fields.inputs(index, x, t, (branch,))
 
     def run(name: str, edges: Edges) -> Edges:
-        program = programs[name]
-        outputs = program.module(*(edges[edge.name] for edge in program.inputs))
-        return {edge.name: value for edge, value in zip(program.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True)}
+        return run_program(programs[name], edges)
 
     return Split(inputs, run, lambda output, x, t: TO_VELOCITY[settings.prediction](output, x, t, PATHS[settings.path]))
 

@@ -26,6 +26,7 @@ from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import is_gpu
 from reelstep.errors import CompileError
+from reelstep.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from reelstep.compiler.backends.tensorrt.engine import TensorRtExecutable
@@ -63,6 +64,7 @@ class TensorRtBackend:
     name: str = "tensorrt"
     runs: bool = True
     own_threads: bool = False
+    takes_collectives: bool = False
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -73,6 +75,16 @@ class TensorRtBackend:
 
     def runs_on(self, arch: str) -> bool:
         return is_gpu(arch)
+
+    def on(self, arch: str) -> TensorRtBackend:
+        return self
+
+    def refuses(self, mesh: Mesh, arch: str) -> str | None:
+        """A rank's whole graph is one engine, with the collectives that TensorRT has layers for."""
+        if mesh.ring == 1:
+            return None
+        ulysses = f"cp={mesh.cp} with ring=1, which trades heads for tokens (Ulysses), or tp={mesh.cp} in place of cp"
+        return f"ring={mesh.ring} sends keys and values from stage to stage, and TensorRT has no layer for that; use {ulysses}, or plan it with backend 'null'"
 
     def keeps(self, arch: str) -> frozenset[str]:
         """None: a kernel of ours would be a plugin of TensorRT's."""

@@ -2,27 +2,74 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.backends.inductor import InductorBackend
 from reelstep.compiler.capture import capture
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.mixed_precision import mixed_precision
-from reelstep.compiler.program import Profile
+from reelstep.compiler.program import Profile, Program
 from reelstep.compiler.signature import Signature
+from reelstep.compiler.skus import SKUS, is_gpu
 from reelstep.engine.models.movie_gen import CONFIG_30B, MovieGenTransformer, denoise_program
 from reelstep.errors import CompileError
+from reelstep.kernels.jit import HAS_TRITON
+from reelstep.parallel.mesh import Mesh
 
 CONFIG = replace(CONFIG_30B, layers=1, width=64, ffn=96, heads=4, latent_channels=3, positions=(4, 4, 4), text_widths=(5,), time_frequencies=16, qk_norm=True)
 
 
-def test_bfloat16_is_for_a_gpu() -> None:
-    assert InductorBackend().precisions == ("float32",)
-    assert InductorBackend(device="cuda:0").precisions == ("float32", "bfloat16")
-    assert InductorBackend(device="cuda:0").default_precision()[0] == "bfloat16"
+def test_one_name_is_for_both_devices_and_the_arch_says_which() -> None:
+    backend, cpu = BACKENDS["inductor"], SKUS["cpu"].arch
+    assert backend.runs_on(cpu)
+    assert backend.on(cpu).precisions == ("float32",)
+    for sku in SKUS.values():
+        if is_gpu(sku.arch):
+            assert backend.runs_on(sku.arch)
+            assert backend.on(sku.arch).precisions == ("float32", "bfloat16")
+            assert backend.on(sku.arch).default_precision()[0] == "bfloat16"
+            assert backend.on(sku.arch).on(cpu) == backend.on(cpu)
+    assert InductorBackend(device="cuda:0").precisions == ("float32", "bfloat16"), "for who names the device"
+
+
+def test_without_a_gpu_nothing_is_built_for_one(programs: tuple[Program, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    signature = Signature.of(programs[0], programs[0].profiles[0])
+    with pytest.raises(CompileError, match=r"'denoise' at profile 'l4' cannot be built for cuda by backend 'inductor' here: torch .* sees no CUDA device"):
+        BACKENDS["inductor"].on("sm90").build(lambda: pytest.fail("the graph was read"), signature, "bfloat16", None, "key")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_the_program_that_it_generates_for_a_gpu_has_the_graphs_products_and_our_ops_and_kernels_that_compile() -> None:
+    """Of reel-tiny's denoiser, up to where kernels would run; see inductor_codegen.py."""
+    script, checks = Path(__file__).with_name("inductor_codegen.py"), ("bfloat16", "bfloat16:fp8")
+    command = [sys.executable, "-P", str(script), "reel-tiny", "denoise", *checks]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3500, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for check, product, operator in zip(checks, ("mm", "_scaled_mm"), ("aten.linear.default", "aten._scaled_mm.default"), strict=True):
+        graph, made = found[check]["graph"], found[check]
+        assert made["products"] == {product: graph[operator]}
+        assert made["others"] == sum(count for name, count in graph.items() if name.startswith("reelstep.")) > 0
+        assert made["kernels"]
+        assert {name: uses for name, uses in made["kernels"].items() if not 0 < uses[0] < 255 or uses[1]} == {}, "registers, and bytes that are spilled"
+
+
+def test_ranks_of_a_mesh_are_for_cpus() -> None:
+    mesh = Mesh.parse("cp=2")
+    assert BACKENDS["inductor"].refuses(mesh, SKUS["cpu"].arch) is None
+    assert "use backend 'tensorrt'" in str(BACKENDS["inductor"].refuses(mesh, "sm90"))
 
 
 def test_a_precision_that_it_does_not_build_is_refused_before_the_graph_is_read() -> None:
@@ -49,6 +96,8 @@ def test_kept_ops_stay_in_a_graph_of_bfloat16_and_take_what_comes() -> None:
     assert dtypes == {
         "patchify": {(f32,)},
         "rms_modulate": {(f32, f32, f32, f32)},
+        "qk_norm_rope": {(bf16, bf16, f32, f32)},
+        "attention": {(bf16, bf16, bf16)},
         "gated_residual": {(f32, f32, bf16)},
         "swiglu": {(bf16, bf16)},
         "unpatchify": {(f32,)},

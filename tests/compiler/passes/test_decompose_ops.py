@@ -102,6 +102,17 @@ def test_backends_meet_the_operators_that_they_have_whole(block: Block) -> None:
     assert not [op for op in ops if "logsumexp" in op or "matmul" in op or "_to_copy" in op], "lse, which nothing reads, was computed"
 
 
+def test_norms_of_heads_become_torchs_and_nothing_stands_between_them_and_attention() -> None:
+    class Norms(nn.Module):
+        def forward(self, q: Tensor, weight: Tensor) -> Tensor:
+            q, k = qk_norm_rope(q, q, weight[0], weight[0])
+            return q - k
+
+    edges = (TensorSpec("q", "float32", ("B", 5, 2, 8)), TensorSpec("weight", "float32", ("B", 8)))
+    exported, _ = apply_passes(capture(Program("p", Norms(), edges, (TensorSpec("y", "float32", ("B", 5, 2, 8)),), (PROFILE,)), PROFILE))
+    assert ops_of(exported) == {"aten.rms_norm.default": 2, "aten.select.int": 2, "aten.sub.Tensor": 1}
+
+
 def test_what_is_kept_stays_one_node(block: Block) -> None:
     exported, _ = apply_passes(captured(block), keep=("rms_modulate", "attention"))
     left = {op for op in ops_of(exported) if op.startswith("reelstep")}

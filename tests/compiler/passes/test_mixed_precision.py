@@ -11,6 +11,7 @@ from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.mixed_precision import PRODUCTS, Recast, mixed_precision
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.compiler.signature import Signature
+from reelstep.kernels.attention import attention
 
 
 class Residual(nn.Module):
@@ -83,3 +84,23 @@ def test_the_batch_stays_dynamic():
     module = mixed_precision(exported, signature).module()
     for rows in (1, 2, 6):
         assert module(torch.zeros(rows, 5, 8)).shape == (rows, 5, 8)
+
+
+def test_what_an_op_of_several_dtypes_gives_is_read_as_it_is():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.qkv, self.last = nn.Linear(8, 16), nn.Linear(16, 48), nn.Linear(16, 8)
+
+        def forward(self, x):
+            q, k, v = self.qkv(self.first(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            return self.last(attention(q, k, v)[0].transpose(1, 2).flatten(2).neg())
+
+    spec = TensorSpec("x", "float32", ("B", 5, 8))
+    program = Program("p", Heads(), (spec,), (TensorSpec("y", "float32", ("B", 5, 8)),), (Profile("q", {}, 6),))
+    exported, _ = apply_passes(capture(program, program.profiles[0]), keep=("attention",))
+    nodes = list(mixed_precision(exported, Signature.of(program, program.profiles[0])).graph.nodes)
+    (op,) = (node for node in nodes if str(node.target) == "reelstep.attention.default")
+    assert [value.dtype for value in op.meta["val"]] == [torch.bfloat16, torch.float32]
+    (neg,) = (node for node in nodes if node.target is torch.ops.aten.neg.default)
+    assert neg.meta["val"].dtype is torch.bfloat16, "the output was cast because lse beside it is float32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from reelstep.engine.executors import cluster, on_mesh
 from reelstep.engine.executors.bundles import Stored, WholeBundles
 from reelstep.engine.executors.cluster import ACCELERATORS, Cargo, OnCluster, OnRay, Patience, Share, connect, open_on_cluster, room, start_on_ray
 from reelstep.engine.executors.inline import Inline
+from reelstep.engine.executors.patience import Allowance
 from reelstep.engine.executors.processes import Ranks, World
 from reelstep.engine.executors.replicas import Scaling
 from reelstep.engine.executors.restarting import Bounds, Restarting
@@ -45,7 +47,7 @@ from reelstep.tests.engine.executors import small_model
 from reelstep.tests.engine.executors.toy_engine import Heard, ask, engine_on, point, until
 from reelstep.tests.engine.executors.toy_ranks import MODEL, Toy, Whole, alone
 
-PATIENT = Patience(place_s=30.0, call_s=30.0, pulse_s=4.0)
+PATIENT = Patience(place_s=30.0, pulse_s=4.0)
 MANY = Bounds(starts=30, window_s=60.0, reruns=10)
 STORE_BYTES = 80 << 20
 
@@ -155,12 +157,21 @@ def test_a_rank_that_hangs_is_noticed_within_five_seconds_and_its_process_ended(
     until(lambda: not Path(f"/proc/{pid}").exists(), 10)
 
 
-@pytest.mark.slow
-def test_a_call_that_never_ends_has_a_limit(nodes: Nodes, tmp_path: Path) -> None:
-    replica = begin(Whole(tmp_path, call_s=30.0), patience=replace(PATIENT, call_s=0.5))
-    with pytest.raises(Unavailable, match=r"gave no answer to denoise video, call 1 in 0.5 s"):
-        replica.run(MODEL, [point(0)])
-    replica.close()
+@pytest.mark.parametrize(("mesh", "rank"), [("", 0), ("tp=2", 1)])
+def test_a_call_that_never_ends_is_found_by_what_calls_took_and_runs_again(
+    mesh: str, rank: int, nodes: Nodes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks = Toy(tmp_path, stops=1, rank=rank, first=1, stop_s=3600.0)
+    executor = Restarting([partial(begin, ranks, mesh)], replace(MANY, calls=Allowance(first_s=20.0, least_s=1.0)))
+    assert right(executor) == (mesh == "tp=2"), "one rank of the two gives its share alone"
+    began = time.monotonic()
+    executor.run(MODEL, [point(0), point(1)])
+    assert time.monotonic() - began > 1.0
+    assert (executor.restarts, executor.reruns) == (1, 2)
+    world = 2 if mesh else 1
+    what = r"denoise video of 'toy' with 2 rows has run for 1\.\d s on replica 0 \(usually \S+ s, at most \S+ s in 1 calls\)"
+    assert re.search(rf"replica 0 ended: {what}: rank {rank} of {world} on node \w+ computes and does not come to an end", caplog.text)
+    executor.close()
 
 
 def test_a_mesh_of_two_ranks_is_in_one_placement_group_and_a_lost_rank_is_named(nodes: Nodes, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from reelstep.engine.executors import restarting
 from reelstep.engine.executors.inline import Inline
+from reelstep.engine.executors.patience import Allowance
 from reelstep.engine.executors.processes import Processes, World, start
 from reelstep.engine.executors.restarting import Bounds, Restarting
 from reelstep.engine.loop import Engine
@@ -62,6 +64,10 @@ class Fake:
             raise fate
         return [{"y": call.inputs["x"] + 1} for call in calls]
 
+    def give_up(self, why: str) -> str:
+        self.failure = f"{why}: it hangs"
+        return self.failure
+
     def close(self) -> None:
         self.closed += 1
 
@@ -101,6 +107,22 @@ def test_calls_of_a_replica_that_dies_are_run_again_on_a_new_one(caplog: pytest.
     assert said == {"replica 0 ended: rank 1 is lost", "2 calls of p are run again: rank 1 is lost", "replica 0 was started"}
     with pytest.raises(Unavailable, match="have been stopped"):
         executor.run("m", [call()])
+
+
+def test_a_call_that_never_returns_ends_its_replica_and_runs_on_another(caplog: pytest.LogCaptureFixture) -> None:
+    hanging, second = Fake(), Fake()
+    bounds = Bounds(starts=3, window_s=60.0, reruns=2, calls=Allowance(first_s=20.0, least_s=0.2))
+    executor = Restarting([one_by_one(hanging, second)], bounds)
+    executor.run("m", [call()])
+    hanging.gate = threading.Event()  # from now on it waits 20 s
+    began = time.monotonic()
+    assert executor.run("m", [call(4.0)])[0]["y"].item() == 5.0
+    assert 0.2 <= time.monotonic() - began < 2.0
+    assert (executor.restarts, executor.reruns, hanging.closed, second.ran) == (1, 1, 1, 1)
+    words = r"replica 0 ended: p q of 'm' with 1 rows has run for 0\.[2-9] s on replica 0 \(usually \S+ s, at most \S+ s in 1 calls\): it hangs"
+    assert re.search(words, caplog.text)
+    hanging.gate.set()
+    executor.close()
 
 
 def test_another_replica_goes_on_while_one_is_started() -> None:
@@ -350,6 +372,33 @@ def test_a_rank_killed_twice_in_the_middle_of_a_call_and_once_while_idle_changes
 # Through the engine.
 
 
+@pytest.mark.parametrize(("rank", "allowance"), [(1, Allowance()), (0, Allowance(least_s=1.0))])
+def test_a_rank_that_hangs_while_its_heart_beats_is_named_in_time_and_no_bit_changes(
+    rank: int, allowance: Allowance, killable: Killable, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor = killable.restarting(replace(FEW, calls=allowance), stops=1, rank=rank, first=3, stop_s=3600.0)
+    engine = engine_on(executor)
+    found: list[float] = []
+
+    def look() -> None:
+        until((killable.folder / "stop-0").exists, 60.0)
+        began = time.monotonic()
+        until(lambda: killable.made[0].failure is not None)
+        found.append(time.monotonic() - began)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    heard = Heard()
+    engine.submit(ask(2, 5), heard)  # its denoiser calls are of one kind
+    check_against_one_process([heard], first=2)
+    looking.join(20)
+    assert allowance.least_s - 0.5 < found[0] < allowance.least_s + 0.5
+    assert executor.restarts == 1
+    what = r"denoise video of 'toy' with 2 rows has run for [15]\.\d s on replica 0 \(usually \S+ s, at most \S+ s in \d calls\)"
+    assert re.search(rf"replica 0 ended: {what}: rank {rank} of 2 computes and does not come to an end; start", caplog.text)
+    engine.close(0)
+
+
 def submitted(engine: Engine, count: int) -> list[Heard]:
     heard = [Heard() for _ in range(count)]
     for number, listener in enumerate(heard):
@@ -357,10 +406,12 @@ def submitted(engine: Engine, count: int) -> list[Heard]:
     return heard
 
 
-def check_against_one_process(heard: list[Heard]) -> None:
-    """Pictures and counts of the same requests in one process that nobody kills."""
+def check_against_one_process(heard: list[Heard], first: int = 0) -> None:
+    """Pictures and counts of the same requests, numbered from `first`, in one process that nobody kills."""
     engine = engine_on(Inline({MODEL: alone()}))
-    for number, (there, here) in enumerate(zip(heard, submitted(engine, len(heard)), strict=True)):
+    for number, there in enumerate(heard, first):
+        here = Heard()
+        engine.submit(ask(number, 3 + number % 3), here)
         found, wanted = there.result(), here.result()
         assert np.array_equal(found.media.frames, wanted.media.frames), number
         assert (found.usage.nfe, found.usage.forwards) == (wanted.usage.nfe, wanted.usage.forwards) == (3 + number % 3, 2 * (3 + number % 3))

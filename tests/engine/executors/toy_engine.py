@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from reelstep.engine.build import ServedModel
 from reelstep.engine.loop import Engine
 from reelstep.engine.models.spec import ModelSettings
 from reelstep.engine.request import Call, Defaults, Event, Failed, Finished, Limits, Request
+from reelstep.engine.served import ServedModel
 from reelstep.tests.engine.executors.toy_ranks import MODEL
 
 SETTINGS = ModelSettings(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -52,11 +54,15 @@ def alone() -> Runner:
 
 @dataclass(frozen=True)
 class Toy:
-    """Two ranks along tp. stops: how many denoiser calls rank 1 leaves hanging, each with a file in `folder`; broken: rank 1 cannot load."""
+    """Two ranks along tp. stops: how many denoiser calls `rank` leaves hanging for `stop_s`, each with a file in `folder`, after `first` that it does
+    not; broken: rank 1 cannot load."""
 
     folder: Path
     stops: int = 0
     broken: bool = False
+    rank: int = 1
+    first: int = 0
+    stop_s: float = 30.0
 
     def identity(self) -> Mapping[str, str]:
         return {"weights": "none"}
@@ -65,15 +71,41 @@ class Toy:
         if self.broken and comm.rank == 1:
             raise ValueError("no memory for weights")
         exact = denoise(lambda part: comm.all_reduce(part, "tp"), comm.at["tp"])
+        calls = count()
 
         def hanging(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
             done = len(list(self.folder.glob("stop-*")))
-            if comm.rank == 1 and done < self.stops:
+            if next(calls) >= self.first and comm.rank == self.rank and done < self.stops:
                 (self.folder / f"stop-{done}").touch()
-                time.sleep(30)
+                time.sleep(self.stop_s)
             return exact(inputs)
 
         return {MODEL: runner(hanging)}
+
+
+def worded(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A denoiser that hears the words, so that the branches of guidance differ."""
+    x, t, words = inputs["x"], inputs["modulation"][:, 0, 0], inputs["context"].mean((1, 2)) / 64
+    return {"velocity": torch.tanh(x + words[:, None, None, None, None]) * (0.7 + t[:, None, None, None, None])}
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Ranks along cfg that run all of the model for their rows. folder: `rows-RANK`, a line for each denoiser call, of what tells its rows apart."""
+
+    folder: Path
+
+    def identity(self) -> Mapping[str, str]:
+        return {"weights": "none"}
+
+    def load(self, comm: Communicator) -> Mapping[str, Runner]:
+        def noting(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            rows = zip(inputs["context"].mean((1, 2)).tolist(), inputs["x"].flatten(1)[:, 0].tolist(), strict=True)
+            with (self.folder / f"rows-{comm.rank}").open("a") as file:
+                file.write(json.dumps(list(rows)) + "\n")
+            return worded(inputs)
+
+        return {MODEL: runner(noting)}
 
 
 @dataclass(frozen=True)

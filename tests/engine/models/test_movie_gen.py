@@ -12,7 +12,6 @@ from reelstep.compiler.compile import compile_model
 from reelstep.compiler.graphs import ops_of
 from reelstep.compiler.load import load
 from reelstep.compiler.program import Profile
-from reelstep.engine.build import ServedModel
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.movie_gen import (
     CONFIG_30B,
@@ -24,6 +23,7 @@ from reelstep.engine.models.movie_gen import (
 )
 from reelstep.engine.models.reel_tiny import DENOISER_CONFIG
 from reelstep.engine.samplers.step_cache import PIECES, STEP_CACHES
+from reelstep.engine.served import ServedModel
 from reelstep.errors import ConfigError
 
 
@@ -88,6 +88,8 @@ def by_hand(model, x, t, condition, texts):
         for h in range(config.heads):
             cut = slice(h * k, (h + 1) * k)
             q, key, v = (w.weight[cut] @ z.transpose(-1, -2) for w, z in ((layer.q, q_in), (layer.k, kv_in), (layer.v, kv_in)))
+            if config.qk_norm:
+                q, key = (rms(z.transpose(-1, -2), norm.weight).transpose(-1, -2) for z, norm in ((q, layer.q_norm), (key, layer.k_norm)))
             weights = torch.softmax(q.transpose(-1, -2) @ key / math.sqrt(k), -1)
             out.append(weights @ v.transpose(-1, -2))
         return torch.cat(out, -1) @ layer.out.weight.T
@@ -132,9 +134,13 @@ def by_hand(model, x, t, condition, texts):
     return out
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @torch.no_grad()
-def test_the_transformer_is_the_papers_figure():
-    model = tiny()
+def test_the_transformer_is_the_papers_figure(qk_norm):
+    model = tiny(qk_norm=qk_norm)
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.normal_(weight)
     x, condition = torch.randn(2, 3, 3, 4, 6).double(), torch.randn(2, 2, 3, 4, 6).double()
     t, texts = torch.tensor([0.1, 0.7]).double(), (torch.randn(2, 4, 5).double(), torch.randn(2, 3, 7).double())
     got = model(x, model.time(t), condition, model.text(*texts))
@@ -171,10 +177,10 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def test_a_graph_has_each_op_as_one_node():
-    program = denoise_program(tiny().float(), 5, sizes(2, 4, 4))
+    program = denoise_program(tiny(qk_norm=True).float(), 5, sizes(2, 4, 4))
     counts = ops_of(capture(program, program.profiles[0]))
     ours = {op.split(".")[1]: n for op, n in counts.items() if op.startswith("reelstep.")}
-    assert ours == {"patchify": 1, "rms_modulate": 2 * 2 + 1, "gated_residual": 2 * 2, "swiglu": 2, "unpatchify": 1}
+    assert ours == {"patchify": 1, "rms_modulate": 2 * 2 + 1, "qk_norm_rope": 2 * 2, "gated_residual": 2 * 2, "swiglu": 2, "unpatchify": 1}
 
 
 def sizes(f, h, w):

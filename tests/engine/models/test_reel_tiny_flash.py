@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from reelstep.benchmarks.concurrency import run_all
-from reelstep.engine.build import ServedModel, default_tables, schedules_of
+from reelstep.engine.build import default_tables
 from reelstep.engine.executors.inline import Inline
 from reelstep.engine.loop import Engine, warm_up
 from reelstep.engine.models import reel_tiny
@@ -19,6 +19,7 @@ from reelstep.engine.models.reel_tiny_flash import SPEC
 from reelstep.engine.pipelines.latent import to_pixels
 from reelstep.engine.resolve import Ask, resolve
 from reelstep.engine.runner import Runner
+from reelstep.engine.served import ServedModel, schedules_of
 from reelstep.errors import UnsupportedRequest
 
 
@@ -78,7 +79,7 @@ def engine(model):
 
 
 def test_an_engine_warms_up_with_it(engine):
-    warm_up(engine, engine.models[SPEC.name], "text_to_video", "")
+    warm_up(engine, engine.models[SPEC.name], "text_to_video", "", several=False)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from reelstep.engine.build import ServedModel, load_fitted
+from reelstep.engine.build import load_fitted
 from reelstep.engine.models import MODELS
 from reelstep.engine.request import Fit
 from reelstep.engine.resolve import Ask, resolve
@@ -20,6 +20,7 @@ from reelstep.engine.samplers.ns import drive, sample, start
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.engine.samplers.schedules import linear
 from reelstep.engine.samplers.tables import SOLVERS
+from reelstep.engine.served import ServedModel
 from reelstep.errors import ConfigError, InvalidRequest
 
 SCALE, CONDOT = 3.0, PATHS["condot"]

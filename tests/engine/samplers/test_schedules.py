@@ -20,6 +20,7 @@ from reelstep.engine.samplers.schedules import (
     from_sigmas,
     karras,
     karras_sigmas,
+    late,
     linear,
     linear_quadratic,
     shifted,
@@ -42,6 +43,12 @@ def test_every_schedule_increases_from_exactly_0_to_exactly_1(name, steps):
 def test_no_steps_are_refused(name, steps):
     with pytest.raises(ConfigError, match="at least 1"):
         SCHEDULES[name](steps)
+
+
+def test_late_is_half_done_at_five_eighths_and_begins_as_linear_does_with_three_fifths_of_its_steps():
+    assert late(20)[10] == pytest.approx(5 / 8, rel=1e-15)
+    assert late(2000)[1] == pytest.approx(linear(1200)[1], rel=1e-3)
+    assert 1 - late(2000)[1999] == pytest.approx(0.6 / 2000, rel=1e-3), "the slope of the shift at the data"
 
 
 def test_linear_quadratic_has_movie_gens_numbers_for_50_of_250_steps():

@@ -6,7 +6,8 @@ Tensors go in and out without a copy: requests read the caller's memory and writ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from reelstep.compiler.backends import Graph
+from reelstep.compiler.backends.openvino.collectives import Raised, conversions, has_collectives
 from reelstep.compiler.capture import quiet_torch
-from reelstep.compiler.passes.mixed_precision import mixed_precision
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import TORCH_DTYPES, Signature
 from reelstep.compiler.skus import is_gpu
 from reelstep.compiler.skus.cpu import SKU
 from reelstep.compiler.storage import seal, sealed, write_file
 from reelstep.errors import CompileError
+from reelstep.parallel.mesh import Mesh
 
 DEVICE = "CPU"
 
@@ -31,8 +33,8 @@ DEVICE = "CPU"
 class BoundRequest:
     """One compiled variant, ready to infer."""
 
-    def __init__(self, compiled: ov.CompiledModel, signature: Signature) -> None:
-        self.request = compiled.create_infer_request()
+    def __init__(self, compiled: ov.CompiledModel, signature: Signature, raised: Raised) -> None:
+        self.request, self.raised = compiled.create_infer_request(), raised
         ports = [next((i for i, port in enumerate(compiled.inputs) if _tensor_name(k) in port.names), None) for k in range(len(signature.inputs))]
         self.ports = [(position, index) for position, index in enumerate(ports) if index is not None]  # an input that nothing reads has none
         self.outputs = [(index, edge.name, edge.sizes, TORCH_DTYPES[edge.dtype]) for index, edge in enumerate(signature.outputs)]
@@ -45,16 +47,27 @@ class BoundRequest:
         for index, name, sizes, dtype in self.outputs:
             out = outputs[name] = torch.empty((rows, *sizes), dtype=dtype)
             request.set_output_tensor(index, ov.Tensor(out.numpy(), shared_memory=True))
-        request.infer(share_inputs=True, share_outputs=True)
+        try:
+            request.infer(share_inputs=True, share_outputs=True)
+        except RuntimeError as error:
+            raise self.raised.take() or error from None
         return outputs
 
 
 class OpenVinoExecutable:
-    """Two variants of a program: static shapes for one row, which run faster, a dynamic batch for more."""
+    """Two variants of a program: static shapes for one row, which run faster, a dynamic batch for more. Each opens when it is first called."""
 
-    def __init__(self, variants: Sequence[ov.CompiledModel], signature: Signature) -> None:
+    def __init__(self, variants: Sequence[Callable[[], ov.CompiledModel]], signature: Signature, raised: Raised | None = None) -> None:
         self.signature = signature
-        self.one, self.many = BoundRequest(variants[0], signature), BoundRequest(variants[-1], signature)
+        self.variants, self.raised = variants, raised or Raised()
+
+    @cached_property
+    def one(self) -> BoundRequest:
+        return BoundRequest(self.variants[0](), self.signature, self.raised)
+
+    @cached_property
+    def many(self) -> BoundRequest:
+        return BoundRequest(self.variants[-1](), self.signature, self.raised)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = [tensor.detach().contiguous() for tensor in self.signature.ordered(inputs)]
@@ -65,6 +78,7 @@ class OpenVinoBackend:
     name = "openvino"
     runs = True
     own_threads = True
+    takes_collectives = True
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -78,6 +92,12 @@ class OpenVinoBackend:
     def runs_on(self, arch: str) -> bool:
         return not is_gpu(arch)
 
+    def on(self, arch: str) -> OpenVinoBackend:
+        return self
+
+    def refuses(self, mesh: Mesh, arch: str) -> None:
+        return None
+
     def keeps(self, arch: str) -> frozenset[str]:
         return frozenset()
 
@@ -89,8 +109,10 @@ class OpenVinoBackend:
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": SKU.units}
         batches = [1, signature.max_batch][: signature.max_batch]
         if cache is None:
-            model = _lower(graph(), signature, precision)
-            return OpenVinoExecutable([core.compile_model(_for_batch(model, signature, n), DEVICE, options) for n in batches], signature)
+            raised = Raised()
+            model = _lower(graph(), signature, precision, raised)
+            ready = [core.compile_model(_for_batch(model, signature, n), DEVICE, options) for n in batches]
+            return OpenVinoExecutable([partial(_given, compiled) for compiled in ready], signature, raised)
         machine = "\n".join([key, precision, ov.__version__, SKU.model, str(SKU.units), *sorted(SKU.features)])
         name = f"openvino-{hashlib.sha256(machine.encode()).hexdigest()}"
         paths = [cache / f"{name}-{n}.blob" for n in batches]
@@ -99,7 +121,15 @@ class OpenVinoBackend:
             for n, path in zip(batches, paths, strict=True):
                 compiled = core.compile_model(_for_batch(model, signature, n), DEVICE, options)
                 seal(path, lambda temporary, compiled=compiled: write_file(temporary, _export(compiled)))  # type: ignore[misc]
-        return OpenVinoExecutable([core.import_model(path.read_bytes(), DEVICE, options) for path in paths], signature)
+        return OpenVinoExecutable([partial(_open, core, path, options) for path in paths], signature)
+
+
+def _given(compiled: ov.CompiledModel) -> ov.CompiledModel:
+    return compiled
+
+
+def _open(core: ov.Core, blob: Path, options: Mapping[str, Any]) -> ov.CompiledModel:
+    return core.import_model(blob.read_bytes(), DEVICE, options)
 
 
 def _export(compiled: ov.CompiledModel) -> bytes:
@@ -111,16 +141,19 @@ def _tensor_name(position: int) -> str:
     return f"reelstep_input_{position}"
 
 
-def _lower(exported: ExportedProgram, signature: Signature, precision: Precision) -> ov.Model:
-    return _convert(mixed_precision(exported, signature) if precision == "bfloat16" else exported, signature)
+def _lower(exported: ExportedProgram, signature: Signature, precision: Precision, raised: Raised | None = None) -> ov.Model:
+    from reelstep.compiler.passes.mixed_precision import mixed_precision  # here: an engine from the cache needs no passes
+
+    return _convert(mixed_precision(exported, signature) if precision == "bfloat16" else exported, signature, raised)
 
 
-def _convert(exported: ExportedProgram, signature: Signature) -> ov.Model:
-    """The OpenVINO model with our names on its inputs."""
+def _convert(exported: ExportedProgram, signature: Signature, raised: Raised | None) -> ov.Model:
+    """The OpenVINO model with our names on its inputs. raised: where its collectives say what went wrong; a model that will be saved has none."""
     where = f"program {signature.program!r} at profile {signature.profile!r}"
     try:
         with quiet_torch():
-            model: ov.Model = ov.convert_model(exported)
+            extension = conversions(raised) if raised is not None and has_collectives(exported) else None
+            model: ov.Model = ov.convert_model(exported, extension=extension)
     except Exception as error:  # the frontend raises its own unexported classes
         raise CompileError(f"{where} cannot be converted to OpenVINO: {error}") from error
     for position, name in enumerate(exported.graph_signature.user_inputs):
