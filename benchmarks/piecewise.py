@@ -23,7 +23,7 @@ from reelstep.compiler.backends import BACKENDS, Executable
 from reelstep.compiler.capture import capture
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.drop_dead import drop_dead
-from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, Chain, build_rank, split_at_collectives
+from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, build_rank, in_pieces
 from reelstep.compiler.program import Profile
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
@@ -74,28 +74,22 @@ def measure(name: str, mesh: Mesh, backend: str, seed: int) -> Row:
             program = denoise_program(shard(module, RULES["movie-gen"], comm, file), text, (profile,))  # type: ignore[arg-type]
             signature = Signature.of(program, profile)
             exported, _ = apply_passes(capture(program, profile))
-            split = split_at_collectives(exported, signature)
-            build = BACKENDS[backend].build
-            engines: dict[str, Executable] = {
-                "whole": build(partial(_given, without_collectives(exported)), signature, "float32", None, ""),
-                "pieces": Chain(split, [build(partial(_given, piece.exported), piece.signature, "float32", None, "") for piece in split.pieces], comm),
-            }
-            if BACKENDS[backend].takes_collectives:
-                engines["inside"] = build_rank(exported, signature, BACKENDS[backend], comm)
+            runs = BACKENDS[backend]
+            pieces = in_pieces(exported, signature, runs, comm)
+            whole = runs.build(lambda: without_collectives(exported), signature, "float32", None, "")
+            engines: dict[str, Executable] = {"whole": whole, "pieces": pieces}
+            if runs.collectives:
+                engines["inside"] = build_rank(exported, signature, runs, comm)
             inputs = inputs_of(signature, 1, seed)
             found = {how: engine(inputs)["velocity"] for how, engine in engines.items()}
             times = interleave({how: partial(engine, inputs) for how, engine in engines.items()}, rounds)
     medians = {f"{how}_s": timing.median_s for how, timing in times.items()}
-    row: dict[str, Any] = {"model": name, "tokens": f * h * w // 4, "mesh": str(mesh), "backend": backend, "pieces": len(split.pieces), **medians}
+    row: dict[str, Any] = {"model": name, "tokens": f * h * w // 4, "mesh": str(mesh), "backend": backend, "pieces": len(pieces.split.pieces), **medians}
     for how, overhead, error in (("pieces", "overhead", "rel_l2"), ("inside", "inside_overhead", "inside_rel_l2")):
         if how in engines:
             row[overhead] = times[how].median_s / times["whole"].median_s - 1
             row[error] = float((found[how] - found["whole"]).norm() / found["whole"].norm())
     return {**row, "rounds": rounds}
-
-
-def _given(exported: ExportedProgram) -> ExportedProgram:
-    return exported
 
 
 def main(argv: Sequence[str]) -> None:

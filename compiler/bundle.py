@@ -30,7 +30,7 @@ from torch.export import ExportedProgram
 
 from reelstep import __version__
 from reelstep.compiler.capture import SAFE_NAME
-from reelstep.compiler.graphs import load_graph, weights_of
+from reelstep.compiler.graphs import element_bytes, load_graph, weights_of
 from reelstep.compiler.plan import Plan, canonical_json
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.signing import PrivateKey, PublicKey, check_signature, check_trusted, sign
@@ -196,7 +196,7 @@ class Bundle:
     def weights_bytes(self, name: str, profile: str, float_bytes: int) -> int:
         """Of what the program reads, with this many bytes for a floating number, but one in 8 bits: no engine of it is smaller."""
         used = {stored: self.tensors[stored] for stored in self.manifest["programs"][name][profile]["weights"].values()}
-        return sum(t.numel() * (float_bytes if t.is_floating_point() and t.element_size() > 1 else t.element_size()) for t in used.values())
+        return sum(t.numel() * element_bytes(t, float_bytes) for t in used.values())
 
     def program(self, name: str, profile: str) -> ExportedProgram:
         """The graph with its weights. Raises NotFound for an unknown program or profile."""

@@ -39,6 +39,11 @@ SAFE_EXPRESSION = re.compile(
 """Sizes as formulas of the batch: the deserialiser evaluates them, so only arithmetic may pass."""
 
 
+def element_bytes(weight: Tensor, float_bytes: int) -> int:
+    """In an engine: a floating number takes what the precision has, one in 8 bits what it takes already."""
+    return float_bytes if weight.is_floating_point() and weight.element_size() > 1 else weight.element_size()
+
+
 def weights_of(exported: ExportedProgram) -> dict[str, Tensor]:
     """Parameters, buffers and constants by qualified name. Raises CompileError for a constant that is no tensor."""
     weights = {**exported.state_dict, **exported.constants}

@@ -20,7 +20,7 @@ from torch.fx import Node
 from reelstep.compiler.bundle import Captured
 from reelstep.compiler.compile import capture_all
 from reelstep.compiler.cost import shape_of
-from reelstep.compiler.graphs import weights_of
+from reelstep.compiler.graphs import element_bytes, weights_of
 from reelstep.compiler.load import Progress, silent
 from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, RING
 from reelstep.compiler.plan import ProgramPlan, RankPlan, Sent
@@ -102,7 +102,7 @@ def _capture(
 def _weights(item: Captured, precision: Precision) -> dict[tuple[Hashable, int], Tensor]:
     """The tensors that a graph reads, by what makes one the same as another graph's, and the bytes of an element."""
     tensors = weights_of(item.exported).values()
-    sizes = [(x, FLOAT_BYTES[precision] if x.is_floating_point() else x.element_size()) for x in tensors]
+    sizes = [(x, element_bytes(x, FLOAT_BYTES[precision])) for x in tensors]
     return {((x.untyped_storage()._cdata, x.storage_offset(), x.shape), size): x for x, size in sizes}
 
 

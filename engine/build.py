@@ -56,7 +56,7 @@ def load_fitted(files: Sequence[Path], spec: ModelSpec, model_hash: str) -> dict
     if files and spec.settings.distilled is not None:
         raise ConfigError(f"{files[0]}: {spec.name!r} is a student of few steps and no velocity field, so nothing can be fitted to it; compile it without")
     found: dict[str, Fitted] = {}
-    shipped: dict[str, Path] = {}
+    shipped: set[str] = set()
     for file in files:
         try:
             fitted = Fitted.from_json(json.loads(file.read_bytes()))
@@ -67,13 +67,14 @@ def load_fitted(files: Sequence[Path], spec: ModelSpec, model_hash: str) -> dict
         except (OSError, ValueError, NotFound) as error:  # of JSON and UTF-8 too; ConfigError is one
             raise ConfigError(f"{file}: {error}") from error
         calibrates = isinstance(fitted.artifact, RuleOptions | CacheOptions)
-        if calibrates and shipped.get(fitted.name, file) != file:
-            del found[fitted.name], shipped[fitted.name]
+        if calibrates and fitted.name in shipped and file not in spec.fitted:
+            shipped.remove(fitted.name)
+            del found[fitted.name]
         if fitted.name in (*found, *SOLVERS, *(() if calibrates else GUIDANCE)):
             raise ConfigError(f"{file}: something called {fitted.name!r} is there already; fit it under another name")
         found[fitted.name] = fitted
         if file in spec.fitted:
-            shipped[fitted.name] = file
+            shipped.add(fitted.name)
     return found
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from reelstep.compiler.program import Precision
@@ -32,15 +33,15 @@ class Executable(Protocol):
 
 
 class Backend(Protocol):
-    """One way to run graphs."""
+    """One way to run graphs. A backend is a subclass, and says only where it differs from what stands here."""
 
     name: str
     runs: bool
     """False for a backend that computes nothing."""
-    own_threads: bool
+    own_threads: bool = False
     """Whether it computes on a CPU with threads of its own and not with torch's, which then compete: they wait actively after each operator."""
-    takes_collectives: bool
-    """Whether it runs collectives inside a graph, over this process's links: such a graph needs no cut at them."""
+    collectives: frozenset[OpOverload] = frozenset()
+    """Those that it runs inside a graph, over this process's links: a graph without others needs no cut at them."""
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -57,15 +58,15 @@ class Backend(Protocol):
 
     def on(self, arch: str) -> Backend:
         """The same for the device of an arch that it runs on: what it can run and builds may differ between devices."""
-        ...
+        return self
 
     def refuses(self, mesh: Mesh, arch: str) -> str | None:
         """What ranks of a mesh cannot run on an arch, and what to take instead; None where they can."""
-        ...
+        return None
 
     def keeps(self, arch: str) -> frozenset[str]:
         """Ops of `reelstep.kernels` that it runs whole on an arch; its graphs have the formulas of the others."""
-        ...
+        return frozenset()
 
     def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> Executable:
         """Compile, or take from the directory `cache` what was compiled under `key` before.

@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from reelstep.compiler.backends import Graph
+from reelstep.compiler.backends import Backend, Graph
 from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import TORCH_DTYPES, Signature
 from reelstep.compiler.skus import is_gpu
-from reelstep.parallel.mesh import Mesh
 
 
 class EagerExecutable:
@@ -30,11 +29,9 @@ class EagerExecutable:
         return {edge.name: out.to(TORCH_DTYPES[edge.dtype]) for edge, out in zip(self.signature.outputs, outputs, strict=True)}
 
 
-class EagerBackend:
+class EagerBackend(Backend):
     name = "eager"
     runs = True
-    own_threads = False
-    takes_collectives = False
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
 
     def default_precision(self) -> tuple[Precision, str]:
@@ -42,15 +39,6 @@ class EagerBackend:
 
     def runs_on(self, arch: str) -> bool:
         return not is_gpu(arch)
-
-    def on(self, arch: str) -> EagerBackend:
-        return self
-
-    def refuses(self, mesh: Mesh, arch: str) -> None:
-        return None
-
-    def keeps(self, arch: str) -> frozenset[str]:
-        return frozenset()
 
     def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> EagerExecutable:
         with quiet_torch():

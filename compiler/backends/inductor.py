@@ -21,7 +21,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from reelstep.compiler.backends import Graph
+from reelstep.compiler.backends import Backend, Graph
 from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.passes.mixed_precision import mixed_precision
 from reelstep.compiler.program import Precision
@@ -51,15 +51,13 @@ class InductorExecutable:
 
 
 @dataclass(frozen=True)
-class InductorBackend:
+class InductorBackend(Backend):
     """device: "cpu", or a CUDA device, on which ops of ours that a graph has kept run as they are. autotune: there, measure tiles as it compiles."""
 
     device: str = "cpu"
     autotune: bool = True
     name: str = "inductor"
     runs: bool = True
-    own_threads: bool = False
-    takes_collectives: bool = False
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from reelstep.compiler.backends import Graph
+from reelstep.compiler.backends import Backend, Graph
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
-from reelstep.parallel.mesh import Mesh
 
 
 class NullExecutable:
@@ -22,11 +21,9 @@ class NullExecutable:
         return {edge.name: edge.zeros(first.shape[0], first.device) for edge in self.signature.outputs}
 
 
-class NullBackend:
+class NullBackend(Backend):
     name = "null"
     runs = False
-    own_threads = False
-    takes_collectives = False
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
 
     def default_precision(self) -> tuple[Precision, str]:
@@ -34,15 +31,6 @@ class NullBackend:
 
     def runs_on(self, arch: str) -> bool:
         return True
-
-    def on(self, arch: str) -> NullBackend:
-        return self
-
-    def refuses(self, mesh: Mesh, arch: str) -> None:
-        return None
-
-    def keeps(self, arch: str) -> frozenset[str]:
-        return frozenset()
 
     def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> NullExecutable:
         return NullExecutable(signature)

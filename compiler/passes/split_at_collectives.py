@@ -30,8 +30,6 @@ RING: OpOverload = ring_attention._opoverload
 COLLECTIVES = frozenset(
     {c10d.all_reduce.default, c10d.all_gather_into_tensor.default, c10d.all_to_all_single.default, c10d.reduce_scatter_tensor.default, RING}
 )
-IN_GRAPH = COLLECTIVES - {RING, c10d.reduce_scatter_tensor.default}
-"""Those that a backend may run itself. A ring overlaps what travels with what is computed, and is always a cut."""
 DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -98,8 +96,13 @@ class Chain:
 def build_rank(exported: ExportedProgram, signature: Signature, backend: Backend, comm: Communicator) -> Executable:
     """A rank's program in float32: one engine where the backend runs what collectives the graph has, else pieces between them. Raises CompileError."""
     found = {node.target for node in exported.graph.nodes} & COLLECTIVES
-    if backend.takes_collectives and found <= IN_GRAPH:
+    if found <= backend.collectives:
         return backend.build(lambda: exported, signature, "float32", None, "")
+    return in_pieces(exported, signature, backend, comm)
+
+
+def in_pieces(exported: ExportedProgram, signature: Signature, backend: Backend, comm: Communicator) -> Chain:
+    """A rank's program in float32, cut at its collectives. Raises CompileError."""
     split = split_at_collectives(exported, signature)
     built = [backend.build(partial(_exported, piece), piece.signature, "float32", None, "") for piece in split.pieces]
     return Chain(split, built, comm)

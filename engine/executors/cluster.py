@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -135,6 +135,7 @@ class OnCluster:
     backend: str | None = None
     precision: Precision | None = None
     allowance: Allowance = BOUNDS.calls
+    share: Share = field(init=False)  # of a rank, once they are opened
 
     def open(self, bundles: Sequence[Bundle]) -> Restarting:
         """Raises ConfigError for bundles of different SKUs; then as `connect` and `open_on_cluster`."""

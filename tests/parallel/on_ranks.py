@@ -23,7 +23,7 @@ from reelstep.compiler.backends.openvino import OpenVinoExecutable
 from reelstep.compiler.capture import capture
 from reelstep.compiler.graphs import ops_of
 from reelstep.compiler.passes import apply_passes
-from reelstep.compiler.passes.split_at_collectives import Chain, build_rank, split_at_collectives
+from reelstep.compiler.passes.split_at_collectives import build_rank, in_pieces
 from reelstep.compiler.program import Profile, Program
 from reelstep.compiler.signature import Signature
 from reelstep.engine.models.byte_text import ByteTextConfig, ByteTextEncoder
@@ -232,8 +232,8 @@ def chain(rank: int, file: Path, mesh: str, rows: int, backend: str) -> tuple[np
         part = sharded_dit(file, comm, config=SHALLOW)
         program, profile, signature = dit_program(part, rows)
         exported, _ = apply_passes(capture(program, profile))
-        split = split_at_collectives(exported, signature)
-        run = Chain(split, [BACKENDS[backend].build(lambda p=p: p.exported, p.signature, "float32", None, "") for p in split.pieces], comm)
+        run = in_pieces(exported, signature, BACKENDS[backend], comm)
+        split = run.split
         x, modulation, context = dit_inputs(rows)
         pieces = run({"x": x, "modulation": modulation, "context": context})["velocity"]
         whole = exported.module(check_guards=False)(x, modulation, context)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from reelstep.compiler.backends import Graph
-from reelstep.compiler.backends.openvino.collectives import Raised, conversions, has_collectives
+from reelstep.compiler.backends import Backend, Graph
+from reelstep.compiler.backends.openvino.collectives import RUNS, Raised, conversions
 from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import TORCH_DTYPES, Signature
@@ -25,7 +25,6 @@ from reelstep.compiler.skus import is_gpu
 from reelstep.compiler.skus.cpu import SKU
 from reelstep.compiler.storage import seal, sealed, write_file
 from reelstep.errors import CompileError
-from reelstep.parallel.mesh import Mesh
 
 DEVICE = "CPU"
 
@@ -74,11 +73,11 @@ class OpenVinoExecutable:
         return (self.one if tensors[0].shape[0] == 1 else self.many).infer(tensors)
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(Backend):
     name = "openvino"
     runs = True
     own_threads = True
-    takes_collectives = True
+    collectives = frozenset(RUNS.values())
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -91,15 +90,6 @@ class OpenVinoBackend:
 
     def runs_on(self, arch: str) -> bool:
         return not is_gpu(arch)
-
-    def on(self, arch: str) -> OpenVinoBackend:
-        return self
-
-    def refuses(self, mesh: Mesh, arch: str) -> None:
-        return None
-
-    def keeps(self, arch: str) -> frozenset[str]:
-        return frozenset()
 
     def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> OpenVinoExecutable:
         if precision not in self.precisions:
@@ -152,7 +142,7 @@ def _convert(exported: ExportedProgram, signature: Signature, raised: Raised | N
     where = f"program {signature.program!r} at profile {signature.profile!r}"
     try:
         with quiet_torch():
-            extension = conversions(raised) if raised is not None and has_collectives(exported) else None
+            extension = None if raised is None else conversions(raised)
             model: ov.Model = ov.convert_model(exported, extension=extension)
     except Exception as error:  # the frontend raises its own unexported classes
         raise CompileError(f"{where} cannot be converted to OpenVINO: {error}") from error

@@ -10,7 +10,6 @@ from typing import Any
 import openvino as ov
 import torch
 from openvino.frontend.pytorch import ConversionExtension
-from torch.export import ExportedProgram
 
 from reelstep.parallel.collectives import Communicator, c10d, communicator_of
 
@@ -18,7 +17,7 @@ RUNS = {
     f"_c10d_functional.{op._overloadpacket.__name__}.default": op
     for op in (c10d.all_reduce.default, c10d.all_gather_into_tensor.default, c10d.all_to_all_single.default)
 }
-"""The operators by the frontend's names."""
+"""The operators by the frontend's names. A ring is none of them: it overlaps what travels with what is computed, and is always a cut."""
 WAIT = "_c10d_functional.wait_tensor.default"
 
 
@@ -68,10 +67,6 @@ class ReelstepCollective(ov.Op):  # type: ignore[misc]  # openvino has no types 
 
     def visit_attributes(self, visitor: Any) -> bool:
         return True
-
-
-def has_collectives(exported: ExportedProgram) -> bool:
-    return any(str(node.target) in RUNS for node in exported.graph.nodes)
 
 
 def conversions(raised: Raised) -> list[ConversionExtension]:

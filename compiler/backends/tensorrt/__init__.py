@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from reelstep.compiler.backends import Graph
+from reelstep.compiler.backends import Backend, Graph
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import is_gpu
@@ -57,14 +57,12 @@ def missing() -> list[str]:
 
 
 @dataclass(frozen=True)
-class TensorRtBackend:
-    """watch: told how far a build is; a build takes minutes. What it raises stops the build."""
+class TensorRtBackend(Backend):
+    """watch: told how far a build is; a build takes minutes. What it raises stops the build. No op of ours is kept: its kernel would be a plugin."""
 
     watch: Watch = unwatched
     name: str = "tensorrt"
     runs: bool = True
-    own_threads: bool = False
-    takes_collectives: bool = False
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -76,19 +74,12 @@ class TensorRtBackend:
     def runs_on(self, arch: str) -> bool:
         return is_gpu(arch)
 
-    def on(self, arch: str) -> TensorRtBackend:
-        return self
-
     def refuses(self, mesh: Mesh, arch: str) -> str | None:
         """A rank's whole graph is one engine, with the collectives that TensorRT has layers for."""
         if mesh.ring == 1:
             return None
         ulysses = f"cp={mesh.cp} with ring=1, which trades heads for tokens (Ulysses), or tp={mesh.cp} in place of cp"
         return f"ring={mesh.ring} sends keys and values from stage to stage, and TensorRT has no layer for that; use {ulysses}, or plan it with backend 'null'"
-
-    def keeps(self, arch: str) -> frozenset[str]:
-        """None: a kernel of ours would be a plugin of TensorRT's."""
-        return frozenset()
 
     def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> TensorRtExecutable:
         lacks = missing()

@@ -17,6 +17,8 @@ from reelstep.engine.runner import Runner
 from reelstep.parallel.collectives import Communicator
 
 MODEL = "toy"
+DENOISE_S = 0.05
+"""What a denoiser takes at least that shall be longer than the programs beside it, whatever else the machine does."""
 
 
 def share(x: Tensor, t: Tensor, place: int) -> Tensor:
@@ -91,7 +93,10 @@ def worded(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Halves:
-    """Ranks along cfg that run all of the model for their rows. folder: `rows-RANK`, a line for each denoiser call, of what tells its rows apart."""
+    """Ranks along cfg that run all of the model for their rows. folder: `rows-RANK`, a line for each denoiser call, of what tells its rows apart.
+
+    The denoiser is the longest program, as a real one is: the scheduler lets shorter ones go first, so that who comes later reaches it.
+    """
 
     folder: Path
 
@@ -103,6 +108,7 @@ class Halves:
             rows = zip(inputs["context"].mean((1, 2)).tolist(), inputs["x"].flatten(1)[:, 0].tolist(), strict=True)
             with (self.folder / f"rows-{comm.rank}").open("a") as file:
                 file.write(json.dumps(list(rows)) + "\n")
+            time.sleep(DENOISE_S)
             return worded(inputs)
 
         return {MODEL: runner(noting)}
