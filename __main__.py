@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from reelstep import __version__
-from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, NotFound, ReelstepError, UnsupportedRequest
+from reelstep.errors import AlreadyExists, ConfigError, FieldViolation, InvalidRequest, NotFound, ReelstepError, UnsupportedRequest, unknown
 
 if TYPE_CHECKING:
     from reelstep.compiler.planner import Sampling, Workload
     from reelstep.compiler.program import Precision
     from reelstep.compiler.quantisation import Quantisation
     from reelstep.compiler.signing import PublicKey
-    from reelstep.engine.client import Artifact, ClientEvent, Generation, Options
+    from reelstep.engine.client import Artifact, ClientEvent, Generation, Lora, Options
     from reelstep.engine.executors.replicas import Elsewhere
     from reelstep.engine.models.spec import ModelSettings
     from reelstep.engine.request import Event, Request
     from reelstep.engine.resolve import Ask, Engine, Served
 
 T = TypeVar("T")
-USER_ERRORS = (ConfigError, InvalidRequest, UnsupportedRequest, NotFound)
+USER_ERRORS = (ConfigError, InvalidRequest, UnsupportedRequest, NotFound, AlreadyExists)
 QUANTISE_PROMPTS = 4
 """To measure layers on, and as many to compare with."""
 MAX_ERROR, MIN_PSNR_DB = 0.05, 35.0
@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_serve(commands)
     add_generate(commands)
+    add_lora(commands)
     add_sample(commands)
     add_fit(commands)
     add_bench(commands)
@@ -201,6 +202,7 @@ def add_serve(commands: Commands) -> None:
     examples = (
         "  reelstep serve reel-tiny.reel\n"
         "  reelstep serve a.reel b.reel --port 0\n"
+        "  reelstep serve reel-tiny-lora.reel --lora neon=neon.safetensors --allow-lora-uploads\n"
         "  reelstep serve reel-tiny.reel --replicas 2 --mesh cp=2 --cluster head:6379\n"
     )
     parser = add_command(commands, "serve", run_serve, text, examples)
@@ -214,6 +216,9 @@ def add_serve(commands: Commands) -> None:
     parser.add_argument("--max-seconds", type=float, default=600.0, metavar="S", help="longest that one request may take (600)")
     named = "let requests use this LoRA by this name, for a bundle compiled with --lora-rank; may be repeated"
     parser.add_argument("--lora", type=parse_named, action="append", default=[], metavar="NAME=FILE", help=named)
+    lets = "let whoever reaches the port load LoRAs into the server while it runs, and unload them: `reelstep lora --help`"
+    parser.add_argument("--allow-lora-uploads", action="store_true", help=lets)
+    parser.add_argument("--max-loras", type=int, metavar="N", help="that clients may bring a model up to (16)")
     parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="time for running requests after SIGTERM (30)")
     add_engine_options(parser)
     add_mesh(parser)
@@ -237,12 +242,38 @@ def add_generate(commands: Commands) -> None:
     )
     parser = add_command(commands, "generate", run_generate, text, examples)
     parser.add_argument("prompt", metavar="PROMPT", help="what to show, in words")
-    parser.add_argument("--server", default="localhost:50051", metavar="ADDRESS", help="host:port (localhost:50051)")
-    parser.add_argument("--model", help="needed when the server has several")
+    add_server(parser)
     parser.add_argument("--timeout", type=float, metavar="S", help="give up after so many seconds; the server stops then too")
     adds = "add a LoRA that the server has, strength 1 if not given; may be repeated; a wrong name prints those there are"
     parser.add_argument("--lora", type=parse_strength, action="append", default=[], metavar="NAME[=X]", help=adds)
     add_generation_options(parser)
+
+
+def add_lora(commands: Commands) -> None:
+    text = "List the LoRAs of a running server; load one into it, or unload one, where it was started with --allow-lora-uploads."
+    examples = (
+        "  reelstep compile reel-tiny --lora-rank 8 -o reel-tiny-lora.reel     LoRAs of up to this rank\n"
+        "  reelstep serve reel-tiny-lora.reel --allow-lora-uploads\n"
+        "  reelstep lora load neon=neon.safetensors\n"
+        '  reelstep generate "a fox" -o fox.mp4 --lora neon=0.8\n'
+        "  reelstep lora load neon=neon-2.safetensors --replace\n"
+        "  reelstep lora unload neon\n"
+        "requests that run or wait keep what was loaded when they came; what was loaded this way is gone when the server ends\n"
+    )
+    actions = add_command(commands, "lora", run_list_loras, text, examples).add_subparsers(title="commands", metavar="COMMAND", required=True)
+    load = add_command(actions, "load", run_load_lora, "Load a LoRA into a running server.", "  reelstep lora load neon=neon.safetensors\n")
+    load.add_argument("lora", type=parse_named, metavar="NAME=FILE", help="safetensors; of PEFT with the adapter_config.json beside it")
+    load.add_argument("--replace", action="store_true", help="another one of this name, which otherwise is an error")
+    unload = add_command(actions, "unload", run_unload_lora, "Drop a LoRA from a running server.", "  reelstep lora unload neon\n")
+    unload.add_argument("name", metavar="NAME", help="a wrong one prints those there are")
+    listed = add_command(actions, "list", run_list_loras, "What each model takes and has.", "  reelstep lora list\n")
+    for parser in (load, unload, listed):
+        add_server(parser)
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--server", default="localhost:50051", metavar="ADDRESS", help="host:port (localhost:50051)")
+    parser.add_argument("--model", help="needed when the server has several")
 
 
 def add_sample(commands: Commands) -> None:
@@ -286,7 +317,10 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     skips = "skip most of the network where little changes: teacache or first_block; for a bundle compiled with --step-cache"
     group.add_argument("--step-cache", default="", metavar="NAME", help=skips)
     group.add_argument("--step-cache-option", type=parse_option, action="append", default=[], metavar="NAME=X", help=tells)
-    chooses = "draft, standard or best, in place of the six options below; `reelstep inspect` prints a bundle's"
+    chooses = (
+        "draft, standard or best, in place of the six options below; `reelstep inspect` prints a bundle's; auto: the best that is expected to be done within "
+        "--timeout, without one the best"
+    )
     group.add_argument("--quality", default="", metavar="NAME", help=chooses)
     group.add_argument("--steps", type=int, metavar="N", help="of the solver: more is better and slower")
     group.add_argument("--scale", type=float, metavar="S", help="guidance: 1 is none, higher follows the prompt more closely")
@@ -578,7 +612,7 @@ def planned_workload(args: argparse.Namespace, guided: bool) -> Workload:
 def run_serve(args: argparse.Namespace) -> None:
     import logging
 
-    from reelstep.engine.service.server import ServerOptions, serve
+    from reelstep.engine.service.server import MAX_LORAS, ServerOptions, serve
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     options = ServerOptions(
@@ -588,7 +622,11 @@ def run_serve(args: argparse.Namespace) -> None:
         reflection=not args.no_reflection,
         grace_s=args.grace,
         max_request_s=args.max_seconds,
+        allow_lora_uploads=args.allow_lora_uploads,
+        max_loras=MAX_LORAS if args.max_loras is None else args.max_loras,
     )
+    if args.max_loras is not None and not args.allow_lora_uploads:
+        raise ConfigError("--max-loras is of LoRAs that clients load; add --allow-lora-uploads")
     loras = by_name(args.lora)
     elsewhere = replicas_elsewhere(args)
     if args.checkpoint_every < 1:
@@ -671,6 +709,37 @@ def run_generate(args: argparse.Namespace) -> None:
     options["lora"] = by_name(args.lora)
     with Client(args.server) as client, closing(client.stream(args.prompt, timeout=args.timeout, **options)) as events:
         report(args, follow(events))
+
+
+def run_load_lora(args: argparse.Namespace) -> None:
+    from reelstep.engine.client import Client
+
+    name, file = args.lora
+    with Client(args.server) as client:
+        print(describe_lora(client.load_lora(name, file, model=args.model, replace=args.replace)))
+
+
+def run_unload_lora(args: argparse.Namespace) -> None:
+    from reelstep.engine.client import Client
+
+    with Client(args.server) as client:
+        client.unload_lora(args.name, model=args.model)
+
+
+def run_list_loras(args: argparse.Namespace) -> None:
+    from reelstep.engine.client import Client
+
+    with Client(args.server) as client:
+        models = {model.name: model for model in client.models()}
+    if args.model and args.model not in models:
+        raise unknown("model", args.model, models)
+    for name in [args.model] if args.model else models:
+        takes = f"LoRAs of rank up to {models[name].lora_rank}" if models[name].lora_rank else "compiled to take no LoRA"
+        print("\n  ".join([f"{name}: {takes}", *map(describe_lora, models[name].loras)]))
+
+
+def describe_lora(lora: Lora) -> str:
+    return f"{lora.name}  rank {lora.rank} in {lora.layers} layers, sha256 {lora.sha256}"
 
 
 def build_options(args: argparse.Namespace) -> Options:
@@ -765,7 +834,7 @@ def as_client_events(request: Request, ask: Ask, events: queue.SimpleQueue[Event
     """What a client would see of a request that runs. Imports come here, while it does."""
     from reelstep.engine.client import Artifact, Cost, Generation
     from reelstep.engine.media import encode
-    from reelstep.engine.request import Failed, Finished, Preview
+    from reelstep.engine.request import AUTO, Failed, Finished, Preview
 
     while not isinstance(event := events.get(), Finished):
         if isinstance(event, Failed):
@@ -777,9 +846,10 @@ def as_client_events(request: Request, ask: Ask, events: queue.SimpleQueue[Event
         data = encode(frames, event.media.frames_per_second, ask.media_type)
         artifacts.append(Artifact(f"artifacts/{index}", ask.media_type, data, request.width, request.height, len(frames), seed))
     usage = Cost(event.usage.nfe, event.usage.forwards, event.usage.cached, event.usage.queue_s, event.usage.compute_s)
+    ran = request.settled(event.usage.quality)
     yield Generation(
-        request.id, request.model, request.task, request.solver, request.schedule, request.steps, request.guidance, request.scale, ask.quality,
-        request.step_cache, tuple(artifacts), usage, request.lora,
+        ran.id, ran.model, ran.task, ran.solver, ran.schedule, ran.steps, ran.guidance, ran.scale, event.usage.quality or ask.quality,
+        ran.step_cache, tuple(artifacts), usage, ran.lora, ask.quality == AUTO,
     )  # fmt: skip
 
 
@@ -813,7 +883,7 @@ def report(args: argparse.Namespace, result: Generation) -> None:
         print(describe_artifact(path, artifact))
     usage = result.usage
     compute = ", ".join(f"{program} {spent:.2f} s" for program, spent in usage.compute_s.items())
-    quality = f", {result.quality}" if result.quality else ""
+    quality = f", {result.quality}{' by auto' if result.auto else ''}" if result.quality else ""
     cache, cached = (f", step cache {result.step_cache}", f", cached {usage.cached}") if result.step_cache else ("", "")
     lora = "".join(f", LoRA {name} at {strength:g}" for name, strength in result.lora.items())
     choice = f"{result.solver} on {result.schedule}, {result.steps} steps, {result.guidance} at scale {result.scale:g}{cache}{lora}"

@@ -5,6 +5,8 @@ ReelstepError
 ├── InvalidRequest         a request that no model could serve; carries field violations
 ├── UnsupportedRequest     legal elsewhere, not on this model
 ├── NotFound               unknown model, solver, program, backend, SKU, job
+├── AlreadyExists          another thing has the name
+├── NotAllowed             something that whoever runs the server has not allowed
 ├── BundleError            a bundle that is damaged, incomplete or of another version
 ├── CompileError           a program that a backend cannot compile
 ├── Overloaded             queue or budget full; try again later
@@ -56,6 +58,14 @@ class NotFound(ReelstepError, LookupError):
 def unknown(kind: str, name: str, known: Iterable[str]) -> NotFound:
     """The error for a name that is in no table."""
     return NotFound(f"unknown {kind} {name!r}; known: {', '.join(sorted(known)) or 'none'}")
+
+
+class AlreadyExists(ReelstepError):
+    """Another thing has this name. What is there is kept."""
+
+
+class NotAllowed(ReelstepError):
+    """Something that whoever runs the server has not allowed its clients."""
 
 
 class BundleError(ReelstepError):

@@ -25,6 +25,7 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], None]] = Registry(
         "planner": "reelstep.benchmarks.planner:main",
         "gpu_check": "reelstep.benchmarks.gpu_check:main",
         "simulate": "reelstep.benchmarks.simulate:main",
+        "deadlines": "reelstep.benchmarks.deadlines:main",
         "lora": "reelstep.benchmarks.lora:main",
     },
 )

@@ -11,14 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from reelstep.engine.scheduler import Key
+from reelstep.engine.scheduler import Key, Round, rounds_of
 from reelstep.errors import ConfigError, unknown
 
 RESULTS = Path(__file__).parent / "results"
-Round = tuple[tuple[Key, int], ...]
-"""Calls of one request that may run together: key and rows of each."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +87,7 @@ class Costs:
         if task not in self.tasks:
             raise unknown("task", task, self.tasks)
         shape = self.tasks[task]
-        first = (("encode_text/any", 2), ("embed_time/any", steps), *((("encode_image/image", 1),) if shape.picture else ()))
-        step = ((f"denoise/{shape.profile}", 1),) * shape.branches
-        last = ((f"decode/{shape.profile}", 1),)
-        return tuple(tuple((self.key(name), rows) for name, rows in calls) for calls in (first, *(step,) * steps, last))
+        return rounds_of(self.model, shape.profile, steps, shape.branches * steps, picture=shape.picture)
 
     def alone_s(self, task: str, steps: int) -> float:
         """Of one request, one call at a time."""
@@ -151,17 +144,13 @@ REEL_TINY_TASKS = {
 }
 """Written out, so that a simulation needs no network and no torch; a test compares them with the model."""
 LATENT_FRAMES = 4
-TOGETHER = 8  # samples of one call in `reelstep bench steps`
 
 
 def reel_tiny(results: Path = RESULTS) -> Costs:
     """reel-tiny on the CPU of our results: what they have was measured, the rest is assumed. Raises ConfigError where they are missing."""
-    engine, steps, sticker = (load_result(results / f"{name}.json") for name in ("engine", "steps", "sticker"))
-    row = next(r for r in engine["rows"] if (r["model"], r["dtype"], r["contender"]) == ("reel-tiny", "bfloat16", "reelstep"))
-    single = Point(1, row["median_s"], "measured: median of `reelstep bench engine`")
-    runs = [r for r in steps["rows"] if (r["solver"], r["guidance"]) == ("ab2", "cfg")]
-    slope = float(np.polyfit([r["nfe"] for r in runs], [r["seconds"] for r in runs], 1)[0])
-    many = Point(2 * TOGETHER, TOGETHER * slope, f"measured: seconds over NFE of `reelstep bench steps` (ab2, cfg), slope of a line times {TOGETHER}")
+    quantised, sticker = (load_result(results / f"{name}.json") for name in ("quantised", "sticker"))
+    plain = [r for r in quantised["rows"] if (r["model"], r["layers"]) == ("reel-tiny", "bfloat16")]
+    denoise = tuple(Point(r["rows"], r["median_s"], "measured: median of `reelstep bench quantised`, bfloat16") for r in plain)
     stage = {r["stage"]: r["median_s"] for r in sticker["rows"]}
 
     def once(program: str, rows: int) -> tuple[Point, ...]:
@@ -173,7 +162,7 @@ def reel_tiny(results: Path = RESULTS) -> Costs:
 
     points = {
         "encode_text/any": once("encode_text", 2), "encode_image/image": once("encode_image", 1), "embed_time/any": once("embed_time", sticker["nfe"]),
-        "denoise/video": (single, many), "denoise/image": image((single, many)),
+        "denoise/video": denoise, "denoise/image": image(denoise),
         "decode/video": once("decode", 1), "decode/image": image(once("decode", 1)),
     }  # fmt: skip
     return Costs("reel-tiny", "cpu", REEL_TINY_ROWS, points, REEL_TINY_TASKS)

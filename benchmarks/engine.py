@@ -3,6 +3,7 @@
 All contenders run the same weights on the same inputs, in turn, in one process. Quality beside speed: relative L2 error against eager
 float32. "raw openvino" is the same model converted and called by hand, with its tensors bound once: the floor of our own overhead.
 The bound: `share_of_peak` is the call's FLOP rate over the best that a large matrix product reaches in the same run.
+`reel-tiny-guided` is a call of two rows, as guidance makes them, all others of one.
 `wan-block` is two blocks of Wan 2.1 1.3B by diffusers (random weights, a picture of 832 x 480): a model that is none of ours.
 Needs the `bench` extra, and diffusers for `wan-block`.
 """
@@ -65,10 +66,10 @@ def raw_openvino(program: Program, profile: Profile, inputs: Mapping[str, Tensor
 
 def onnx_runtime(program: Program, profile: Profile, inputs: Mapping[str, Tensor]) -> Callable[[], Tensor]:
     """The program in ONNX Runtime with static shapes, its tensors bound once. In float32 alone: its CPU kernels have no bfloat16."""
-    one = replace(profile, max_batch=1)
+    rows = len(next(iter(inputs.values())))
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # the exporter tells its steps
         warnings.simplefilter("ignore")
-        made: Any = torch.onnx.export(decompose_ops(capture(program, one)), (), dynamo=True)
+        made: Any = torch.onnx.export(decompose_ops(capture(program, replace(profile, max_batch=rows))), (), dynamo=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = SKUS["cpu"].units
     session = onnxruntime.InferenceSession(made.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -84,12 +85,16 @@ def onnx_runtime(program: Program, profile: Profile, inputs: Mapping[str, Tensor
     return run
 
 
-def torch_contenders(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[tuple[str, Precision], Callable[[], Tensor]]:
-    """Eager and torch.compile, in float32 and under bfloat16 autocast; compiled with frozen weights, PyTorch's best on a CPU."""
-    arguments = list(inputs.values())
+def torch_contenders(program: Program, profile: Profile, inputs: Mapping[str, Tensor]) -> dict[tuple[str, Precision], Callable[[], Tensor]]:
+    """Eager and torch.compile, in float32 and under bfloat16 autocast; compiled with frozen weights, PyTorch's best on a CPU.
+
+    What is compiled has the formulas of our ops in their places, which torch.compile could not look into.
+    """
+    module, arguments = program.module, list(inputs.values())
+    plain_graph: Any = decompose_ops(capture(program, replace(profile, max_batch=len(arguments[0])))).module()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inductor warns of freezing being a prototype
-        compiled: Any = torch.compile(module, options={"freezing": True})
+        compiled: Any = torch.compile(plain_graph, options={"freezing": True})
 
     def plain(run: Callable[..., Tensor]) -> Callable[[], Tensor]:
         def call() -> Tensor:
@@ -130,13 +135,14 @@ class Subject:
     program: Program
     profile: Profile
     rounds: int
+    rows: int = 1
 
 
-def registered(name: str, rounds: int) -> Subject:
+def registered(name: str, rounds: int, rows: int = 1) -> Subject:
     """The denoiser of a registered model, on a video."""
     spec = MODELS[name]
     program = next(p for p in spec.programs(spec.build()) if p.name == "denoise")
-    return Subject(name, program, program.profile("video"), rounds)
+    return Subject(name, program, program.profile("video"), rounds, rows)
 
 
 class WanBlocks(nn.Module):
@@ -166,10 +172,10 @@ def wan_block(rounds: int, seed: int) -> Subject:
 
 
 def measure(subject: Subject, cache: Path, seed: int) -> list[Row]:
-    """All contenders on one call of one row."""
+    """All contenders on one call."""
     program, profile = subject.program, subject.profile
-    inputs = inputs_of(Signature.of(program, profile), 1, seed)
-    contenders = torch_contenders(program.module, inputs)
+    inputs = inputs_of(Signature.of(program, profile), subject.rows, seed)
+    contenders = torch_contenders(program, profile, inputs)
     bundle = compile_model(
         model=subject.name, version="1", settings={}, programs=(replace(program, profiles=(profile,)),), backend="openvino", precision="float32",
         out=cache / f"bench-{subject.name}.reel", solvers={}, card="", cache=cache,
@@ -184,7 +190,7 @@ def measure(subject: Subject, cache: Path, seed: int) -> list[Row]:
     truth = contenders["eager", "float32"]().clone()
     errors = {key: float((run() - truth).norm() / truth.norm()) for key, run in contenders.items()}
     peaks = {precision: peak_flop_per_s(precision) for precision in precisions}
-    flops = bundle.plan.program(program.name, profile.name).flops
+    flops = subject.rows * bundle.plan.program(program.name, profile.name).flops
     times = interleave({"/".join(key): run for key, run in contenders.items()}, subject.rounds)
     base = times["eager/float32"].median_s
     raw = {precision: times[f"raw openvino/{precision}"].median_s for precision in precisions}
@@ -194,6 +200,7 @@ def measure(subject: Subject, cache: Path, seed: int) -> list[Row]:
         row = {
             "model": subject.name,
             "program": program.name,
+            "rows": subject.rows,
             "shape": "x".join(map(str, inputs["x"].shape)),
             "dtype": dtype,
             "contender": contender,
@@ -212,12 +219,18 @@ def measure(subject: Subject, cache: Path, seed: int) -> list[Row]:
 
 def main(argv: Sequence[str]) -> None:
     options = parser("engine", __doc__ or "")
-    options.add_argument("--rounds", type=int, default=30, help="of reel-tiny four times as many, of the larger networks half (default: %(default)s)")
-    options.add_argument("--only", nargs="+", choices=("reel-tiny", "dit-mid", "wan-block"), help="networks (default: all)")
+    options.add_argument(
+        "--rounds",
+        type=int,
+        default=30,
+        help="of reel-tiny four times as many, with both rows of guidance twice, of the larger networks half (default: %(default)s)",
+    )
+    options.add_argument("--only", nargs="+", choices=("reel-tiny", "reel-tiny-guided", "dit-mid", "wan-block"), help="networks (default: all)")
     args = options.parse_args(argv)
     few = max(5, args.rounds // 2)
     subjects: Mapping[str, Callable[[], Subject]] = {
         "reel-tiny": lambda: registered("reel-tiny", args.rounds * 4),
+        "reel-tiny-guided": lambda: registered("reel-tiny", args.rounds * 2, 2),
         "dit-mid": lambda: registered("dit-mid", few),
         "wan-block": lambda: wan_block(few, args.seed),
     }

@@ -1,7 +1,7 @@
 """A fleet of simulated replicas, each with the engine's own scheduler, on a simulated clock.
 
 A replica does what `engine.loop.Engine` does on every tick: expire, take the scheduler's batch, run it, send the answers on. Only the clock, the seconds of a
-batch and the pipelines' calls are not real. What the engine does not have (yet) is the simulation's own and named so: the router, saved states, degrading.
+batch and the pipelines' calls are not real. What the engine does not have (yet) is the simulation's own and named so: the router, saved states.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from reelstep.benchmarks.call_costs import Round
 from reelstep.benchmarks.traces import Arrival
-from reelstep.engine.scheduler import Key, Scheduler, Ticket
+from reelstep.engine.scheduler import Key, Round, Scheduler, Ticket, first_in_time, usual
 from reelstep.errors import ConfigError
 
 Outcome = Literal["finished", "expired", "refused", "failed"]
 """failed: a server's error, known to live runs only."""
+WARM_ROWS = (1, 4)
+"""Of the batches that a replica has run before its first request where it chooses steps, as in the engine's warm-up."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ POLICIES: Mapping[str, Policy] = {
     "scheduler": Policy("the engine as it is: batches, deadlines, priorities"),
     "fifo": Policy("one request at a time, one call at a time, in order of arrival", max_running=1, max_queued=287, batching=False, deadlines=False),
     "batching": Policy("batches, but nobody hears of deadlines and priorities", deadlines=False),
-    "degrade": Policy("as scheduler, but a request that would be late starts with fewer steps of the menu (the engine does not do that)", degrade=True),
+    "degrade": Policy("as scheduler, but a request that would be late starts with fewer steps of the menu, as one of quality `auto`", degrade=True),
 }
 
 
@@ -149,7 +150,7 @@ class Fleet:
         self.seconds, self.rounds, self.policy, self.failures, self.menu = seconds, rounds, policy, failures, menu or {}
         self.now = 0.0
         self.result = Run()
-        self.replicas = [Replica(i, Scheduler(self.max_rows)) for i in range(replicas)]
+        self.replicas = [Replica(i, self._scheduler()) for i in range(replicas)]
         self.loads: list[float] = [0.0] * replicas  # requests of each; infinite for the dead
         self.lobby: list[Job] = []  # come while nobody lives
         self._events: list[Event] = []
@@ -158,7 +159,6 @@ class Fleet:
         self._awaited = False  # another one is to come
         self._changed: dict[int, Replica] = {}  # that may begin a batch now
         self._known_rounds: dict[tuple[str, int], Sequence[Round]] = {}
-        self._known_spans: dict[tuple[str, int, int], float] = {}
 
     def run(self, arrivals: Iterable[Arrival]) -> Run:
         """All of a trace, to the end of its last request. Call it once."""
@@ -181,6 +181,15 @@ class Fleet:
                 self.result.up_s += self.now - replica.up_since
         self.result.span_s = self.now
         return self.result
+
+    def _scheduler(self) -> Scheduler:
+        """Of a replica that starts."""
+        made = Scheduler(self.max_rows)
+        if self.policy.degrade:
+            for key, most in self.max_rows.items():
+                for rows in sorted({min(rows, most) for rows in WARM_ROWS}):
+                    made.note(key, self.seconds(key, rows), rows)
+        return made
 
     def _at(self, time: float, what: Callable[[], None]) -> None:
         self._numbers += 1
@@ -232,23 +241,16 @@ class Fleet:
             if job.outcome is None:
                 replica.running[str(job.number)] = job
                 if self.policy.degrade and job.round == 0:
-                    self._shorten(job, len(replica.running))
+                    self._shorten(job, replica)
                 self._push(job, replica)
 
-    def _shorten(self, job: Job, together: int) -> None:
-        """The most steps on the menu, at most what was asked, that are done in time if as many as now share every batch; else the fewest."""
-        options = sorted((steps for steps in self.menu.get(job.task, ()) if steps < job.steps), reverse=True)
-        for steps in (job.steps, *options):
-            job.steps, job.rounds = steps, self._rounds(job.task, steps)
-            if self.now + self._span(job.task, steps, together) <= job.deadline:
-                return
-
-    def _span(self, task: str, steps: int, together: int) -> float:
-        """Seconds of so many equal requests at once."""
-        if (task, steps, together) not in self._known_spans:
-            total = sum(self.seconds(key, rows * together) for calls in self._rounds(task, steps) for key, rows in rows_of(calls).items())
-            self._known_spans[task, steps, together] = total
-        return self._known_spans[task, steps, together]
+    def _shorten(self, job: Job, replica: Replica) -> None:
+        """The most steps on the menu, at most what was asked, that are expected to be done in time, as the engine expects it; else the fewest."""
+        options = [job.steps, *sorted((steps for steps in self.menu.get(job.task, ()) if steps < job.steps), reverse=True)]
+        rounds = [self._rounds(job.task, steps) for steps in options]
+        others = [usual(other.rounds) for other in replica.running.values() if other is not job]
+        place = first_in_time(rounds, others, replica.scheduler.batch_s, job.deadline - self.now)
+        job.steps, job.rounds = options[place], rounds[place]
 
     def _push(self, job: Job, replica: Replica) -> None:
         """The calls of a job's next round wait."""
@@ -287,7 +289,7 @@ class Fleet:
         replica.batch = None
         self.result.busy_s += replica.seconds
         self.result.batches[batch[0].key, replica.rows] += 1
-        replica.scheduler.note(batch[0].key, replica.seconds)
+        replica.scheduler.note(batch[0].key, replica.seconds, replica.rows)
         for ticket in batch:
             job = replica.running[ticket.request_id]
             job.open -= 1
@@ -333,7 +335,7 @@ class Fleet:
         homeless = [*replica.running.values(), *(entry[-1] for entry in sorted(replica.queued, key=lambda entry: entry[:4]) if entry[-1].outcome is None)]
         self.result.up_s += self.now - replica.up_since
         self.loads[replica.index] = math.inf
-        replica.scheduler, replica.running, replica.queued, replica.due = Scheduler(self.max_rows), {}, [], []
+        replica.scheduler, replica.running, replica.queued, replica.due = self._scheduler(), {}, [], []
         replica.batch, replica.epoch = None, replica.epoch + 1
         self._note_alive()
         self._at(self.now + self.failures.notice_s, lambda: self._resume(homeless))
@@ -354,11 +356,3 @@ class Fleet:
 
     def _note_alive(self) -> None:
         self.result.alive.append((self.now, sum(load < math.inf for load in self.loads)))
-
-
-def rows_of(calls: Round) -> Counter[Key]:
-    """Rows of each key in one round."""
-    rows: Counter[Key] = Counter()
-    for key, count in calls:
-        rows[key] += count
-    return rows

@@ -50,12 +50,13 @@ class Ended(Protocol):
 
 @dataclass(frozen=True)
 class Answered:
-    """What a server made of one arrival. Seconds since the trace began; arrival_s is when it was really sent."""
+    """What a server made of one arrival. Seconds since the trace began; arrival_s is when it was really sent. quality: that it got."""
 
     arrival_s: float
     end_s: float
     outcome: Outcome
     in_time: bool
+    quality: str = ""
 
 
 def served(ended: Sequence[Ended]) -> Row:
@@ -152,8 +153,9 @@ async def send(client: AsyncClient, model: str, arrival: Arrival, seed: int, beg
     await asyncio.sleep(max(0.0, began + arrival.arrival_s - time.perf_counter()))
     sent = time.perf_counter() - began
     outcome: Outcome = "finished"
+    quality = ""
     try:
-        await client.generate(PROMPT, timeout=arrival.deadline_s, **options_of(arrival, model, seed))
+        quality = (await client.generate(PROMPT, timeout=arrival.deadline_s, **options_of(arrival, model, seed))).quality
     except DeadlineExceeded:
         outcome = "expired"
     except Overloaded:
@@ -162,7 +164,7 @@ async def send(client: AsyncClient, model: str, arrival: Arrival, seed: int, beg
         outcome = "failed"
         print(f"request {seed} ({arrival.task}) failed: {error}", flush=True)
     end = time.perf_counter() - began
-    return Answered(sent, end, outcome, outcome == "finished" and (arrival.deadline_s is None or end - sent <= arrival.deadline_s))
+    return Answered(sent, end, outcome, outcome == "finished" and (arrival.deadline_s is None or end - sent <= arrival.deadline_s), quality)
 
 
 def options_of(arrival: Arrival, model: str, seed: int) -> Options:

@@ -7,9 +7,10 @@ B rows, N numbers of a row's adapter, R its rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -17,7 +18,10 @@ from torch.nn import Linear
 
 from reelstep.compiler.program import Program, TensorSpec
 from reelstep.errors import ConfigError
+from reelstep.parallel.tensor import SplitLinear
 
+PROGRAM = "denoise"
+"""What adapters change."""
 INPUT = "lora"
 """The input that such a program has behind its own, [B, N]."""
 SUFFIX = "_lora"
@@ -52,13 +56,19 @@ class Layout:
         """N."""
         return self.rank * sum(layer.inputs + layer.outputs for layer in self.layers)
 
+    @property
+    def places(self) -> Iterator[tuple[Layer, int]]:
+        """Every layer, and where its pair begins."""
+        return zip(self.layers, accumulate((self.rank * (layer.inputs + layer.outputs) for layer in self.layers), initial=0), strict=False)
+
+    def pair(self, packed: Tensor, layer: Layer, begin: int) -> tuple[Tensor, Tensor]:
+        """Views of packed [B, N]: a layer's `down` [B, inputs, R] and `up` [B, R, outputs]."""
+        middle, end = begin + layer.inputs * self.rank, begin + (layer.inputs + layer.outputs) * self.rank
+        return packed[:, begin:middle].unflatten(1, (layer.inputs, self.rank)), packed[:, middle:end].unflatten(1, (self.rank, layer.outputs))
+
     def pairs(self, packed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of packed [B, N]: for each layer `down` [B, inputs, R] and `up` [B, R, outputs]."""
-        begin = 0
-        for _, inputs, outputs in self.layers:
-            middle, end = begin + inputs * self.rank, begin + (inputs + outputs) * self.rank
-            yield packed[:, begin:middle].unflatten(1, (inputs, self.rank)), packed[:, middle:end].unflatten(1, (self.rank, outputs))
-            begin = end
+        """Those of all layers."""
+        return (self.pair(packed, *place) for place in self.places)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
@@ -75,9 +85,12 @@ def patterns(layers: tuple[Layer, ...]) -> str:
 
 
 class Adapted(nn.Module):
-    """A module of which some linear layers add, for each row, what the row's own pair makes of the layer's input. The module itself knows nothing of it."""
+    """A module of which some linear layers add, for each row, what the row's own pair makes of the layer's input. The module itself knows nothing of it.
 
-    def __init__(self, module: nn.Module, linears: Mapping[str, Linear], layout: Layout) -> None:
+    linears: on a rank of a mesh what stands for them there.
+    """
+
+    def __init__(self, module: nn.Module, linears: Mapping[str, nn.Module], layout: Layout) -> None:
         super().__init__()
         self.module = module
         self._linears = tuple(linears.values())  # in a tuple, so that they are not registered twice
@@ -86,7 +99,9 @@ class Adapted(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         """The module's inputs, each [B, ...], and packed [B, N] behind them."""
         *own, packed = inputs
-        hooks = [linear.register_forward_hook(partial(add_pair, *pair)) for linear, pair in zip(self._linears, self._layout.pairs(packed), strict=True)]
+        # Each before the hooks that are there: what they do with a layer's output, such as to add up ranks' parts of it, they do with the adapter's too.
+        pairs = (partial(self._layout.pair, packed, *place) for place in self._layout.places)
+        hooks = [linear.register_forward_hook(partial(add_views, pair), prepend=True) for linear, pair in zip(self._linears, pairs, strict=True)]
         try:
             return self.module(*own)
         finally:
@@ -94,13 +109,32 @@ class Adapted(nn.Module):
                 hook.remove()
 
 
+def add_views(views: Callable[[], tuple[Tensor, Tensor]], linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """As `add_pair`, of a pair whose views are made here, so that a graph has them where they are read."""
+    return add_pair(*views(), linear, inputs, output)
+
+
 def add_pair(down: Tensor, up: Tensor, linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A forward hook. inputs: one tensor [B, L, inputs of the layer]; down and up as of `Layout.pairs`."""
+    """A forward hook. inputs: one tensor [B, L, inputs of the layer]; down and up as of `Layout.pair`, or without B.
+
+    A rank that has some outputs of the layer takes those columns of `up`; one that has some inputs takes those rows of `down` and gives its part of a sum.
+    """
     (x,) = inputs
+    if isinstance(linear, SplitLinear):
+        down, up = (down, linear.cut.of(up, 2)) if linear.cut.dim == 0 else (linear.cut.of(down, 1), up)
     return output + (x @ down) @ up
 
 
-def with_lora(program: Program, linears: Mapping[str, Linear], layout: Layout) -> Program:
+def adapted_too(programs: Iterable[Program], layer_at: Callable[[str], nn.Module], layout: Layout | None) -> tuple[Program, ...]:
+    """The programs, and behind them `denoise` with adapters, if it is among them and there is a layout. layer_at: a layer of its module, by name."""
+    programs = tuple(programs)
+    if layout is None:
+        return programs
+    found = (program for program in programs if program.name == PROGRAM)
+    return (*programs, *(with_lora(program, {name: layer_at(name) for name, *_ in layout.layers}, layout) for program in found))
+
+
+def with_lora(program: Program, linears: Mapping[str, nn.Module], layout: Layout) -> Program:
     """The program with adapters as an input, on the same weights. linears: those of its module, in the layout's order."""
     edge = TensorSpec(INPUT, "float32", ("B", layout.numbers))
     return replace(program, name=program.name + SUFFIX, module=Adapted(program.module, linears, layout), inputs=(*program.inputs, edge))

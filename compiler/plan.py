@@ -44,7 +44,7 @@ class Quantised:
 
     def explain(self) -> list[str]:
         text = f"error {self.error:.2g} of {self.max_error:g} allowed, on {self.calls} calls of real requests"
-        lines = [f"  quantised {self.scheme}: {self.layers} of {self.layers + len(self.kept)} linear layers; {text}"]
+        lines = [f"  quantised {self.scheme}: {self.layers} of {self.layers + len(self.kept)} layers; {text}"]
         return lines + [f"    kept {each.layer}: alone an error of {each.error:.2g}" for each in self.kept]
 
 

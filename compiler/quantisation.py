@@ -21,7 +21,7 @@ from reelstep.compiler.bundle import Captured
 from reelstep.compiler.graphs import dump_graph, ops_of
 from reelstep.compiler.load import Progress
 from reelstep.compiler.passes.decompose_ops import decompose_ops
-from reelstep.compiler.passes.quantise import Grid, Quantising, Scheme, Stored, Watching, linears, quantise, quantise_weight
+from reelstep.compiler.passes.quantise import Counting, Grid, Quantising, Scheme, Stored, Watching, quantisable, quantise, quantise_weight
 from reelstep.compiler.plan import Kept, ProgramPlan, Quality, Quantised
 from reelstep.compiler.program import Precision
 from reelstep.compiler.skus import SKUS, Sku
@@ -113,9 +113,9 @@ def fits(weight: Tensor, scheme: Scheme) -> bool:
 class Bench:
     """One program at one profile with the calls that it is measured on."""
 
-    def __init__(self, item: Captured, calls: Sequence[Mapping[str, Tensor]]) -> None:
-        self.item = item
-        self.layers = linears(item.exported)
+    def __init__(self, item: Captured, scheme: Scheme, calls: Sequence[Mapping[str, Tensor]]) -> None:
+        self.item, self.scheme = item, scheme
+        self.layers = quantisable(item.exported, scheme)
         self.body: Any = item.exported.module()
         self.calls = [[call[edge.name] for edge in item.signature.inputs] for call in calls]
         count = min(len(calls), COMPARED)
@@ -124,16 +124,24 @@ class Bench:
             self.truth = [tensors_of(self.body(*call)) for call in self.compared]
 
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """Of what goes into each layer, by weight."""
+        """Of what goes into each layer, by what its grid is called."""
         watching = Watching(self.body, self.layers)
         with torch.no_grad():
             for call in self.calls:
                 watching.run(*call)
         return watching.ranges
 
-    def squares(self, scheme: Scheme, weights: Mapping[str, Stored], grids: Mapping[str, Grid]) -> tuple[float, float]:
-        """Sum of squares of the outputs' error with these weights in few bits, and of the outputs."""
-        runs = Quantising(self.body, scheme, self.layers, weights, grids)
+    def counts(self, ranges: Mapping[str, tuple[float, float]]) -> dict[str, Tensor]:
+        """Of the numbers that go into each layer, in equal bins of its range."""
+        counting = Counting(self.body, self.layers, ranges)
+        with torch.no_grad():
+            for call in self.calls:
+                counting.run(*call)
+        return counting.counts
+
+    def squares(self, weights: Mapping[str, Stored], grids: Mapping[str, Grid]) -> tuple[float, float]:
+        """Sum of squares of the outputs' error with these layers in few bits, and of the outputs."""
+        runs = Quantising(self.body, self.scheme, self.layers, weights, grids)
         error = total = 0.0
         with torch.no_grad():
             for call, truth in zip(self.compared, self.truth, strict=True):
@@ -149,7 +157,7 @@ def tensors_of(outputs: Any) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which layers of a program are in few bits, by weight, and what that does to its outputs."""
+    """Which layers of a program are in few bits, and what that does to its outputs."""
 
     layers: tuple[str, ...]
     grids: Mapping[str, Grid]
@@ -159,12 +167,19 @@ class Choice:
 
 def choose_layers(program: str, benches: Sequence[Bench], asked: Quantisation, told: Callable[[int, int], None]) -> Choice:
     """For one program over its profiles, which share weights. Raises CompileError if no layer may be quantised within the limit."""
-    grids = {name: Grid.of(*covering) for name, covering in merged(bench.ranges() for bench in benches).items()}
-    state = {name: bench.item.exported.state_dict[name] for bench in benches for name in bench.layers.values()}
-    weights = {name: quantise_weight(weight, asked.scheme) for name, weight in state.items() if fits(weight, asked.scheme) and name in grids}
+    ranges = merged(bench.ranges() for bench in benches)
+    if asked.scheme == "int8":
+        counts = [bench.counts(ranges) for bench in benches]
+        grids = {name: Grid.of_least_error(torch.stack([each[name] for each in counts]).sum(0), *covering) for name, covering in ranges.items()}
+    else:  # of NVFP4 the blocks' own scales reach down from the whole range
+        grids = {name: Grid.of(*covering) for name, covering in ranges.items()}
+    state = {name: bench.item.exported.state_dict.get(name) for bench in benches for name in bench.layers.values()}
+    weights: dict[str, Stored] = {
+        name: () if weight is None else quantise_weight(weight, asked.scheme) for name, weight in state.items() if weight is None or fits(weight, asked.scheme)
+    }
 
     def error_of(chosen: Collection[str]) -> float:
-        sums = [bench.squares(asked.scheme, {name: weights[name] for name in chosen}, grids) for bench in benches]
+        sums = [bench.squares({name: weights[name] for name in chosen}, grids) for bench in benches]
         return float((sum(error for error, _ in sums) / sum(total for _, total in sums)) ** 0.5)
 
     if weights and (error := error_of(weights)) <= asked.max_error:
@@ -215,7 +230,7 @@ def quantise_programs(
     items = {(item.signature.program, item.signature.profile): item for item in captured}
     choices = {}
     for program in dict.fromkeys(program for program, _ in calls):
-        benches = [Bench(items[key], calls[key]) for key in calls if key[0] == program]
+        benches = [Bench(items[key], asked.scheme, calls[key]) for key in calls if key[0] == program]
         choices[program] = choose_layers(program, benches, asked, lambda done, total, program=program: progress(f"quantise: layers of {program}", done, total))  # type: ignore[misc]
     made, plans = [], []
     for item, draft in zip(captured, drafts, strict=True):

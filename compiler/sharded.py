@@ -22,6 +22,7 @@ from reelstep.compiler.compile import capture_all
 from reelstep.compiler.cost import shape_of
 from reelstep.compiler.graphs import element_bytes, weights_of
 from reelstep.compiler.load import Progress, silent
+from reelstep.compiler.lora import Layout, adapted_too
 from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, RING
 from reelstep.compiler.plan import ProgramPlan, RankPlan, Sent
 from reelstep.compiler.program import FLOAT_BYTES, Precision, Program
@@ -30,7 +31,7 @@ from reelstep.parallel.context import Attended
 from reelstep.parallel.mesh import Axis, Mesh, shares
 from reelstep.parallel.pretend import pretended_rank
 from reelstep.parallel.rules import Rules
-from reelstep.parallel.shard import counts_of, shard
+from reelstep.parallel.shard import counts_of, layer_at, shard
 
 Lengths = frozenset[tuple[int, ...]]
 """Of every sequence that lies on several ranks: how much of it each rank along `cp` has."""
@@ -46,9 +47,9 @@ class ShardedPart:
 
 
 def plan_ranks(
-    parts: Sequence[ShardedPart], mesh: Mesh, precision: Precision, keep: Iterable[str] = (), progress: Progress = silent
+    parts: Sequence[ShardedPart], mesh: Mesh, precision: Precision, keep: Iterable[str] = (), progress: Progress = silent, lora: Layout | None = None
 ) -> tuple[RankPlan, ...]:  # fmt: skip
-    """The ranks of a mesh in groups that run alike, the one of rank 0 first. keep: as for `capture_all`.
+    """The ranks of a mesh in groups that run alike, the one of rank 0 first. keep: as for `capture_all`. lora: of a program beside `denoise`.
 
     Raises ConfigError for a mesh that is too large for a part or a process that is a rank already, CompileError for what cannot be captured.
     """
@@ -56,7 +57,7 @@ def plan_ranks(
     lengths: Lengths | None = None
     for rank in range(mesh.world):
         with pretended_rank(mesh, rank) as comm:
-            programs = rank_programs(parts, comm)
+            programs = rank_programs(parts, comm, lora)
             capture = partial(_capture, programs, comm, precision, tuple(keep), progress)
             first = None
             if lengths is None:
@@ -69,10 +70,11 @@ def plan_ranks(
     return tuple(plans.values())
 
 
-def rank_programs(parts: Sequence[ShardedPart], comm: Communicator) -> tuple[Program, ...]:
+def rank_programs(parts: Sequence[ShardedPart], comm: Communicator, lora: Layout | None = None) -> tuple[Program, ...]:
     """What is captured on a rank: its programs, with empty weights, at its profiles. Raises ConfigError for a mesh that is too large for a part."""
-    found = [program for part in parts for program in part.programs(shard(_empty(part), part.rules, comm, None))]
-    return tuple(replace(program, profiles=tuple(profile.on_rank(comm.mesh) for profile in program.profiles)) for program in found)
+    modules = [shard(_empty(part), part.rules, comm, None) for part in parts]
+    found = [adapted_too(part.programs(module), partial(layer_at, module), lora) for part, module in zip(parts, modules, strict=True)]
+    return tuple(replace(each, profiles=tuple(profile.on_rank(comm.mesh) for profile in each.profiles)) for programs in found for each in programs)
 
 
 def _empty(part: ShardedPart) -> nn.Module:

@@ -19,7 +19,7 @@ from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.compile import build_here, choose_precision, compile_model
 from reelstep.compiler.cubins import compiled_by
 from reelstep.compiler.load import Progress, silent
-from reelstep.compiler.lora import Layout, layers_of, with_lora
+from reelstep.compiler.lora import Layout, adapted_too, layers_of
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import Precision
 from reelstep.compiler.quantisation import Quantisation
@@ -111,16 +111,17 @@ def build_bundle(
     if quantisation is not None and (step_cache or lora_rank is not None):
         other = "--step-cache" if step_cache else "--lora-rank"
         raise ConfigError(f"--quantise with {other}, whose programs read the denoiser's float weights: all would be there twice. Leave one of the two out")
-    if mesh is not None and (other := "--step-cache" if step_cache else "--lora-rank" if lora_rank is not None else "--quantise" if quantisation else ""):
+    if mesh is not None and loras:
+        instead = "give LoRAs with requests, by --lora-rank"
+        raise ConfigError(f"--mesh {mesh} with --lora, which ranks know nothing of: they read the weights that the model came with; {instead}")
+    if mesh is not None and (other := "--step-cache" if step_cache else "--quantise" if quantisation else ""):
         raise ConfigError(f"--mesh {mesh} with {other}, whose programs no rank can share; leave one of the two out")
     parts = sharded_parts(spec) if mesh is not None else ()
     module = spec.build()
     linears = spec.adaptable(module) if spec.adaptable else {}
-    settings, programs, own = spec.settings, spec.programs(module), spec.fitted
-    if lora_rank is not None:
-        layout = Layout(lora_rank, layers_of(linears))
-        settings = replace(settings, lora=layout)
-        programs = (*programs, *(with_lora(program, linears, layout) for program in programs if program.name == "denoise"))
+    layout = None if lora_rank is None else Layout(lora_rank, layers_of(linears))
+    settings, own = replace(spec.settings, lora=layout), spec.fitted
+    programs = adapted_too(spec.programs(module), linears.__getitem__, layout)
     if loras:
         settings, own = fuse_loras(settings, spec.name, linears, loras), ()
         progress(f"fused {', '.join(map(str, settings.fused))}; left out: {', '.join(path.stem for path in spec.fitted) or 'no'} fits, and the menus", 0, 1)
@@ -155,7 +156,7 @@ def build_bundle(
         cache=cache,
         quantisation=quantisation,
         mesh=mesh,
-        ranks=plan_ranks(parts, mesh, choice[0], BACKENDS[backend].keeps(target.arch), progress) if mesh is not None else (),
+        ranks=plan_ranks(parts, mesh, choice[0], BACKENDS[backend].keeps(target.arch), progress, layout) if mesh is not None else (),
         progress=progress,
     )
     if stamp is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -52,16 +52,17 @@ class Checkpoints:
         except OSError as error:
             raise StorageError(f"cannot make {folder}: {error.strerror}; choose another directory for checkpoints") from error
 
-    def path(self, request: Request) -> Path:
+    def path(self, request: Request, adapters: Sequence[str] = ()) -> Path:
+        """adapters: fingerprints of those that the request names, which may be others by these names the next time."""
         asked = {name: getattr(request, name) for name in sorted(ASKED)}
         if request.image is not None:
             asked["image"] = [hashlib.sha256(request.image.tobytes()).hexdigest(), *request.image.shape]
-        text = json.dumps([self.identity[request.model], asked], sort_keys=True, default=dict)
+        text = json.dumps([self.identity[request.model], asked, adapters], sort_keys=True, default=dict)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.state"
 
-    def find(self, request: Request) -> PipelineState | None:
-        """What was kept of a request like this one; a file that cannot be read is no state."""
-        path = self.path(request)
+    def find(self, request: Request, adapters: Sequence[str] = ()) -> PipelineState | None:
+        """What was kept of a request like this one; a file that cannot be read is no state. adapters: as of `path`, here and below."""
+        path = self.path(request, adapters)
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
@@ -74,15 +75,15 @@ class Checkpoints:
         log.info("request %s goes on after step %d of %d", request.id, state.step, state.steps)
         return state if isinstance(state, PipelineState) else None
 
-    def keep(self, request: Request, state: PipelineState) -> None:
+    def keep(self, request: Request, state: PipelineState, adapters: Sequence[str] = ()) -> None:
         """Write the state as it is now. What goes wrong with the disk is logged: the request itself is well."""
         tensors: dict[str, Tensor] = {}
         described = json.dumps(plain(state, tensors))
         data = save(tensors, {"state": described})
-        self._writer.submit(self._write, self.path(request), data)
+        self._writer.submit(self._write, self.path(request, adapters), data)
 
-    def forget(self, request: Request) -> None:
-        path = self.path(request)
+    def forget(self, request: Request, adapters: Sequence[str] = ()) -> None:
+        path = self.path(request, adapters)
         self._writer.submit(lambda: path.unlink(missing_ok=True))
 
     def close(self) -> None:

@@ -9,24 +9,31 @@ Errors are those of `reelstep.errors`, as the server raised them. Every artifact
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict, Unpack
 
 import google_crc32c
 import grpc
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from reelstep import errors
-from reelstep.engine.request import Progress, Queued
+from reelstep.engine.request import PEFT_FILE, Progress, Queued
 from reelstep.errors import FieldViolation, InternalError, InvalidRequest, ReelstepError
+from reelstep.protos.reelstep.v1 import lora_pb2
 from reelstep.protos.reelstep.v1 import media_pb2 as pb
 
 DEFAULT_ADDRESS = "localhost:50051"
 SERVICE = pb.DESCRIPTOR.services_by_name["MediaService"].full_name
+LORA_SERVICE = lora_pb2.DESCRIPTOR.services_by_name["LoraService"].full_name
+CHUNK_BYTES = 256 << 10
 CHANNEL_OPTIONS = (("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000))
 """Finds a server that vanished without closing the connection, as in a power cut."""
 
@@ -35,6 +42,8 @@ PLAIN: Mapping[str, type[ReelstepError]] = {
     "CONFIG_ERROR": errors.ConfigError,
     "UNSUPPORTED_REQUEST": errors.UnsupportedRequest,
     "NOT_FOUND": errors.NotFound,
+    "ALREADY_EXISTS": errors.AlreadyExists,
+    "NOT_ALLOWED": errors.NotAllowed,
     "BUNDLE_ERROR": errors.BundleError,
     "COMPILE_ERROR": errors.CompileError,
     "CANCELLED": errors.Cancelled,
@@ -89,17 +98,20 @@ class Generation:
     steps: int
     guidance: str
     scale: float
-    quality: str  # that was asked for and chose the above; empty for none
+    quality: str  # that was asked for, or that `auto` came to, and chose the above; empty for none
     step_cache: str  # empty for none
     artifacts: tuple[Artifact, ...]
     usage: Cost
     lora: Mapping[str, float] = field(default_factory=dict)  # strengths by name
+    auto: bool = False  # quality `auto` was asked for
 
     @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(a.seed for a in self.artifacts)
 
 
+Lora = pb.Model.Lora
+"""An adapter that a server has loaded: name, rank, layers, sha256 of its file."""
 ClientEvent = Queued | Progress | PreviewFile | Artifact | Generation
 """What a stream yields; a Generation is the last."""
 
@@ -122,7 +134,7 @@ class Options(TypedDict, total=False):
     schedule: str | None
     guidance: str | None  # a rule
     guidance_options: Mapping[str, float] | None  # of the rule
-    quality: str | None  # draft, standard or best, in place of steps, scale, solver, schedule and guidance
+    quality: str | None  # draft, standard, best, or auto for the best that `timeout` allows, in place of steps, scale, solver, schedule and guidance
     step_cache: str | None  # a rule
     step_cache_options: Mapping[str, float] | None  # of that rule
     lora: Mapping[str, float] | None  # strengths of adapters that the server has loaded, by name
@@ -152,7 +164,7 @@ def build_request(prompt: str, options: Options) -> pb.GenerateRequest:
     return request
 
 
-def set_field(message: pb.GenerationSpec | pb.GenerateRequest | pb.PreviewPolicy, field: str, value: object) -> None:
+def set_field(message: Message, field: str, value: object) -> None:
     try:
         setattr(message, field, value)
     except UnicodeEncodeError as error:
@@ -176,10 +188,36 @@ def add_lora(spec: pb.GenerationSpec, name: Any, strength: Any) -> None:
 
 
 def read_image(path: Path) -> bytes:
+    return read_file("image", path)
+
+
+def read_file(field: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InvalidRequest([FieldViolation("image", f"cannot read {path}: {error.strerror}")]) from error
+        raise InvalidRequest([FieldViolation(field, f"cannot read {path}: {error.strerror}")]) from error
+
+
+def lora_parts(name: str, file: Path, model: str | None, replace: bool) -> Iterator[lora_pb2.LoadLoraRequest]:
+    """The messages of an upload; the file is read, with the configuration of PEFT where one lies beside it, before this returns."""
+    data, beside = read_file("file", file), file.with_name(PEFT_FILE)
+    start = lora_pb2.LoadLoraRequest.Start(size_bytes=len(data), sha256=hashlib.sha256(data).digest(), replace=replace)
+    config = read_file("adapter_config", beside).decode("utf-8", "replace") if beside.is_file() else ""
+    for key, value in (("name", name), ("model", model or ""), ("adapter_config", config)):
+        set_field(start, key, value)
+    return chain((lora_pb2.LoadLoraRequest(start=start),), map(partial(lora_part, data), range(0, len(data), CHUNK_BYTES)))
+
+
+def lora_part(data: bytes, offset: int) -> lora_pb2.LoadLoraRequest:
+    piece = data[offset : offset + CHUNK_BYTES]
+    return lora_pb2.LoadLoraRequest(chunk=lora_pb2.LoadLoraRequest.Chunk(offset=offset, data=piece, crc32c=google_crc32c.value(piece)))
+
+
+def unload_request(name: str, model: str | None) -> lora_pb2.UnloadLoraRequest:
+    request = lora_pb2.UnloadLoraRequest()
+    set_field(request, "name", name)
+    set_field(request, "model", model or "")
+    return request
 
 
 class Assembler:
@@ -247,6 +285,7 @@ class Assembler:
             artifacts=tuple(self._done),
             usage=Cost(usage.nfe, usage.forwards, usage.cached, seconds(usage.queue), {name: seconds(span) for name, span in usage.compute.items()}),
             lora={each.name: each.strength for each in job.spec.lora},
+            auto=usage.auto,
         )
 
 
@@ -272,7 +311,7 @@ def from_error(error: grpc.RpcError, address: str, started: bool) -> ReelstepErr
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # only gRPC's own size limits come without details
         return InvalidRequest([FieldViolation("request", f"too large for the server; send a smaller picture ({text})")])
     if code is grpc.StatusCode.UNIMPLEMENTED:
-        return errors.UnsupportedRequest(f"the server at {address} does not serve {SERVICE} ({text})")
+        return errors.UnsupportedRequest(f"the server at {address} does not serve this call; is it of another version? ({text})")
     return InternalError(f"{code.name}: {text}")
 
 
@@ -305,6 +344,9 @@ class Client:
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._generate = self._channel.unary_stream(f"/{SERVICE}/Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString)
         self._models = self._channel.unary_unary(f"/{SERVICE}/ListModels", pb.ListModelsRequest.SerializeToString, pb.ListModelsResponse.FromString)
+        load, unload = lora_pb2.LoadLoraRequest, lora_pb2.UnloadLoraRequest
+        self._load_lora = self._channel.stream_unary(f"/{LORA_SERVICE}/LoadLora", load.SerializeToString, lora_pb2.LoadLoraResponse.FromString)
+        self._unload_lora = self._channel.unary_unary(f"/{LORA_SERVICE}/UnloadLora", unload.SerializeToString, lora_pb2.UnloadLoraResponse.FromString)
 
     def __enter__(self) -> Client:
         return self
@@ -327,6 +369,23 @@ class Client:
                 if not page.next_page_token:
                     return found
                 request.page_token = page.next_page_token
+        except grpc.RpcError as error:
+            raise from_error(error, self.address, started=False) from error
+
+    def load_lora(self, name: str, file: Path, *, model: str | None = None, replace: bool = False, timeout: float | None = None) -> Lora:
+        """Load a safetensors file into the server, for requests to name; what PEFT wrote goes with the adapter_config.json beside it.
+
+        The same adapter again is no error. replace: another one of this name, which otherwise is AlreadyExists. model: where the server has several.
+        """
+        try:
+            return self._load_lora(lora_parts(name, file, model, replace), timeout=timeout).lora
+        except grpc.RpcError as error:
+            raise from_error(error, self.address, started=False) from error
+
+    def unload_lora(self, name: str, *, model: str | None = None, timeout: float | None = None) -> None:
+        """Requests that arrive later cannot name it; those that run or wait keep it."""
+        try:
+            self._unload_lora(unload_request(name, model), timeout=timeout)
         except grpc.RpcError as error:
             raise from_error(error, self.address, started=False) from error
 
@@ -373,6 +432,9 @@ class AsyncClient:
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._generate = self._channel.unary_stream(f"/{SERVICE}/Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString)
         self._models = self._channel.unary_unary(f"/{SERVICE}/ListModels", pb.ListModelsRequest.SerializeToString, pb.ListModelsResponse.FromString)
+        load, unload = lora_pb2.LoadLoraRequest, lora_pb2.UnloadLoraRequest
+        self._load_lora = self._channel.stream_unary(f"/{LORA_SERVICE}/LoadLora", load.SerializeToString, lora_pb2.LoadLoraResponse.FromString)
+        self._unload_lora = self._channel.unary_unary(f"/{LORA_SERVICE}/UnloadLora", unload.SerializeToString, lora_pb2.UnloadLoraResponse.FromString)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -395,6 +457,23 @@ class AsyncClient:
                 if not page.next_page_token:
                     return found
                 request.page_token = page.next_page_token
+        except grpc.RpcError as error:
+            raise from_error(error, self.address, started=False) from error
+
+    async def load_lora(self, name: str, file: Path, *, model: str | None = None, replace: bool = False, timeout: float | None = None) -> Lora:
+        """Load a safetensors file into the server, for requests to name; what PEFT wrote goes with the adapter_config.json beside it.
+
+        The same adapter again is no error. replace: another one of this name, which otherwise is AlreadyExists. model: where the server has several.
+        """
+        try:
+            return (await self._load_lora(await asyncio.to_thread(lora_parts, name, file, model, replace), timeout=timeout)).lora
+        except grpc.RpcError as error:
+            raise from_error(error, self.address, started=False) from error
+
+    async def unload_lora(self, name: str, *, model: str | None = None, timeout: float | None = None) -> None:
+        """Requests that arrive later cannot name it; those that run or wait keep it."""
+        try:
+            await self._unload_lora(unload_request(name, model), timeout=timeout)
         except grpc.RpcError as error:
             raise from_error(error, self.address, started=False) from error
 

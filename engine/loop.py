@@ -23,22 +23,24 @@ from reelstep import __version__
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.load import Progress as LoadProgress
 from reelstep.compiler.load import silent
+from reelstep.compiler.lora import SUFFIX
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signing import PublicKey
-from reelstep.compiler.storage import sha256_file
 from reelstep.engine.checkpoints import Checkpoints
 from reelstep.engine.executors import LOOK_S, Executor
 from reelstep.engine.executors.bundles import runner_of
 from reelstep.engine.executors.inline import Inline
 from reelstep.engine.executors.patience import Allowance
 from reelstep.engine.executors.replicas import Elsewhere, Load, Scaler
+from reelstep.engine.lora import Adapter
+from reelstep.engine.models.tae import tile_starts
 from reelstep.engine.pipelines import PIPELINES
 from reelstep.engine.pipelines.latent import Job, Pipeline
 from reelstep.engine.pipelines.state import PipelineState
 from reelstep.engine.request import Call, Event, Failed, Finished, Media, Preview, Progress, Queued, Request, Usage, validate
 from reelstep.engine.runner import Outputs
-from reelstep.engine.scheduler import Scheduler, Ticket
-from reelstep.engine.served import ServedModel
+from reelstep.engine.scheduler import Round, Scheduler, Ticket, first_in_time, rounds_of, usual
+from reelstep.engine.served import ServedModel, read_loras
 from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, Overloaded, ReelstepError, Unavailable, UnsupportedRequest, unknown
 from reelstep.parallel.mesh import Mesh
 
@@ -51,11 +53,16 @@ Listener = Callable[[Event], None]
 
 @dataclass
 class Running:
-    """One request inside the loop. answers: outputs of the calls it waits for, by slot."""
+    """One request inside the loop. served: the model as it was when the request came. answers: outputs of the calls it waits for, by slot.
+
+    usual: calls that it is expected to ask for most of the time. quality: that `auto` came to.
+    """
 
     request: Request
+    served: ServedModel
     listener: Listener
     arrival: float
+    adapters: tuple[str, ...] = ()  # fingerprints
     state: PipelineState = field(default_factory=PipelineState)
     pipeline: Pipeline | None = None
     calls: tuple[Call, ...] = ()
@@ -65,6 +72,8 @@ class Running:
     reported: tuple[str, int] = ("", -1)
     previewed: int = 0
     kept: int = 0  # the step of its last checkpoint
+    usual: Round = ()
+    quality: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ class Engine:
 
         Raises NotFound, InvalidRequest, UnsupportedRequest, DeadlineExceeded, Overloaded or Unavailable; the listener then hears nothing.
         """
-        self._check(request)
+        served = self._check(request)
         with self._lock:
             if self._closing:
                 raise Unavailable("the server is shutting down; try another one", retry_after_s=1.0)
@@ -134,11 +143,28 @@ class Engine:
                 wait = self._request_s * max(1, self.max_queued // 4)
                 raise Overloaded(f"{len(self._admitted)} requests are running or queued, the limit; try again in {wait:.0f} s", retry_after_s=wait)
             self._admitted.add(request.id)
-        self._commands.put(lambda: self._enqueue(Running(request, listener, time.monotonic())))
+        self._commands.put(lambda: self._enqueue(Running(request, served, listener, time.monotonic())))
 
     def cancel(self, request_id: str) -> None:
         """Stop a request before its next call. Its listener hears Failed(Cancelled). An unknown id is no error: it may just have ended."""
         self._commands.put(lambda: self._fail_by_id(request_id, Cancelled(f"request {request_id} was cancelled")))
+
+    def load_lora(self, model: str, name: str, file: Path, config: str, most: int, replacing: bool) -> Adapter:
+        """Let requests that arrive from now on name this adapter; those that are here keep what was loaded when they came.
+
+        config: the text of PEFT's for it, or empty. most: adapters that the model may have. Raises NotFound (model), and as `read_loras` and `with_lora`.
+        """
+        served = self._model(model)
+        adapter = read_loras(served.name, served.settings, {name: file}, config)[name]
+        with self._lock:
+            served = self._model(model).with_lora(name, adapter, most, replacing)
+            self.models = {**self.models, model: served}
+        return served.loras[name]
+
+    def unload_lora(self, model: str, name: str) -> None:
+        """Requests that arrive from now on cannot name it; those that are here keep it. Raises NotFound."""
+        with self._lock:
+            self.models = {**self.models, model: self._model(model).without_lora(name)}
 
     def close(self, grace_s: float) -> None:
         """Take nothing new, finish what is there within `grace_s`, cancel the rest. Idempotent."""
@@ -157,18 +183,24 @@ class Engine:
         if self.release is not None:
             self.release()
 
-    def _check(self, request: Request) -> None:
-        served = self.models.get(request.model)
-        if served is None:
-            raise unknown("model", request.model, self.models)
+    def _model(self, name: str) -> ServedModel:
+        models = self.models
+        if name not in models:
+            raise unknown("model", name, models)
+        return models[name]
+
+    def _check(self, request: Request) -> ServedModel:
+        served = self._model(request.model)
         if request.task not in served.settings.tasks:
             raise UnsupportedRequest(f"model {served.name!r} does not do {request.task}; it does: {', '.join(served.settings.tasks) or 'nothing'}")
-        for kind, name, known in (("solver", request.solver, served.solvers), ("schedule", request.schedule, served.schedules)):
-            if name not in known:
-                raise unknown(kind, name, known)
-        validate(request, served.settings.limits)
+        for each in map(request.settled, request.auto or ("",)):
+            for kind, name, known in (("solver", each.solver, served.solvers), ("schedule", each.schedule, served.schedules)):
+                if name not in known:
+                    raise unknown(kind, name, known)
+            validate(each, served.settings.limits)
         if request.deadline <= time.monotonic():
             raise DeadlineExceeded("queued")
+        return served
 
     # Everything below runs on the engine's thread.
 
@@ -209,20 +241,39 @@ class Engine:
             self._start(self._queued.pop(first.request.id))
 
     def _start(self, running: Running) -> None:
-        request = running.request
-        self._running[request.id] = running
+        self._running[running.request.id] = running
         running.started = time.monotonic()
         try:
-            served = self.models[request.model]
+            if running.request.auto:
+                self._choose(running)
+            request, served = running.request, running.served
             table = served.table(request.solver, request.schedule, request.steps)
             rule = served.rule(request.guidance, request.scale, request.guidance_options)
-            if self._checkpoints is not None and (found := self._checkpoints.find(request)) is not None:
-                running.state, running.kept = found, found.step
+            running.usual = running.usual or usual(expected_rounds(served, request, table.n))
+            if self._checkpoints is not None:
+                running.adapters = served.adapters(request)
+                if (found := self._checkpoints.find(request, running.adapters)) is not None:
+                    running.state, running.kept = found, found.step
             job = Job(request, served.settings, table, rule, served.step_cache(request), served.lora(request))
             running.pipeline = PIPELINES[request.task](job, running.state)
             self._advance(running, None)
         except ReelstepError as error:
             self._fail(running, error)
+
+    def _choose(self, running: Running) -> None:
+        """Settle the quality of a request of `auto`: the best that is expected to be done in time beside all that runs now; the cheapest where none is, or
+        where nobody knows, since a program that it needs has never run."""
+        open_request, served = running.request, running.served
+        menu = served.settings.defaults[open_request.task].menu
+        requests = {quality: open_request.settled(quality) for quality in reversed([*open_request.auto])}
+        rounds = [
+            expected_rounds(served, each, served.table(each.solver, each.schedule, each.steps).n, menu[quality].forwards) for quality, each in requests.items()
+        ]
+        others = [each.usual for each in self._running.values() if each is not running]
+        seconds = partial(self._scheduler.batch_s, replicas=self._executor.capacity)
+        place = first_in_time(rounds, others, seconds, open_request.deadline - time.monotonic())
+        running.quality, running.request = [*requests.items()][place]
+        running.usual = usual(rounds[place])
 
     def _dispatch(self, batch: list[Ticket]) -> None:
         owners = [self._running[t.request_id] for t in batch]
@@ -253,9 +304,10 @@ class Engine:
 
     def _batch_done(self, batch: list[Ticket], owners: list[Running], outputs: list[Outputs], seconds: float) -> None:
         self._in_flight -= 1
-        self._scheduler.note(batch[0].key, seconds)
+        rows = sum(t.rows for t in batch)
+        self._scheduler.note(batch[0].key, seconds, rows)
         if self._on_batch:
-            self._on_batch(BatchRecord(batch[0].key, len(batch), sum(t.rows for t in batch), seconds))
+            self._on_batch(BatchRecord(batch[0].key, len(batch), rows, seconds))
         for ticket, owner, output in zip(batch, owners, outputs, strict=True):
             owner.answers[ticket.slot] = output
         program = batch[0].key[1]
@@ -306,12 +358,12 @@ class Engine:
         """A checkpoint, where steps enough were made since the last one. A pipeline's state may be saved whenever it waits for calls."""
         if self._checkpoints is not None and running.state.step >= running.kept + self._checkpoints.every:
             running.kept = running.state.step
-            self._checkpoints.keep(running.request, running.state)
+            self._checkpoints.keep(running.request, running.state, running.adapters)
 
     def _finish(self, running: Running, media: Media) -> None:
         assert running.started is not None
         most = max(running.state.runs, key=lambda run: run.forwards)
-        usage = Usage(most.guidance.nfe, most.forwards, most.cached, running.started - running.arrival, dict(running.compute_s))
+        usage = Usage(most.guidance.nfe, most.forwards, most.cached, running.started - running.arrival, dict(running.compute_s), running.quality)
         self._request_s = 0.8 * self._request_s + 0.2 * (time.monotonic() - running.started)
         self._forget(running)
         self._tell(running, Finished(media, usage))
@@ -335,7 +387,7 @@ class Engine:
         if running.pipeline is not None:
             running.pipeline.close()
         if self._checkpoints is not None and running.kept and not self._closing:
-            self._checkpoints.forget(running.request)
+            self._checkpoints.forget(running.request, running.adapters)
         with self._lock:
             self._admitted.discard(request_id)
 
@@ -351,6 +403,20 @@ class Engine:
             running.listener(event)
         except Exception:  # a listener's bug must not stop the other requests
             log.exception("the listener of request %s failed", running.request.id)
+
+
+def expected_rounds(served: ServedModel, request: Request, evaluations: int, forwards: float | None = None) -> tuple[Round, ...]:
+    """What the request will ask for. evaluations: of its table. forwards: of one output, where they were measured; else two for each velocity that is guided,
+    which few rules exceed."""
+    guided = request.guidance != "none" and request.scale not in (0, 1)
+    settings = served.settings
+    length = settings.latent_shape(request.frames, request.width, request.height)[1]
+    size = min(settings.tile_frames, length)
+    return rounds_of(
+        request.model, "image" if request.frames == 1 else "video", evaluations, forwards or evaluations * (2 if guided else 1), count=request.count,
+        picture=request.image is not None, tiles=len(tile_starts(length, size, min(settings.tile_overlap, size - 1))), preview_every=request.preview_every,
+        denoiser="denoise" + SUFFIX if any(request.lora.values()) else "denoise",
+    )  # fmt: skip
 
 
 def open_engine(
@@ -379,8 +445,8 @@ def open_engine(
     one is kept. allowance: how long a call on a mesh may take; `elsewhere` brings its own. Raises BundleError, CompileError, NotFound (backend), or
     ConfigError when two bundles hold one model, and as `open_on_mesh` or `elsewhere`.
     """
-    if loras and (len(bundles) != 1 or (mesh is not None and mesh.world > 1)):
-        raise ConfigError(f"LoRAs ({', '.join(loras)}) belong to one bundle on one device; serve it from a server of its own, without a mesh")
+    if loras and len(bundles) != 1:
+        raise ConfigError(f"LoRAs ({', '.join(loras)}) belong to one bundle; serve it from a server of its own")
     if mesh is not None and mesh.world > 1:
         if len(bundles) != 1:
             raise ConfigError(f"{len(bundles)} bundles on mesh {mesh}: a process is a rank of one replica; serve each bundle from a server of its own")
@@ -393,7 +459,7 @@ def open_engine(
     models = {bundle.plan.model: ServedModel.of(bundle, loras) for bundle in opened}
     kept = None
     if checkpoints is not None:
-        how = [__version__, backend, precision, str(mesh), {name: sha256_file(file) for name, file in (loras or {}).items()}]
+        how = [__version__, backend, precision, str(mesh)]
         kept = Checkpoints(*checkpoints, {bundle.plan.model: json.dumps([bundle.manifest["sha256"], *how]) for bundle in opened})
     at_once = 1 if mesh is None else mesh.cfg
     make = partial(Engine, models, max_running=max_running, max_queued=max_queued, on_batch=on_batch, checkpoints=kept, rows_at_once=at_once)
@@ -416,7 +482,12 @@ def open_engine(
 
 
 def warmed_up(engine: Engine) -> Engine:
-    """The engine, after requests to every task of its models: a backend may run one row by another engine than several."""
+    """The engine, after requests to every task of its models: a backend may run one row by another engine than several.
+
+    A model that takes LoRAs and has none is given one meanwhile, for the first that a client loads shall not wait for what is cold either.
+    """
+    loaded = engine.models
+    engine.models = {name: model.with_some_lora() for name, model in loaded.items()}
     for model in engine.models.values():
         for task in model.settings.tasks:
             for several in (False, True):
@@ -424,6 +495,7 @@ def warmed_up(engine: Engine) -> Engine:
                     warm_up(engine, model, task, step_cache, several)
                 for lora in [*model.loras][:1]:
                     warm_up(engine, model, task, "", several, {lora: 1.0})
+    engine.models = loaded
     return engine
 
 

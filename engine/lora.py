@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import Linear
 
 from reelstep.compiler.lora import Layer, Layout, patterns
+from reelstep.engine.request import PEFT_FILE
 from reelstep.errors import ConfigError
 
 PARTS = {
@@ -27,6 +29,8 @@ PARTS = {
     ".lora.down.weight": "down", ".lora.up.weight": "up",  # diffusers before PEFT
     ".alpha": "alpha",
 }  # fmt: skip
+DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32")
+"""Of a file's numbers, by the names of safetensors; an alpha may be a whole number."""
 DOTTED = ("", "transformer.", "diffusion_model.", "base_model.model.")
 """What may stand before a layer's path."""
 FLAT = ("lora_unet_", "lora_transformer_")
@@ -35,8 +39,6 @@ BASE = "base_model"
 """In a file's metadata: the model that it was trained on, by its name here."""
 CONFIG = "lora_adapter_metadata"
 """In a file's metadata: PEFT's configuration in JSON, as diffusers saves it."""
-PEFT_FILE = "adapter_config.json"
-"""Beside a file that PEFT itself has written, whose keys begin with `base_model.model.`: the same configuration."""
 
 Pair = tuple[Tensor, Tensor]
 """down [r, inputs] and up [outputs, r], float32, alpha / r in `up`."""
@@ -55,16 +57,26 @@ class Adapter:
         """The largest of all layers."""
         return max(len(down) for down, _ in self.pairs.values())
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what it does to a model: two files with one fingerprint are one adapter, and one file with two configurations is two."""
+        hashed = hashlib.sha256()
+        for name, pair in sorted(self.pairs.items()):
+            hashed.update(json.dumps([name, *(matrix.shape for matrix in pair)]).encode())
+            for matrix in pair:
+                hashed.update(matrix.contiguous().numpy().data)
+        return hashed.hexdigest()
+
 
 Blend = Iterable[tuple[Adapter, float]]
 """Adapters and the strength of each; their changes add up."""
 
 
-def read_adapter(file: Path, model: str, layers: tuple[Layer, ...]) -> Adapter:
-    """A LoRA for `model`, whose layers these are. Nothing is unpickled.
+def read_adapter(file: Path, model: str, layers: tuple[Layer, ...], config: str | None = None, called: str = "") -> Adapter:
+    """A LoRA for `model`, whose layers these are. Nothing is unpickled. config: the text of PEFT's, or empty for none; None: look for it beside the file.
 
-    Raises ConfigError naming the file, and the key in it, for what is no safetensors file, is for another model, adapts what is not among the layers,
-    has a shape that does not fit, half a pair, numbers that are not finite, or is another kind of adapter.
+    Raises ConfigError naming the file, or what it is called, and the key in it, for what is no safetensors file, is for another model, adapts what is not
+    among the layers, has a shape that does not fit, half a pair, numbers that are not finite, or is another kind of adapter.
     """
     try:
         with safe_open(file, "pt", device="cpu") as opened:
@@ -72,11 +84,11 @@ def read_adapter(file: Path, model: str, layers: tuple[Layer, ...]) -> Adapter:
             keys = list(opened.keys())
             _check_base(metadata, model)
             found = _sort(keys, model, layers)
-            config = _config(file, keys, metadata)
-            pairs = {layer.name: _pair(opened, found[layer.name], layer, config) for layer in layers if layer.name in found}
+            scaling = _config(file, keys, metadata, config)
+            pairs = {layer.name: _pair(opened, found[layer.name], layer, scaling) for layer in layers if layer.name in found}
         return Adapter(pairs, metadata.get(BASE, ""), hashlib.sha256(file.read_bytes()).hexdigest())
-    except (SafetensorError, OSError, ValueError) as error:  # of JSON too; ConfigError is one
-        raise ConfigError(f"LoRA {file}: {error}") from error
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:  # of JSON and its numbers too; ConfigError is one
+        raise ConfigError(f"LoRA {called or file}: {error}") from error
 
 
 def _check_base(metadata: Mapping[str, str], model: str) -> None:
@@ -107,15 +119,15 @@ def _sort(keys: Iterable[str], model: str, layers: tuple[Layer, ...]) -> dict[st
     return found
 
 
-def _config(file: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> Mapping[str, Any]:
+def _config(file: Path, keys: Iterable[str], metadata: Mapping[str, str], given: str | None) -> Mapping[str, Any]:
     """PEFT's configuration as far as it says how to scale; empty where there is none. Raises ConfigError for what it says that is done otherwise here."""
     if CONFIG in metadata:
-        config = {name.removeprefix("transformer."): value for name, value in json.loads(metadata[CONFIG]).items()}
+        config = _parsed(metadata[CONFIG])
     elif any(key.startswith("base_model.model.") for key in keys):
         beside = file.parent / PEFT_FILE
-        if not beside.is_file():
+        if given == "" or (given is None and not beside.is_file()):
             raise ConfigError(f"PEFT keeps alpha in {PEFT_FILE}, and there is none beside it; put it there")
-        config = json.loads(beside.read_bytes())
+        config = _parsed(given or beside.read_bytes())
     else:
         return {}
     if other := [name for name in ("use_dora", "alpha_pattern") if config.get(name)]:
@@ -123,8 +135,25 @@ def _config(file: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> Map
     return config
 
 
+def _parsed(text: str | bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except RecursionError as error:
+        raise ConfigError("its configuration is nested too deeply; PEFT's is a flat table") from error
+    named = {name.removeprefix("transformer."): value for name, value in config.items()} if isinstance(config, dict) else {"lora_alpha": None}
+    if not isinstance(named.get("lora_alpha", 1), int | float):
+        raise ConfigError("its configuration is not PEFT's: a table whose lora_alpha, if there is one, is a number")
+    return named
+
+
 def _pair(opened: Any, keys: Mapping[str, str], layer: Layer, config: Mapping[str, Any]) -> Pair:
-    """The two matrices of a layer. Shapes are looked at before any number is read."""
+    """The two matrices of a layer, copied: what is read lies in the mapped file, and a file that changes must not change what is served.
+
+    Types and shapes are looked at before any number is read.
+    """
+    for key in keys.values():
+        if (dtype := opened.get_slice(key).get_dtype()) not in DTYPES:
+            raise ConfigError(f"{key!r} holds numbers of type {dtype}; save it as one of {', '.join(DTYPES)}")
     down, up = (tuple(opened.get_slice(keys[part]).get_shape()) for part in ("down", "up"))
     if len(down) != 2 or down[1] != layer.inputs:
         raise ConfigError(f"{keys['down']!r} is {list(down)}; layer {layer.name!r} takes [rank, {layer.inputs}]")
@@ -133,7 +162,7 @@ def _pair(opened: Any, keys: Mapping[str, str], layer: Layer, config: Mapping[st
         takes = f"[{layer.outputs}, rank] and a rank of 1 to {min(layer.inputs, layer.outputs)}"
         raise ConfigError(f"{keys['up']!r} is {list(up)} beside {keys['down']!r} of {list(down)}; layer {layer.name!r} takes {takes}")
     factor = _alpha(opened, keys, config, rank) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    a, b = (opened.get_tensor(keys[part]).float() for part in ("down", "up"))
+    a, b = (opened.get_tensor(keys[part]).to(torch.float32, copy=True) for part in ("down", "up"))
     for part, matrix in (("down", a), ("up", b * factor)):
         if not bool(torch.isfinite(matrix).all()):
             raise ConfigError(f"{keys[part]!r} holds numbers that are not finite; its training went wrong")

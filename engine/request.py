@@ -19,8 +19,12 @@ MAX_PROMPT_BYTES = 4096
 MAX_SEED = 2**63 - 1
 MAX_STRENGTH = 10.0
 """Of a LoRA. Useful ones are around 1; far beyond, nothing is left of the model."""
+PEFT_FILE = "adapter_config.json"
+"""Beside a LoRA that PEFT itself has written, whose keys begin with `base_model.model.`: its configuration, with alpha."""
 QUALITIES = ("draft", "standard", "best")
 """What the entries of a menu are called, in order of cost."""
+AUTO = "auto"
+"""The quality that is the best of a menu's that is expected to be done in time."""
 
 T = TypeVar("T")
 
@@ -136,6 +140,17 @@ class Request:
     priority: int  # the smaller goes first; 0 by default
     deadline: float  # on time.monotonic's clock; math.inf for none
     lora: Mapping[str, float] = field(default_factory=dict)  # strengths by name
+    auto: Mapping[str, Fit] = field(default_factory=dict)  # of quality `auto`: what it may still become, by quality, in order of cost; the first stands above
+
+    def settled(self, quality: str) -> Request:
+        """With one entry of `auto`, and nothing open any more; itself where nothing was."""
+        if not self.auto:
+            return self
+        chosen = self.auto[quality]
+        return replace(
+            self, auto={}, solver=chosen.solver, schedule=chosen.schedule, steps=chosen.steps, guidance=chosen.guidance,
+            guidance_options=chosen.guidance_options, scale=chosen.scale,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -177,6 +192,7 @@ class Usage:
     cached: int
     queue_s: float
     compute_s: Mapping[str, float]  # by program; a call shared with others counts in full
+    quality: str = ""  # that was chosen for a request of quality `auto`
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,17 @@ import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
 from reelstep.engine.media import ENCODERS, STILL_TYPES, decode_picture
 from reelstep.engine.request import (
+    AUTO,
     Asked,
     Defaults,
     Event,
+    Fit,
     Limits,
     Offer,
     Request,
@@ -83,8 +86,10 @@ class Fused(Protocol):
 
 
 class Lora(Protocol):
-    """A loaded adapter. rank: the largest of its layers. pairs: by layer."""
+    """A loaded adapter. rank: the largest of its layers. pairs: by layer. digest: sha256 of its file, in hexadecimal."""
 
+    @property
+    def digest(self) -> str: ...
     @property
     def rank(self) -> int: ...
     @property
@@ -127,6 +132,15 @@ class Engine(Protocol):
     def cancel(self, request_id: str) -> None:
         """Stop before the next call; the listener then gets Failed(Cancelled). An unknown id is no error."""
 
+    def load_lora(self, model: str, name: str, file: Path, config: str, most: int, replacing: bool) -> Lora:
+        """Let requests that arrive from now on name this adapter. config: the text of PEFT's for it, or empty. most: adapters that the model may have.
+
+        Raises ConfigError for a file that is none for the model, AlreadyExists for another of this name unless it may be replaced, Overloaded, NotFound.
+        """
+
+    def unload_lora(self, model: str, name: str) -> None:
+        """Requests that arrive from now on cannot name it. Raises NotFound."""
+
     def close(self, grace_s: float) -> None:
         """Finish what is running within `grace_s`, cancel the rest, release the devices."""
 
@@ -150,7 +164,7 @@ class Ask:
     schedule: str = ""
     guidance: str = ""
     guidance_options: Mapping[str, float] = field(default_factory=dict)
-    quality: str = ""  # an entry of the model's menu, in place of the six choices above
+    quality: str = ""  # an entry of the model's menu, in place of the six choices above; `auto` is the best one that the deadline allows
     step_cache: str = ""  # empty for none
     step_cache_options: Mapping[str, float] = field(default_factory=dict)
     lora: Mapping[str, float] = field(default_factory=dict)  # strengths by name
@@ -162,7 +176,8 @@ class Ask:
 
 
 def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
-    """Fill every open choice, decode the picture and check all of it. No network runs before this has passed.
+    """Fill every open choice, decode the picture and check all of it. No network runs before this has passed. Of quality `auto` the entries of the menu that
+    all else goes with stay open.
 
     Raises NotFound (model, quality, solver, schedule, guidance, step cache, LoRA), UnsupportedRequest (task, step cache, LoRA), InvalidRequest (all other
     fields, all at once).
@@ -171,8 +186,17 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
     served = choose_model(ask.model, models)
     task = choose_task(ask, served)
     settings = served.settings
+    check_inert(ask, settings.defaults[task], settings.distilled)
+    request = leave_open(ask, task, served) if ask.quality == AUTO else build(ask, task, served)
+    if ask.image is None:
+        return request
+    return replace(request, image=decode_picture(ask.image, settings.limits))
+
+
+def build(ask: Ask, task: str, served: Served) -> Request:
+    """The request without its picture. Raises as `resolve`."""
+    settings = served.settings
     defaults = settings.defaults[task]
-    check_inert(ask, defaults, settings.distilled)
     choice = complete(from_menu(ask, task, served) if ask.quality else ask, task, defaults, served)
     width, height = choose_size(ask.width, ask.height, settings.limits)
     step_cache, step_cache_options = choose_step_cache(ask, served)
@@ -182,7 +206,7 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
         task=task,
         prompt=ask.prompt,
         negative_prompt=ask.negative_prompt,
-        seed=secrets.randbits(DRAWN_SEED_BITS) if ask.seed is None else ask.seed,
+        seed=drawn(ask.seed),
         count=given(ask.count, 1),
         width=width,
         height=height,
@@ -206,9 +230,31 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
     check_choice(choice, settings.limits, served)
     check_step_cache(request, served)
     check_lora(ask, request, served)
-    if ask.image is None:
-        return request
-    return replace(request, image=decode_picture(ask.image, settings.limits))
+    return request
+
+
+def leave_open(ask: Ask, task: str, served: Served) -> Request:
+    """As the cheapest entry of the menu, with all that may still be chosen. Raises as `build`, and InvalidRequest with what is wrong with each entry where none
+    goes with the rest."""
+    from_menu(ask, task, served)
+    same = replace(ask, seed=drawn(ask.seed), request_id=ask.request_id or str(uuid4()))
+    requests: dict[str, Request] = {}
+    violations: list[FieldViolation] = []
+    for quality in served.settings.defaults[task].qualities:
+        try:
+            requests[quality] = build(replace(same, quality=quality), task, served)
+        except InvalidRequest as error:
+            violations += error.violations
+    if not requests:
+        raise InvalidRequest(dict.fromkeys(violations))
+    auto = {
+        quality: Fit((task,), each.solver, each.schedule, each.steps, each.guidance, each.guidance_options, each.scale) for quality, each in requests.items()
+    }
+    return replace(next(iter(requests.values())), auto=auto)
+
+
+def drawn(seed: int | None) -> int:
+    return secrets.randbits(DRAWN_SEED_BITS) if seed is None else seed
 
 
 def check_text(ask: Ask) -> None:
@@ -262,16 +308,18 @@ def check_inert(ask: Ask, defaults: Defaults, student: Student | None) -> None:
 
 
 def from_menu(ask: Ask, task: str, served: Served) -> Asked:
-    """The entry of the quality that was asked for. Raises InvalidRequest where the request also chooses what the entry does, NotFound where there is none."""
+    """The entry of the quality that was asked for, of `auto` the cheapest. Raises InvalidRequest where the request also chooses what the entry does, NotFound
+    where there is none."""
     own = parts(ask)
     if chosen := [name for name, value in own.items() if value not in (None, "", {})]:
         text = f"{ask.quality[:80]!r} chooses {', '.join(own)} by itself; leave quality out, or else {', '.join(chosen)}"
         raise InvalidRequest([FieldViolation("quality", text)])
     defaults = served.settings.defaults[task]
-    if ask.quality not in defaults.menu:
-        known = ", ".join(defaults.qualities) or "none"
-        raise NotFound(f"model {served.name!r} has no quality {ask.quality[:80]!r} for {task}; it has: {known}; without one, the task's defaults are used")
-    return defaults.menu[ask.quality]
+    quality = defaults.qualities[0] if ask.quality == AUTO and defaults.menu else ask.quality
+    if quality not in defaults.menu:
+        known = f"{', '.join(defaults.qualities)}; {AUTO} is the best of them that the deadline allows" if defaults.menu else "none"
+        raise NotFound(f"model {served.name!r} has no quality {quality[:80]!r} for {task}; it has: {known}; without one, the task's defaults are used")
+    return defaults.menu[quality]
 
 
 def choose_step_cache(ask: Ask, served: Served) -> tuple[str, Mapping[str, float]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, zeros
 
 from reelstep.compiler.bundle import Bundle
 from reelstep.engine.lora import Adapter, check_rank, pack, read_adapter
@@ -21,7 +21,10 @@ from reelstep.engine.samplers.schedules import SCHEDULES
 from reelstep.engine.samplers.step_cache import PIECES, STEP_CACHES, CacheOptions
 from reelstep.engine.samplers.step_cache import Rule as CacheRule
 from reelstep.engine.samplers.tables import SOLVERS
-from reelstep.errors import ConfigError, unknown
+from reelstep.errors import AlreadyExists, ConfigError, Overloaded, unknown
+
+RETRY_FULL_S = 60.0
+"""When there are as many LoRAs as may be: nobody knows when one will be unloaded."""
 
 
 def table_name(solver: str, schedule: str, steps: int) -> str:
@@ -126,11 +129,44 @@ class ServedModel:
         chosen = self._adapters(request)
         return pack(self.settings.lora, chosen.values()) if chosen and self.settings.lora is not None else None
 
+    def adapters(self, request: Request) -> tuple[str, ...]:
+        """Fingerprints of the adapters of one request, by their names. Raises NotFound for one that is not loaded."""
+        return tuple(adapter.fingerprint for _, (adapter, _) in sorted(self._adapters(request).items()))
+
     def _adapters(self, request: Request) -> dict[str, tuple[Adapter, float]]:
         """Those that change anything."""
         if missing := [name for name in request.lora if name not in self.loras]:
             raise unknown("LoRA", missing[0], self.loras)
         return {name: (self.loras[name], strength) for name, strength in request.lora.items() if strength}
+
+    def with_lora(self, name: str, adapter: Adapter, most: int, replacing: bool) -> ServedModel:
+        """The model with this adapter too; as it is where it has the same one of this name. most: adapters that it may have.
+
+        Raises AlreadyExists for another one of this name that is not to be replaced, Overloaded where there are as many as there may be.
+        """
+        if (there := self.loras.get(name)) is not None:
+            if there.fingerprint == adapter.fingerprint:
+                return self
+            if not replacing:
+                says = f"LoRA {name!r} of {self.name!r} is another one, of sha256 {there.digest[:12]}"
+                raise AlreadyExists(f"{says}; load it by another name, replace that one, or unload it first")
+        elif len(self.loras) >= most:
+            says = f"{self.name!r} has {len(self.loras)} LoRAs, and clients may bring it up to {most}"
+            raise Overloaded(f"{says}; unload one, or start the server with a larger --max-loras. Loaded: {', '.join(sorted(self.loras))}", RETRY_FULL_S)
+        return replace(self, loras={**self.loras, name: adapter})
+
+    def with_some_lora(self) -> ServedModel:
+        """The model with an adapter that changes nothing; as it is where it has any, or takes none."""
+        if self.loras or self.settings.lora is None:
+            return self
+        name, inputs, outputs = self.settings.lora.layers[0]
+        return replace(self, loras={"none": Adapter({name: (zeros(1, inputs), zeros(outputs, 1))}, "", "")})
+
+    def without_lora(self, name: str) -> ServedModel:
+        """Raises NotFound for one that is not loaded."""
+        if name not in self.loras:
+            raise unknown("LoRA", name, self.loras)
+        return replace(self, loras={other: adapter for other, adapter in self.loras.items() if other != name})
 
     @classmethod
     def of(cls, bundle: Bundle, loras: Mapping[str, Path] | None = None) -> ServedModel:
@@ -151,11 +187,15 @@ class ServedModel:
         return self.tables.get(table_name(solver, schedule, steps)) or build_table(self.settings, solver, schedule, steps)
 
 
-def read_loras(model: str, settings: ModelSettings, files: Mapping[str, Path]) -> dict[str, Adapter]:
-    """Adapters by name. Raises ConfigError for a file that is none for this model, and for a bundle that takes none, or none of such a rank."""
+def read_loras(model: str, settings: ModelSettings, files: Mapping[str, Path], config: str | None = None) -> dict[str, Adapter]:
+    """Adapters by name. config: as of `read_adapter`, of files that were uploaded, whose paths mean nothing to whoever reads an error.
+
+    Raises ConfigError for a file that is none for this model, and for a bundle that takes none, or none of such a rank.
+    """
     if settings.lora is None:
         raise ConfigError(f"the bundle of {model!r} takes no LoRA ({', '.join(files)}); compile it with --lora-rank, or fuse it with --lora")
-    adapters = {name: read_adapter(file, model, settings.lora.layers) for name, file in files.items()}
+    uploaded = config is not None
+    adapters = {name: read_adapter(file, model, settings.lora.layers, config, repr(name) if uploaded else "") for name, file in files.items()}
     for name, adapter in adapters.items():
         check_rank({name: adapter.rank}, settings.lora)
     return adapters

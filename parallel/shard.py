@@ -76,6 +76,13 @@ def shard(module: nn.Module, rules: Rules, comm: Communicator, file: Path | None
     return module.eval().requires_grad_(False)
 
 
+def layer_at(module: nn.Module, path: str) -> nn.Module:
+    """What stands on a rank where the network, as it was built, has a layer: between them may be what was put around its attention."""
+    for name in path.split("."):
+        module = (module.inner if isinstance(module, Attended) else module).get_submodule(name)
+    return module
+
+
 class Lengths:
     """How long each logical axis's share is on every rank: written where a tensor is split, read where its parts meet again."""
 

@@ -1,6 +1,7 @@
 """Tensor parallelism: linear layers split by column (outputs) or row (inputs), with the one sum behind a row (Shoeybi et al. 2019, arXiv:1909.08053).
 
-A network's own `forward` stays as it is: it finds narrower layers, and hooks add the collectives. Heads and FFN units may divide unevenly.
+A network's own `forward` stays as it is: it finds narrower layers, and hooks add the collectives. Heads and FFN units may divide unevenly. A layer keeps
+its cut, so that whatever else is made for its weight (an adapter) is cut alike.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ class Cut:
     def size(self) -> int:
         return sum(stop - start for start, stop in self.ranges)
 
+    def of(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of a whole tensor whose `dim` lies as the one that was cut."""
+        parts = [x.narrow(dim, start, stop - start) for start, stop in self.ranges]
+        return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
 
 def cut_of(name: str, shape: tuple[int, ...], axes: Axes, rules: Rules, units: Mapping[str, int], comm: Communicator) -> Cut | None:
     """Which part of a parameter this rank has; None for all of it. units: how many of a logical axis there are, where it splits in whole ones.
@@ -55,36 +61,54 @@ def cut_of(name: str, shape: tuple[int, ...], axes: Axes, rules: Rules, units: M
 
 
 def split_layer(path: str, layer: nn.Module, cuts: Mapping[str, Cut], comm: Communicator) -> nn.Module:
-    """What stands in the layer's place once its parameters are this rank's part: itself, with the sum that its split needs.
+    """What stands in the layer's place once its parameters are this rank's part: the same on it, with the sum that its split needs.
 
     Raises ConfigError for a layer that is neither Linear nor RMSNorm, and for a bias that is not split as its columns are.
     """
     cut = cuts.get("weight")
     if isinstance(layer, nn.Linear) and cut is not None and cut.dim == 1:
-        layer.in_features = cut.size
-        return RowLinear(layer, comm, cut.axis)
+        return RowLinear(layer, cut, comm)
     if isinstance(layer, nn.Linear) and cut is not None:
         if "bias" in dict(layer.named_parameters()) and "bias" not in cuts:
             raise ConfigError(f"{path}.weight is split by column and {path}.bias is not; give both the same axis")
-        layer.out_features = cut.size
-        return layer
+        return SplitLinear(layer, cut)
     if isinstance(layer, nn.RMSNorm) and cut is not None:
         return SplitRMSNorm(layer, comm, cut.axis)
     raise ConfigError(f"{path} is a {type(layer).__name__}, and a rule splits its {', '.join(cuts)}; only Linear and RMSNorm can be split")
 
 
-class RowLinear(nn.Module):
-    """A Linear over this rank's inputs: partial sums, added up over the axis, then the bias once."""
+class SplitLinear(nn.Module):
+    """A Linear of some of the outputs. cut: of its weight [outputs, inputs]."""
 
-    def __init__(self, part: nn.Linear, comm: Communicator, axis: Axis) -> None:
+    def __init__(self, part: nn.Linear, cut: Cut) -> None:
         super().__init__()
         self.weight = part.weight
         self.bias: Tensor | None = part.bias
-        self.comm, self.axis = comm, axis
+        self.cut = cut
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.comm.all_reduce(nn.functional.linear(x, self.weight), self.axis)
-        return y if self.bias is None else y + self.bias
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class RowLinear(SplitLinear):
+    """A Linear over this rank's inputs: partial sums, added up over the axis, then the bias once.
+
+    All that comes behind the partial sums is a hook: one that is put before it adds to them, and needs no sum of its own.
+    """
+
+    def __init__(self, part: nn.Linear, cut: Cut, comm: Communicator) -> None:
+        super().__init__(part, cut)
+        self.comm = comm
+        self.register_forward_hook(_add_up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def _add_up(row: nn.Module, _: tuple[Tensor, ...], partial_sums: Tensor) -> Tensor:
+    assert isinstance(row, RowLinear)
+    y = row.comm.all_reduce(partial_sums, row.cut.axis)
+    return y if row.bias is None else y + row.bias
 
 
 class SplitRMSNorm(nn.Module):

@@ -17,7 +17,7 @@ from pathlib import Path
 from reelstep.errors import ConfigError
 
 GRPCIO_TOOLS = "1.75.1"
-PROTOS = ("reelstep/v1/media.proto",)
+PROTOS = ("reelstep/v1/media.proto", "reelstep/v1/lora.proto")
 
 
 def include_of(package: str) -> Path:

@@ -54,6 +54,8 @@ def test_generate_and_sample_take_a_quality_and_print_what_it_chose(
         assert "fake text_to_video, standard: heun on linear, 5 steps, gate at scale 3\n" in capsys.readouterr().out
         assert cli.main([*command, "a fox", "-o", out, "--quality", "standard", "--guidance-option", "stop=0.5"]) == 2
         assert "leave quality out, or else guidance_options" in capsys.readouterr().err
+        assert cli.main([*command, "a fox", "-o", out, "--quality", "auto"]) == 0
+        assert "fake text_to_video, draft by auto: bns_6 on linear, 6 steps, cfg at scale 2.5\n" in capsys.readouterr().out
 
 
 def test_generate_and_sample_take_a_step_cache_and_print_what_it_skipped(

@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits or in 4, written so that what runs the graph can see it.
+"""Linear layers, and attention, in 8 bits or in 4, written so that what runs the graph can see it.
 
     y = x W^T + b  ->  y = fake_quantise(x) (q * step)^T + b
 
@@ -7,9 +7,13 @@ zero point were measured on real calls (Jacob et al. 2018, arXiv:1712.05877, equ
 low-precision transformations, on VNNI or AMX) moves the steps behind the product and multiplies integers. In "int8-weights" x stays as it is. In
 "fp8" both are E4M3 (Micikevicius et al. 2022, arXiv:2209.05433), every row of x finds its own step as it comes, and the product is torch's own for
 such operands, `_scaled_mm`. In "nvfp4" both are NVFP4 (nvfp4.py), and the product of what they hold stands for Blackwell's own, which torch has on no CPU.
+In "int8" attention may go the same way, as two products of integers around a softmax in float32:
+
+    softmax(q k^T / sqrt(D)) v  ->  fake_quantise(softmax(fake_quantise(q) fake_quantise(k)^T / sqrt(D))) fake_quantise(v)
+
 Only operators of torch stand in the graph: every backend that knows them runs it.
 
-B batch, L tokens, K width in, N width out.
+B batch, L tokens, K width in, N width out, D a head's width.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from reelstep.compiler.capture import quiet_torch, trace
 from reelstep.compiler.passes.drop_asserts import drop_asserts
 from reelstep.compiler.passes.drop_unused_weights import drop_unused_weights
 from reelstep.compiler.passes.nvfp4 import REACH, block_scales, codes_of, pack, through_nvfp4, unpack, values_of
-from reelstep.compiler.passes.quantise_before_moves import quantise_before_moves
+from reelstep.compiler.passes.quantise_before_moves import MOVES, quantise_before_moves
 from reelstep.compiler.signature import Signature
 from reelstep.kernels.fp8_norm_quantise import LARGEST, SMALLEST
 
@@ -38,12 +42,17 @@ aten = torch.ops.aten
 Scheme = Literal["int8", "int8-weights", "fp8", "nvfp4"]
 Stored = tuple[Tensor, ...]
 """A weight [N, K] in few bits and what it is scaled by: 8-bit [N, K] and steps [N, 1]; in NVFP4 bytes [N, K / 2], the scales of blocks
-[N, K / 16], and the whole's []."""
+[N, K / 16], and the whole's []. Of attention, which has no weight, nothing."""
 
 PARTS = ("q", "step", "whole")
 """Of what is stored: what its buffers are called, before the number of the weight."""
 LINEAR = aten.linear.default
+ATTENTION = aten.scaled_dot_product_attention.default
 LEAST, MOST = -128, 127  # of int8; weights leave out the least, so that their grid is symmetric
+BINS = 2048
+"""Of a range whose numbers are counted: eight to a step of a grid that covers it all."""
+SHARES = tuple(k / 50 for k in range(50, 4, -1))
+"""Of a range that a grid may cover, the widest first: it stays where no narrower one is better."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +64,31 @@ class Grid:
 
     @classmethod
     def of(cls, low: float, high: float) -> Grid:
-        """That covers [low, high] and holds 0 exactly."""
+        """That covers [low, high] and holds 0 exactly, in the middle for a range that is symmetric."""
+        if low == -high:
+            return cls(max(high / MOST, SMALLEST), 0)
         low, high = min(low, 0.0), max(high, 0.0)
         step = max((high - low) / (MOST - LEAST), SMALLEST)
         return cls(step, max(LEAST, min(MOST, round(LEAST - low / step))))
+
+    @classmethod
+    def of_least_error(cls, counts: Tensor, low: float, high: float) -> Grid:
+        """Of the grids that cover a share of [low, high] the one with the least squared error, for numbers that lie so often in equal bins of that range.
+
+        A wide grid rounds all numbers more, a narrow one cuts the few large ones off (Nagel et al. 2021, arXiv:2106.08295, section 3.1).
+        """
+        weights = counts.double()
+        middles = low + (torch.arange(len(counts), dtype=torch.float64) + 0.5) * ((high - low) / len(counts))
+
+        def error(grid: Grid) -> float:
+            integers = ((middles / grid.step).round() + grid.zero).clamp(LEAST, MOST) - grid.zero
+            return float((weights * (integers * grid.step - middles).square()).sum())
+
+        return min((cls.of(share * low, share * high) for share in SHARES), key=error)
+
+    def round(self, x: Tensor) -> Tensor:
+        """To the grid's numbers."""
+        return torch.fake_quantize_per_tensor_affine(x, self.step, self.zero, LEAST, MOST)
 
     @property
     def largest(self) -> float:
@@ -79,6 +109,25 @@ def linears(exported: ExportedProgram) -> dict[str, str]:
     weights = exported.graph_signature.inputs_to_parameters
     found = {node.name: node.args[1] for node in exported.graph.nodes if node.target is LINEAR}
     return {name: weights[weight.name] for name, weight in found.items() if isinstance(weight, Node) and weight.name in weights}
+
+
+def attentions(exported: ExportedProgram) -> dict[str, str]:
+    """Attention without a mask whose result goes into one linear layer alone: from the node's name to what it is called, in the order they run."""
+    layers, found = linears(exported), {}
+    for node in exported.graph.nodes:
+        if node.target is not ATTENTION or len(node.args) > 3 or node.kwargs or node.meta["val"].ndim != 4:
+            continue
+        reader = node
+        while len(reader.users) == 1 and (reader is node or reader.target in MOVES):
+            (reader,) = reader.users
+        if reader.name in layers:
+            found[node.name] = f"attention into {layers[reader.name]}"
+    return found
+
+
+def quantisable(exported: ExportedProgram, scheme: Scheme) -> dict[str, str]:
+    """What a scheme may put into few bits: from the node's name to the layer's, which is that of its weight."""
+    return linears(exported) | (attentions(exported) if scheme == "int8" else {})
 
 
 def quantise_weight(weight: Tensor, scheme: Scheme) -> Stored:
@@ -106,9 +155,10 @@ def e4m3_linear(x: Tensor, weight: Tensor, step: Tensor, bias: Tensor | None = N
 
 
 class Quantising(Interpreter):
-    """Runs a float32 graph with some linear layers in few bits; tracing that run gives the quantised graph.
+    """Runs a float32 graph with some layers in few bits; tracing that run gives the quantised graph.
 
-    layers: from a node's name to its weight's; weights: as the scheme stores them; grids: of what goes into a layer, where the scheme fixes one.
+    layers: from a node's name to the layer's; weights: of those in few bits, as the scheme stores them; grids: of what goes into them, where the scheme
+    fixes one: by the layer, and of attention by the layer and a part.
     """
 
     def __init__(self, body: GraphModule, scheme: Scheme, layers: Mapping[str, str], weights: Mapping[str, Stored], grids: Mapping[str, Grid]) -> None:
@@ -123,6 +173,8 @@ class Quantising(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.layer is None or self.layer not in self.weights:
             return super().call_function(target, args, kwargs)
+        if target is ATTENTION:
+            return self._attention(self.layer, *args)
         x, _, *bias = args
         q, step, *whole = self.weights[self.layer]
         if self.scheme == "nvfp4":
@@ -130,9 +182,20 @@ class Quantising(Interpreter):
         if self.scheme == "fp8":
             return e4m3_linear(x, q, step, *bias)
         if self.scheme == "int8":
-            grid = self.grids[self.layer]
-            x = torch.fake_quantize_per_tensor_affine(x, grid.step, grid.zero, LEAST, MOST)
+            x = self.grids[self.layer].round(x)
         return F.linear(x, q.to(torch.float32) * step, *bias)
+
+    def _attention(self, layer: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, heads, L, D]. Scores are scaled behind their product, so that it is one of integers."""
+        q, k, v = (self.grids[part_of(layer, part)].round(x) for part, x in (("q", q), ("k", k), ("v", v)))
+        shares = torch.softmax(torch.matmul(q, k.transpose(-1, -2)) * q.shape[-1] ** -0.5, -1)
+        heads = torch.matmul(self.grids[part_of(layer, "shares")].round(shares), v)
+        return heads.transpose(1, 2).contiguous().transpose(1, 2)  # as torch's own lies in memory: what follows is a view of it
+
+
+def part_of(layer: str, part: str) -> str:
+    """What a grid of attention is called. Parts: q, k, v, and shares, which softmax gives."""
+    return f"{layer}: {part}"
 
 
 class Quantised(nn.Module):
@@ -140,37 +203,74 @@ class Quantised(nn.Module):
 
     def __init__(self, body: GraphModule, scheme: Scheme, layers: Mapping[str, str], weights: Mapping[str, Stored], grids: Mapping[str, Grid]) -> None:
         super().__init__()
-        self.body, self.scheme, self.layers, self.grids, self.names = body, scheme, layers, grids, tuple(weights)
-        self.parts = PARTS[: max(map(len, weights.values()), default=0)]
-        for k, stored in enumerate(weights.values()):
-            for part, tensor in zip(self.parts, stored, strict=True):
-                self.register_buffer(f"{part}{k}", tensor)
+        self.body, self.scheme, self.layers, self.grids = body, scheme, layers, grids
+        self.names = {name: [f"{part}{k}" for part in PARTS[: len(stored)]] for k, (name, stored) in enumerate(weights.items())}
+        for name, stored in weights.items():
+            for own, tensor in zip(self.names[name], stored, strict=True):
+                self.register_buffer(own, tensor)
 
     def forward(self, *inputs: Tensor) -> Any:
-        weights = {name: tuple(getattr(self, f"{part}{k}") for part in self.parts) for k, name in enumerate(self.names)}
+        weights = {name: tuple(getattr(self, own) for own in names) for name, names in self.names.items()}
         return Quantising(self.body, self.scheme, self.layers, weights, self.grids).run(*inputs)
 
 
 def quantise(exported: ExportedProgram, signature: Signature, scheme: Scheme, chosen: Collection[str], grids: Mapping[str, Grid]) -> ExportedProgram:
-    """The same program with the linear layers of the weights `chosen` in few bits; their float weights are gone. grids: by weight, of what goes in."""
-    layers = linears(exported)
-    weights = {name: quantise_weight(exported.state_dict[name], scheme) for name in dict.fromkeys(layers.values()) if name in chosen}
+    """The same program with the layers `chosen` in few bits; their float weights are gone. grids: as of Quantising."""
+    layers, state = quantisable(exported, scheme), exported.state_dict
+    named = [name for name in dict.fromkeys(layers.values()) if name in chosen]
+    weights: dict[str, Stored] = {name: quantise_weight(state[name], scheme) if name in state else () for name in named}
     with quiet_torch():
         body: Any = exported.module()
         return quantise_before_moves(drop_unused_weights(drop_asserts(trace(Quantised(body, scheme, layers, weights, grids), signature))))
 
 
-class Watching(Interpreter):
-    """Runs a graph and keeps the least and the greatest number that went into each layer, by its weight."""
+class Reading(Interpreter):
+    """Runs a graph and is told what goes into each layer, by what its grid is called. layers: from a node's name to the layer's."""
 
     def __init__(self, body: GraphModule, layers: Mapping[str, str]) -> None:
         super().__init__(body)
         self.layers = layers
-        self.ranges: dict[str, tuple[float, float]] = {}
 
     def run_node(self, n: Node) -> Any:
         if n.name in self.layers:
-            x: Tensor = self.env[n.all_input_nodes[0]]
-            low, high = self.ranges.get(self.layers[n.name], (math.inf, -math.inf))
-            self.ranges[self.layers[n.name]] = min(low, float(x.min())), max(high, float(x.max()))
+            layer = self.layers[n.name]
+            x, *others = (self.env[node] for node in n.all_input_nodes)
+            if n.target is ATTENTION:
+                for part, read in zip("qkv", (x, *others), strict=True):
+                    self.hear(part_of(layer, part), read, symmetric=True)  # zero points of both sides of a product would be sums of their own
+                self.hear(part_of(layer, "shares"), torch.softmax(torch.matmul(x, others[0].transpose(-1, -2)) * x.shape[-1] ** -0.5, -1))
+            else:
+                self.hear(layer, x)
         return super().run_node(n)
+
+    def hear(self, name: str, x: Tensor, symmetric: bool = False) -> None:
+        raise NotImplementedError
+
+
+class Watching(Reading):
+    """Keeps the least and the greatest number; of what wants a symmetric grid a symmetric range."""
+
+    def __init__(self, body: GraphModule, layers: Mapping[str, str]) -> None:
+        super().__init__(body, layers)
+        self.ranges: dict[str, tuple[float, float]] = {}
+
+    def hear(self, name: str, x: Tensor, symmetric: bool = False) -> None:
+        low, high = float(x.min()), float(x.max())
+        if symmetric:
+            low, high = -max(-low, high), max(-low, high)
+        least, most = self.ranges.get(name, (math.inf, -math.inf))
+        self.ranges[name] = min(low, least), max(high, most)
+
+
+class Counting(Reading):
+    """Counts numbers in BINS equal bins of known ranges."""
+
+    def __init__(self, body: GraphModule, layers: Mapping[str, str], ranges: Mapping[str, tuple[float, float]]) -> None:
+        super().__init__(body, layers)
+        self.ranges = ranges
+        self.counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in ranges}
+
+    def hear(self, name: str, x: Tensor, symmetric: bool = False) -> None:
+        low, high = self.ranges[name]
+        if low < high:  # else all numbers are one, and any grid holds it
+            self.counts[name] += torch.histc(x.float(), BINS, low, high)

@@ -23,7 +23,7 @@ from reelstep.engine.executors.patience import Allowance
 from reelstep.engine.executors.processes import Part, ShardedModel, World, start
 from reelstep.engine.executors.restarting import Bounds, Restarting
 from reelstep.engine.models import MODELS
-from reelstep.engine.models.spec import ModelSpec, hash_weights
+from reelstep.engine.models.spec import ModelSettings, ModelSpec, hash_weights
 from reelstep.engine.runner import Runner
 from reelstep.engine.samplers.step_cache import PIECES
 from reelstep.errors import BundleError, ConfigError
@@ -91,7 +91,8 @@ def ranks_of(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None
     chosen, _ = choose(bundle, backend, "float32")
     if lacks := chosen.refuses(mesh, arch_here(bundle, chosen)):
         raise ConfigError(f"{bundle.path} on mesh {mesh} by backend {chosen.name!r}: {lacks}")
-    return BundleRanks(Stored.of(bundle, cache), ShardedModel(spec.name, weights_file(bundle, spec, cache.absolute()), parts, chosen.name))
+    lora = ModelSettings.from_json(bundle.settings).lora
+    return BundleRanks(Stored.of(bundle, cache), ShardedModel(spec.name, weights_file(bundle, spec, cache.absolute()), parts, chosen.name, lora))
 
 
 def world_of(mesh: Mesh, transport: str) -> World:

@@ -30,6 +30,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from reelstep import __version__
 from reelstep.compiler.backends import BACKENDS, Executable
 from reelstep.compiler.capture import capture
+from reelstep.compiler.lora import Layout, adapted_too
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.split_at_collectives import build_rank
 from reelstep.compiler.program import Profile, Program
@@ -43,7 +44,7 @@ from reelstep.errors import BundleError, ConfigError, ReelstepError, Unavailable
 from reelstep.parallel.collectives import Communicator
 from reelstep.parallel.mesh import Mesh, bounds
 from reelstep.parallel.rules import RULES
-from reelstep.parallel.shard import empty_weights, shard
+from reelstep.parallel.shard import empty_weights, layer_at, shard
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +87,16 @@ class Part:
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """Ranks that each read their own slices of one weights file, export their own graph and build its pieces between collectives."""
+    """Ranks that each read their own slices of one weights file, export their own graph and build its pieces between collectives.
+
+    lora: of a program beside `denoise`, if there shall be one.
+    """
 
     name: str
     file: Path
     parts: tuple[Part, ...]
     backend: str
+    lora: Layout | None = None
 
     def identity(self) -> Mapping[str, str]:
         return {"model": self.name, "weights": sha256_file(self.file), "backend": self.backend}
@@ -105,7 +110,7 @@ class ShardedModel:
             with empty_weights():
                 module = resolve_name(part.build)()
             module = shard(module, RULES[part.rules], comm, self.file, part.prefix)
-            for program in resolve_name(part.programs)(module):
+            for program in adapted_too(resolve_name(part.programs)(module), partial(layer_at, module), self.lora):
                 for profile in program.profiles:
                     own = profile.on_rank(comm.mesh)
                     executables[program.name, own.name] = self._build(program, own, comm)

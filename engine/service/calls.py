@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -64,6 +64,27 @@ def server_stream(kind: type[RequestT], method: Callable[[RequestT, Context], Aw
             await abort(context, error)
 
     return grpc.unary_stream_rpc_method_handler(call, response_serializer=serialize)
+
+
+Read: TypeAlias = Callable[[], Awaitable[RequestT | None]]
+"""The next message of a client; None after the last."""
+
+
+def client_stream(kind: type[RequestT], method: Callable[[Read[RequestT], Context], Awaitable[ResponseT]]) -> grpc.RpcMethodHandler[Any, Any]:
+    """`method` may refuse before it has read anything, and then nothing more is taken in."""
+
+    async def call(_: object, context: Context) -> ResponseT | None:
+        async def read() -> RequestT | None:
+            data = await context.read()
+            return None if data is grpc.aio.EOF else parse(kind, data)
+
+        try:
+            return await method(read, context)
+        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status, and unknown ones are logged
+            await abort(context, error)
+            return None
+
+    return grpc.stream_unary_rpc_method_handler(call, response_serializer=serialize)
 
 
 def serialize(message: Message) -> bytes:

@@ -23,6 +23,8 @@ STATUS: Mapping[type[errors.ReelstepError], tuple[grpc.StatusCode, str]] = {
     errors.InvalidRequest: (Code.INVALID_ARGUMENT, "INVALID_REQUEST"),
     errors.UnsupportedRequest: (Code.FAILED_PRECONDITION, "UNSUPPORTED_REQUEST"),
     errors.NotFound: (Code.NOT_FOUND, "NOT_FOUND"),
+    errors.AlreadyExists: (Code.ALREADY_EXISTS, "ALREADY_EXISTS"),
+    errors.NotAllowed: (Code.PERMISSION_DENIED, "NOT_ALLOWED"),
     errors.BundleError: (Code.INTERNAL, "BUNDLE_ERROR"),
     errors.CompileError: (Code.INTERNAL, "COMPILE_ERROR"),
     errors.Overloaded: (Code.RESOURCE_EXHAUSTED, "OVERLOADED"),

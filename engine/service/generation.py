@@ -68,14 +68,14 @@ class MediaService:
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def list_models(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        models = self._ready().models
+        models = self.ready().models
         names = sorted(name for name in models if name > request.page_token)
         page = names[: min(request.page_size or MAX_PAGE, MAX_PAGE)]
         token = page[-1] if len(page) < len(names) else ""
         return pb.ListModelsResponse(models=[messages.to_model(models[name]) for name in page], next_page_token=token)
 
     async def generate(self, call: pb.GenerateRequest, context: Context) -> None:
-        engine = self._ready()
+        engine = self.ready()
         job = await self._job(engine, call, context)
         mailbox = Mailbox()
         self._enter(job.request.id)
@@ -97,7 +97,8 @@ class MediaService:
             raise InvalidRequest([FieldViolation("request_id", f"{request.id} is running already; use another")])
         return Job(call, request, ask.media_type or DEFAULT_MEDIA_TYPE, created)
 
-    def _ready(self) -> Engine:
+    def ready(self) -> Engine:
+        """Raises Unavailable while no new work is taken."""
         if self.engine is None or self.closed:
             raise Unavailable(f"{self.closed}; try again soon, or another replica", RETRY_AFTER_S)
         return self.engine
@@ -167,21 +168,22 @@ def describe(name: str, media_type: str, data: bytes, frames: Pixels, seed: int)
 
 
 def finished(job: Job, end: Finished, artifacts: list[pb.Artifact]) -> pb.Job:
+    ran = job.request.settled(end.usage.quality)
     start = Timestamp()
     start.FromNanoseconds(job.created.ToNanoseconds() + round(end.usage.queue_s * 1e9))
     return pb.Job(
         name=job.name,
         state=pb.JOB_STATE_SUCCEEDED,
-        spec=messages.to_spec(replace(job.request, seed=end.media.seeds[0]), job.media_type),
+        spec=messages.to_spec(replace(ran, seed=end.media.seeds[0]), job.media_type),
         create_time=job.created,
         start_time=start,
         end_time=messages.now(),
-        steps_done=job.request.steps,
-        steps_total=job.request.steps,
+        steps_done=ran.steps,
+        steps_total=ran.steps,
         artifacts=artifacts,
         priority=job.request.priority,
         attempt=1,
-        usage=messages.to_usage(job.request, end.usage, job.call.spec.quality),
+        usage=messages.to_usage(ran, end.usage, job.call.spec.quality),
     )
 
 

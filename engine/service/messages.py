@@ -12,7 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from reelstep.engine import request as core
 from reelstep.engine.media import ENCODERS
-from reelstep.engine.resolve import DEFAULT_MEDIA_TYPE, Ask, Fused, Served
+from reelstep.engine.resolve import DEFAULT_MEDIA_TYPE, Ask, Fused, Lora, Served
 from reelstep.errors import FieldViolation, InvalidRequest
 from reelstep.protos.reelstep.v1 import media_pb2 as pb
 
@@ -94,7 +94,7 @@ def is_uuid(text: str) -> bool:
 
 
 def to_spec(request: core.Request, media_type: str) -> pb.GenerationSpec:
-    """The spec that was run, complete but for the picture's bytes."""
+    """The spec that was run, complete but for the picture's bytes; of quality `auto` before it was chosen what that is."""
     return pb.GenerationSpec(
         model=request.model,
         prompt=request.prompt,
@@ -106,7 +106,7 @@ def to_spec(request: core.Request, media_type: str) -> pb.GenerationSpec:
         frames=request.frames,
         frames_per_second=request.frames_per_second,
         output_media_type=media_type or DEFAULT_MEDIA_TYPE,
-        **core.parts(request),
+        **({"quality": core.AUTO} if request.auto else core.parts(request)),
         step_cache=request.step_cache,
         step_cache_options=request.step_cache_options,
         lora=[pb.GenerationSpec.Lora(name=name, strength=strength) for name, strength in request.lora.items()],
@@ -114,6 +114,7 @@ def to_spec(request: core.Request, media_type: str) -> pb.GenerationSpec:
 
 
 def to_usage(request: core.Request, usage: core.Usage, quality: str) -> pb.Usage:
+    """request: that ran. quality: that was asked for."""
     return pb.Usage(
         nfe=usage.nfe,
         forwards=usage.forwards,
@@ -125,8 +126,9 @@ def to_usage(request: core.Request, usage: core.Usage, quality: str) -> pb.Usage
         guidance=request.scale,
         task=request.task,
         guidance_rule=request.guidance,
-        quality=quality,
+        quality=usage.quality or quality,
         step_cache=request.step_cache,
+        auto=quality == core.AUTO,
     )
 
 
@@ -170,11 +172,15 @@ def to_model(model: Served) -> pb.Model:
         fits=[to_fit(name, fit) for name, fit in model.fits.items()],
         defaults={task: to_defaults(task, model) for task in model.settings.defaults},
         student=to_student(model.settings.distilled),
-        loras=[pb.Model.Lora(name=name, rank=lora.rank, layers=len(lora.pairs)) for name, lora in sorted(model.loras.items())],
+        loras=[to_lora(name, lora) for name, lora in sorted(model.loras.items())],
         lora_rank=model.settings.lora.rank if model.settings.lora else 0,
         lora_layers=[name for name, *_ in model.settings.lora.layers] if model.settings.lora else [],
         fused=[to_fused(each) for each in model.settings.fused],
     )
+
+
+def to_lora(name: str, lora: Lora) -> pb.Model.Lora:
+    return pb.Model.Lora(name=name, rank=lora.rank, layers=len(lora.pairs), sha256=lora.digest)
 
 
 def to_fused(fused: Fused) -> pb.Model.Fused:

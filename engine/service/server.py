@@ -15,6 +15,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from reelstep.engine.resolve import Engine
 from reelstep.engine.service.generation import SERVICE, MediaService
+from reelstep.engine.service.lora import SERVICE as LORA_SERVICE
+from reelstep.engine.service.lora import LoraService
 from reelstep.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,8 @@ log = logging.getLogger(__name__)
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+MAX_LORAS = 16
+"""Unless the operator says otherwise. Each holds at most the numbers of the bundle's rank, 4 bytes each."""
 LAST_WORDS_S = 1.0
 """For writes that are under way when the work itself has ended. One open Health.Watch would use up all of it, so it is short."""
 
@@ -38,6 +42,8 @@ class ServerOptions:
     max_request_s: float = 600.0  # the deadline of a client that sets none, and the longest that is granted
     max_receive_bytes: int = 9 << 20  # the largest picture that models take, and its request
     media_threads: int = 2
+    allow_lora_uploads: bool = False  # any client may then load LoRAs, and unload them
+    max_loras: int = MAX_LORAS  # of one model, that clients may bring it up to
 
     def __post_init__(self) -> None:
         if self.host not in ("127.0.0.1", "::1", "localhost") and not self.allow_plaintext:
@@ -46,6 +52,8 @@ class ServerOptions:
             raise ConfigError(f"port {self.port} is not in 0..65535")
         if not (self.grace_s >= 0 and self.max_request_s > 0):
             raise ConfigError(f"grace {self.grace_s} s must be at least 0, and the longest request {self.max_request_s} s more than 0")
+        if self.max_loras < 1:
+            raise ConfigError(f"at most {self.max_loras} LoRAs; a number above 0, or else let clients load none")
 
     def channel_options(self) -> list[tuple[str, int]]:
         return [
@@ -77,7 +85,9 @@ class Server:
 
     async def run(self, load: Callable[[], Engine], announce: Callable[[str], None]) -> None:
         with ThreadPoolExecutor(self.options.media_threads, "media") as media_threads:
-            self.service = MediaService(media_threads, self.options.max_request_s)
+            options = self.options
+            self.service = MediaService(media_threads, options.max_request_s)
+            self.loras = LoraService(self.service.ready, options.allow_lora_uploads, options.max_loras, options.max_request_s)
             self.health = health.aio.HealthServicer()
             self.grpc = grpc.aio.server(options=self.options.channel_options())
             self._add_services()
@@ -120,10 +130,10 @@ class Server:
         idle.cancel()
 
     def _add_services(self) -> None:
-        self.grpc.add_generic_rpc_handlers((self.service.handler(),))
+        self.grpc.add_generic_rpc_handlers((self.service.handler(), self.loras.handler()))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
         if self.options.reflection:
-            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
+            names = (SERVICE, LORA_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
             reflection.enable_server_reflection(names, self.grpc)
             self.grpc.add_generic_rpc_handlers((reflection_v1(names),))
 

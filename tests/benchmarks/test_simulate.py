@@ -19,6 +19,7 @@ from reelstep.benchmarks.traces import Arrival, Burst, Kind
 from reelstep.engine.models.reel_tiny import SPEC, ReelTiny, programs
 from reelstep.engine.pipelines import PIPELINES
 from reelstep.engine.pipelines.state import PipelineState
+from reelstep.engine.scheduler import MARGIN
 from reelstep.errors import ConfigError, NotFound
 from reelstep.parallel.shard import empty_weights
 from reelstep.tests.engine.conftest import make_request
@@ -201,7 +202,7 @@ def test_all_deadlines_are_met_whenever_any_order_of_calls_could():
 
 
 def test_only_the_degrading_policy_shortens_and_only_as_much_as_the_deadline_asks():
-    asked = [Arrival(0.0, "t", 16, deadline_s=deadline) for deadline in (20.0, 9.0, 5.0, 1.0)]
+    asked = [Arrival(0.0, "t", 16, deadline_s=steps * MARGIN + more) for steps, more in ((16, 0.01), (16, -0.01), (8, -0.01), (4, -0.01))]
     for arrival, steps in zip(asked, (16, 8, 4, 4), strict=True):
         (job,) = fleet(policy=POLICIES["degrade"], menu={"t": (4, 8, 16)}).run([arrival]).jobs
         assert job.steps == steps

@@ -26,6 +26,7 @@ from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
 from reelstep.engine.executors.on_mesh import ranks_of
 from reelstep.engine.models.movie_gen import MovieGenConfig, MovieGenTransformer, denoise_program, time_program
+from reelstep.engine.models.reel_tiny import WEIGHTS
 from reelstep.errors import CompileError, ConfigError
 from reelstep.parallel.mesh import Mesh
 from reelstep.parallel.pretend import pretended_rank
@@ -241,5 +242,8 @@ def test_the_command_line_refuses_a_model_that_does_not_say_how_it_is_sharded(tm
     assert "model 'dit-mid' does not say how it is sharded; those that do: reel-tiny, movie-gen-30b" in capsys.readouterr().err
     assert cli.main(["compile", "reel-tiny", "--mesh", "cp=2", "--step-cache", "-o", str(tmp_path / "x.reel")]) == 2
     assert "--mesh cp=2 with --step-cache, whose programs no rank can share" in capsys.readouterr().err
+    grey = str(WEIGHTS / "reel-tiny-grey-lora.safetensors")
+    assert cli.main(["compile", "reel-tiny", "--mesh", "cp=2", "--lora", grey, "-o", str(tmp_path / "x.reel")]) == 2
+    assert "--mesh cp=2 with --lora, which ranks know nothing of" in capsys.readouterr().err
     assert cli.main(["compile", "reel-tiny", "--mesh", "cp=2", "--precision", "bf16", "-o", str(tmp_path / "x.reel")]) != 0
     assert "bfloat16 on mesh cp=2 of cpu: ranks on a CPU run float32" in capsys.readouterr().err

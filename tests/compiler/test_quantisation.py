@@ -153,7 +153,7 @@ def test_quality_is_measured_on_the_bundles_own_engines_and_shown(bundle):
     assert json.loads(json.dumps(describe_json(bundle)))["quality"]["min_psnr_db"] == 20.0
     text = bundle.plan.explain()
     assert f"quality of the quantised model {line}" in text
-    assert "quantised int8: 2 of 3 linear layers; error 0.0" in text
+    assert "quantised int8: 2 of 3 layers; error 0.0" in text
     assert "    kept spread.weight: alone an error of 0." in text
 
 
@@ -257,7 +257,7 @@ def test_errors_are_measured_on_calls_from_all_over(bundle):
     exported = capture(program, program.profiles[0])
     item = Captured(Signature.of(program, program.profiles[0]), exported, b"")
     calls = [{"x": torch.full((1, 4, WIDTH), float(k))} for k in range(48)]
-    bench = Bench(item, calls)
+    bench = Bench(item, "int8", calls)
     assert [int(call[0][0, 0, 0]) for call in bench.compared] == [0, 9, 19, 28, 38, 47]
     assert bench.ranges()["plain.weight"] == (0.0, 47.0), "ranges are of all calls"
     assert set(linears(exported).values()) == {"plain.weight", "spread.weight", "other.weight"}

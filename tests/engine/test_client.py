@@ -34,6 +34,9 @@ def test_a_generation_says_which_quality_it_was_and_what_that_chose(fake: Served
     with Client(fake.address) as client:
         got = client.generate("a fox", quality="draft")
         assert (got.quality, got.solver, got.steps, got.guidance, got.scale) == ("draft", "bns_6", 6, "cfg", 2.5)
+        assert not got.auto
+        got = client.generate("a fox", quality="auto", timeout=10)
+        assert (got.quality, got.auto, got.solver, got.steps) == ("draft", True, "bns_6", 6)
         assert client.generate("a fox").quality == ""
         with pytest.raises(InvalidRequest, match=r"leave quality out, or else solver, guidance$"):
             client.generate("a fox", quality="draft", solver="heun", scale=1.0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import BytesIO
 
 import pytest
+from PIL import Image
 
 from reelstep.engine.models.spec import ModelSettings
 from reelstep.engine.request import Choice, Defaults, Fit, Request
@@ -72,6 +74,43 @@ def test_a_quality_that_the_menu_lacks_is_refused_with_those_that_it_has_in_orde
     few = FakeModel(settings=FakeSettings(defaults={"text_to_video": replace(VIDEO, menu={"best": MENU["best"], "draft": MENU["draft"]})}))
     with pytest.raises(NotFound, match="it has: draft, best;"):
         resolved(few, quality="standard")
+
+
+def test_auto_leaves_the_whole_menu_open_with_one_seed_and_one_id() -> None:
+    request = resolved(quality="auto", count=2)
+    assert list(request.auto) == ["draft", "standard", "best"]
+    for quality in request.auto:
+        settled = request.settled(quality)
+        assert settled == replace(resolved(quality=quality, count=2), id=request.id, seed=request.seed)
+    assert sampling(request) == sampling(resolved(quality="draft")), "the cheapest stands for it"
+    assert request.settled("best").settled("draft") == request.settled("best"), "it is chosen once"
+
+
+def test_auto_may_become_only_what_the_rest_of_the_request_goes_with() -> None:
+    assert list(resolved(quality="auto", lora={"neon": 1.0}).auto) == ["standard", "best"], "the draft's solver is fitted to the model without a LoRA"
+    assert list(resolved(quality="auto", lora={"neon": 0.0}).auto) == ["draft", "standard", "best"]
+    animated = resolved(quality="auto", image=picture())
+    assert list(animated.auto) == ["standard", "best"], "the draft's solver was fitted for videos from words"
+    assert animated.image is not None
+    fitted = FakeModel(settings=FakeSettings(defaults={"text_to_video": replace(VIDEO, menu={"draft": MENU["draft"]})}))
+    with pytest.raises(InvalidRequest, match="lora: quality 'draft' names 'bns_6', fitted to 'fake' without a LoRA"):
+        resolved(fitted, quality="auto", lora={"neon": 1.0})
+
+
+def test_auto_is_refused_where_any_quality_is_and_once_for_what_is_wrong_with_all_of_the_menu() -> None:
+    with pytest.raises(InvalidRequest, match=r"quality: 'auto' chooses .* leave quality out, or else steps, guidance$"):
+        resolved(quality="auto", steps=6, scale=2.0)
+    with pytest.raises(NotFound, match="'fake' has no quality 'auto' for text_to_image; it has: none;"):
+        resolved(quality="auto", frames=1)
+    with pytest.raises(InvalidRequest) as caught:
+        resolved(quality="auto", count=99)
+    assert [violation.field for violation in caught.value.violations] == ["count"]
+
+
+def picture() -> bytes:
+    out = BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "PNG")
+    return out.getvalue()
 
 
 def test_a_quality_that_is_not_utf8_is_refused() -> None:

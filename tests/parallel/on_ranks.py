@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.backends.openvino import OpenVinoExecutable
 from reelstep.compiler.capture import capture
 from reelstep.compiler.graphs import ops_of
+from reelstep.compiler.lora import Adapted, Layout, adapted_too
 from reelstep.compiler.passes import apply_passes
-from reelstep.compiler.passes.split_at_collectives import build_rank, in_pieces
+from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, Chain, build_rank, in_pieces
 from reelstep.compiler.program import Profile, Program
 from reelstep.compiler.signature import Signature
 from reelstep.engine.models.byte_text import ByteTextConfig, ByteTextEncoder
@@ -34,7 +36,7 @@ from reelstep.parallel.collectives import Communicator
 from reelstep.parallel.context import gathered, usp
 from reelstep.parallel.mesh import Mesh, bounds, shares
 from reelstep.parallel.rules import BYTE_TEXT, MOVIE_GEN, AttentionRule, Rules
-from reelstep.parallel.shard import empty_weights, shard
+from reelstep.parallel.shard import empty_weights, layer_at, shard
 from reelstep.parallel.tiles import run_tiles
 
 # Five heads and 22 FFN units divide by none of 2, 4; 27 tokens do not either.
@@ -263,3 +265,48 @@ def in_one_engine(rank: int, file: Path, mesh: str, rows: list[int], timeout_s: 
             except Unavailable as error:
                 answers.append(str(error))
     return answers
+
+
+def with_adapters(part: nn.Module, rows: int, layout: Layout) -> tuple[Program, ...]:
+    """`denoise` and `denoise_lora` of a rank's transformer."""
+    return adapted_too([dit_program(part, rows)[0]], partial(layer_at, part), layout)
+
+
+def adapted_dit(rank: int, file: Path, meshes: list[str], layout: Layout, packed: np.ndarray) -> list[tuple[np.ndarray, dict[Any, int], dict[Any, int]]]:
+    """Velocity of rows with these adapters, and the bytes that were sent with and without them, on every mesh."""
+    answers = []
+    for mesh in meshes:
+        with links(mesh) as comm:
+            inputs = dit_inputs(len(packed))
+            plain, adapted = with_adapters(sharded_dit(file, comm), len(packed), layout)
+            plain.module(*inputs)
+            without = dict(comm.sent)
+            comm.sent.clear()
+            y = adapted.module(*inputs, torch.from_numpy(packed))
+            answers.append((y.numpy(), dict(comm.sent), without))
+    return answers
+
+
+def adapted_joint(rank: int, file: Path, meshes: list[str], image: np.ndarray, text: np.ndarray, layout: Layout, packed: np.ndarray) -> list[list[np.ndarray]]:
+    answers = []
+    for mesh in meshes:
+        with links(mesh) as comm:
+            with empty_weights():
+                module = Joint()
+            part = shard(module, JOINT_RULES, comm, file)
+            adapted = Adapted(part, {name: layer_at(part, name) for name, *_ in layout.layers}, layout)
+            answers.append([y.numpy() for y in adapted(*map(torch.from_numpy, (image, text, packed)))])
+    return answers
+
+
+def adapted_graph(rank: int, file: Path, mesh: str, backend: str, layout: Layout, packed: np.ndarray) -> tuple[np.ndarray, list[str], int]:
+    """Velocity of a rank's exported `denoise_lora` on a backend, the collectives in it, and how many pieces it is."""
+    with links(mesh) as comm:
+        rows = len(packed)
+        _, program = with_adapters(sharded_dit(file, comm, config=SHALLOW), rows, layout)
+        exported, _ = apply_passes(capture(program, program.profiles[0]))
+        run = build_rank(exported, Signature.of(program, program.profiles[0]), BACKENDS[backend], comm)
+        inputs = zip(("x", "modulation", "context", "lora"), (*dit_inputs(rows), torch.from_numpy(packed)), strict=True)
+        velocity = run(dict(inputs))["velocity"]
+        names = [node.target._schema.name.split("::")[1] for node in exported.graph.nodes if node.target in COLLECTIVES]
+        return velocity.numpy(), names, len(run.split.pieces) if isinstance(run, Chain) else 1

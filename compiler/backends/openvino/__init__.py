@@ -6,10 +6,11 @@ Tensors go in and out without a copy: requests read the caller's memory and writ
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import openvino as ov
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from reelstep.compiler.backends import Backend, Graph
-from reelstep.compiler.backends.openvino.collectives import RUNS, Raised, conversions
+from reelstep.compiler.backends.openvino.attention import read_keys_in_place
+from reelstep.compiler.backends.openvino.collectives import RUNS, Raised, conversions, has_collectives
 from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import TORCH_DTYPES, Signature
@@ -27,50 +29,92 @@ from reelstep.compiler.storage import seal, sealed, write_file
 from reelstep.errors import CompileError
 
 DEVICE = "CPU"
+LANES = 2
+"""Parts of the threads that run a row each where a call has more than one: guidance brings rows in pairs. After every operator the threads of one row
+wait for the slowest; rows side by side do not."""
+SMALL = 8192
+"""Numbers that a row reads and writes. Where there are fewer (of a time, say), handing it over takes longer than what is computed, and all rows go at once."""
 
 
-class BoundRequest:
-    """One compiled variant, ready to infer."""
+class Variant(NamedTuple):
+    """How a program runs: up to so many rows at once (for one, every shape is static), so many times side by side on parts of the threads."""
 
-    def __init__(self, compiled: ov.CompiledModel, signature: Signature, raised: Raised) -> None:
-        self.request, self.raised = compiled.create_infer_request(), raised
+    rows: int
+    lanes: int
+
+
+ALONE = Variant(1, 1)
+
+
+def variants_of(signature: Signature, meets: bool) -> tuple[Variant, ...]:
+    """For a lone row, then for more. meets: whether it meets other ranks, all its rows together."""
+    if signature.max_batch == 1:
+        return (ALONE,)
+    numbers = sum(math.prod(edge.sizes) for edge in (*signature.inputs, *signature.outputs))
+    return ALONE, Variant(signature.max_batch, 1) if meets or SKU.units < LANES or numbers < SMALL else Variant(1, LANES)
+
+
+class Bound:
+    """An infer request of a compiled variant."""
+
+    def __init__(self, compiled: ov.CompiledModel, signature: Signature) -> None:
+        self.request = compiled.create_infer_request()
         ports = [next((i for i, port in enumerate(compiled.inputs) if _tensor_name(k) in port.names), None) for k in range(len(signature.inputs))]
         self.ports = [(position, index) for position, index in enumerate(ports) if index is not None]  # an input that nothing reads has none
-        self.outputs = [(index, edge.name, edge.sizes, TORCH_DTYPES[edge.dtype]) for index, edge in enumerate(signature.outputs)]
 
-    def infer(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        request, rows = self.request, tensors[0].shape[0]
+    def bind(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> ov.InferRequest:
+        """The request, which is to read and write these."""
         for position, index in self.ports:
-            request.set_input_tensor(index, ov.Tensor(tensors[position].numpy(), shared_memory=True))
-        outputs = {}
-        for index, name, sizes, dtype in self.outputs:
-            out = outputs[name] = torch.empty((rows, *sizes), dtype=dtype)
-            request.set_output_tensor(index, ov.Tensor(out.numpy(), shared_memory=True))
+            self.request.set_input_tensor(index, ov.Tensor(inputs[position].numpy(), shared_memory=True))
+        for index, out in enumerate(outputs):
+            self.request.set_output_tensor(index, ov.Tensor(out.numpy(), shared_memory=True))
+        return self.request
+
+
+class OpenVinoExecutable:
+    """A program's variants, each opened when it is first called.
+
+    raised: where collectives in it say what went wrong.
+    """
+
+    def __init__(self, variants: Mapping[Variant, Callable[[], ov.CompiledModel]], signature: Signature, raised: Raised) -> None:
+        self.variants, self.signature, self.raised = variants, signature, raised
+        *_, self.many = variants
+
+    @cached_property
+    def alone(self) -> Bound:
+        return Bound(self.variants[ALONE](), self.signature)
+
+    @cached_property
+    def lanes(self) -> list[Bound]:
+        return [Bound(self.variants[self.many](), self.signature) for _ in range(self.many.lanes)]
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = [tensor.detach().contiguous() for tensor in self.signature.ordered(inputs)]
+        rows = len(tensors[0])
+        outputs = {edge.name: torch.empty((rows, *edge.sizes), dtype=TORCH_DTYPES[edge.dtype]) for edge in self.signature.outputs}
         try:
-            request.infer(share_inputs=True, share_outputs=True)
+            self._run(tensors, list(outputs.values()), rows)
         except RuntimeError as error:
             raise self.raised.take() or error from None
         return outputs
 
-
-class OpenVinoExecutable:
-    """Two variants of a program: static shapes for one row, which run faster, a dynamic batch for more. Each opens when it is first called."""
-
-    def __init__(self, variants: Sequence[Callable[[], ov.CompiledModel]], signature: Signature, raised: Raised | None = None) -> None:
-        self.signature = signature
-        self.variants, self.raised = variants, raised or Raised()
-
-    @cached_property
-    def one(self) -> BoundRequest:
-        return BoundRequest(self.variants[0](), self.signature, self.raised)
-
-    @cached_property
-    def many(self) -> BoundRequest:
-        return BoundRequest(self.variants[-1](), self.signature, self.raised)
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        tensors = [tensor.detach().contiguous() for tensor in self.signature.ordered(inputs)]
-        return (self.one if tensors[0].shape[0] == 1 else self.many).infer(tensors)
+    def _run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], rows: int) -> None:
+        if self.many.rows > 1 < rows:
+            self.lanes[0].bind(inputs, outputs).infer(share_inputs=True, share_outputs=True)
+            return
+        beside = rows - rows % self.many.lanes if self.many.lanes > 1 else 0  # rows that fill all lanes; one that is left over gets all threads
+        try:
+            for k in range(beside):
+                lane = self.lanes[k % self.many.lanes]
+                if k >= self.many.lanes:
+                    lane.request.wait()
+                lane.bind([x[k : k + 1] for x in inputs], [y[k : k + 1] for y in outputs]).start_async(share_inputs=True)
+        finally:
+            for lane in self.lanes if beside else ():  # what runs writes to the caller's memory, also when a neighbour has failed
+                lane.request.wait()
+        for k in range(beside, rows):
+            self.alone.bind([x[k : k + 1] for x in inputs], [y[k : k + 1] for y in outputs]).infer(share_inputs=True, share_outputs=True)
 
 
 class OpenVinoBackend(Backend):
@@ -95,27 +139,38 @@ class OpenVinoBackend(Backend):
         if precision not in self.precisions:
             raise CompileError(f"backend 'openvino' cannot run {precision} on {SKU.model}; it can run {', '.join(self.precisions)}")
         core = ov.Core()
-        # float32 where the graph does not say otherwise: the bfloat16 hint would round the sums as well
-        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": SKU.units}
-        batches = [1, signature.max_batch][: signature.max_batch]
         if cache is None:
             raised = Raised()
             model = _lower(graph(), signature, precision, raised)
-            ready = [core.compile_model(_for_batch(model, signature, n), DEVICE, options) for n in batches]
-            return OpenVinoExecutable([partial(_given, compiled) for compiled in ready], signature, raised)
+            variants = variants_of(signature, has_collectives(model))
+            compiled = {rows: core.compile_model(_for_batch(model, signature, rows), DEVICE, _options(ALONE)) for rows, _ in variants}
+            ready = {v: partial(_given, compiled[v.rows]) if v.lanes == 1 else partial(_again, core, compiled[v.rows], _options(v)) for v in variants}
+            return OpenVinoExecutable(ready, signature, raised)
         machine = "\n".join([key, precision, ov.__version__, SKU.model, str(SKU.units), *sorted(SKU.features)])
         name = f"openvino-{hashlib.sha256(machine.encode()).hexdigest()}"
-        paths = [cache / f"{name}-{n}.blob" for n in batches]
-        if not all(map(sealed, paths)):
+        variants = variants_of(signature, meets=False)
+        paths = {rows: cache / f"{name}-rows{rows}.blob" for rows, _ in variants}
+        if not all(map(sealed, paths.values())):
             model = _lower(graph(), signature, precision)
-            for n, path in zip(batches, paths, strict=True):
-                compiled = core.compile_model(_for_batch(model, signature, n), DEVICE, options)
-                seal(path, lambda temporary, compiled=compiled: write_file(temporary, _export(compiled)))  # type: ignore[misc]
-        return OpenVinoExecutable([partial(_open, core, path, options) for path in paths], signature)
+            for rows, path in paths.items():
+                made = core.compile_model(_for_batch(model, signature, rows), DEVICE, _options(ALONE))
+                seal(path, lambda temporary, made=made: write_file(temporary, _export(made)))  # type: ignore[misc]
+        return OpenVinoExecutable({v: partial(_open, core, paths[v.rows], _options(v)) for v in variants}, signature, Raised())
+
+
+def _options(variant: Variant) -> dict[str, Any]:
+    # float32 where the graph does not say otherwise: the bfloat16 hint would round the sums as well
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": SKU.units // variant.lanes}
+    # each lane is an engine of its own, and pinned they would all sit on the first cores; streams of one engine share weights that some layers spoil
+    return options if variant.lanes == 1 else {**options, "ENABLE_CPU_PINNING": False}
 
 
 def _given(compiled: ov.CompiledModel) -> ov.CompiledModel:
     return compiled
+
+
+def _again(core: ov.Core, compiled: ov.CompiledModel, options: Mapping[str, Any]) -> ov.CompiledModel:
+    return core.import_model(_export(compiled), DEVICE, options)
 
 
 def _open(core: ov.Core, blob: Path, options: Mapping[str, Any]) -> ov.CompiledModel:
@@ -159,6 +214,7 @@ def _for_batch(model: ov.Model, signature: Signature, rows: int) -> ov.Model:
     batch = ov.Dimension(1, rows) if rows > 1 else 1
     made: ov.Model = model.clone()
     made.reshape({port: ov.PartialShape([batch, *sizes[port.get_any_name()]]) for port in made.inputs})
+    read_keys_in_place(made)
     return made
 
 

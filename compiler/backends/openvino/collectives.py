@@ -69,6 +69,10 @@ class ReelstepCollective(ov.Op):  # type: ignore[misc]  # openvino has no types 
         return True
 
 
+def has_collectives(model: ov.Model) -> bool:
+    return any(node.get_type_name() == ReelstepCollective.__name__ for node in model.get_ops())
+
+
 def conversions(raised: Raised) -> list[ConversionExtension]:
     """How the frontend is to convert the collectives of one graph over this process's links, of which each group must be there."""
     # Ranks must meet in one order, and a compiler may move what does not depend on each other: so each depends on the one before it.

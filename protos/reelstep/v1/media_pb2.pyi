@@ -112,7 +112,7 @@ class PreviewPolicy(_message.Message):
     def __init__(self, every_steps: _Optional[int] = ..., max_bytes: _Optional[int] = ..., media_type: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("nfe", "forwards", "queue", "compute", "solver", "schedule", "guidance", "task", "guidance_rule", "quality", "cached", "step_cache")
+    __slots__ = ("nfe", "forwards", "queue", "compute", "solver", "schedule", "guidance", "task", "guidance_rule", "quality", "cached", "step_cache", "auto")
     class ComputeEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +132,7 @@ class Usage(_message.Message):
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     CACHED_FIELD_NUMBER: _ClassVar[int]
     STEP_CACHE_FIELD_NUMBER: _ClassVar[int]
+    AUTO_FIELD_NUMBER: _ClassVar[int]
     nfe: int
     forwards: int
     queue: _duration_pb2.Duration
@@ -144,7 +145,8 @@ class Usage(_message.Message):
     quality: str
     cached: int
     step_cache: str
-    def __init__(self, nfe: _Optional[int] = ..., forwards: _Optional[int] = ..., queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compute: _Optional[_Mapping[str, _duration_pb2.Duration]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., guidance: _Optional[float] = ..., task: _Optional[str] = ..., guidance_rule: _Optional[str] = ..., quality: _Optional[str] = ..., cached: _Optional[int] = ..., step_cache: _Optional[str] = ...) -> None: ...
+    auto: bool
+    def __init__(self, nfe: _Optional[int] = ..., forwards: _Optional[int] = ..., queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compute: _Optional[_Mapping[str, _duration_pb2.Duration]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., guidance: _Optional[float] = ..., task: _Optional[str] = ..., guidance_rule: _Optional[str] = ..., quality: _Optional[str] = ..., cached: _Optional[int] = ..., step_cache: _Optional[str] = ..., auto: bool = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("name", "state", "spec", "create_time", "start_time", "end_time", "expire_time", "queue_position", "steps_done", "steps_total", "artifacts", "error", "priority", "attempt", "labels", "usage")
@@ -442,14 +444,16 @@ class Model(_message.Message):
         guidance: float
         def __init__(self, name: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., solver: _Optional[str] = ..., schedule: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_rule: _Optional[str] = ..., guidance_options: _Optional[_Mapping[str, float]] = ..., guidance: _Optional[float] = ...) -> None: ...
     class Lora(_message.Message):
-        __slots__ = ("name", "rank", "layers")
+        __slots__ = ("name", "rank", "layers", "sha256")
         NAME_FIELD_NUMBER: _ClassVar[int]
         RANK_FIELD_NUMBER: _ClassVar[int]
         LAYERS_FIELD_NUMBER: _ClassVar[int]
+        SHA256_FIELD_NUMBER: _ClassVar[int]
         name: str
         rank: int
         layers: int
-        def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., layers: _Optional[int] = ...) -> None: ...
+        sha256: str
+        def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., layers: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
     class Fused(_message.Message):
         __slots__ = ("name", "sha256", "strength", "rank", "layers")
         NAME_FIELD_NUMBER: _ClassVar[int]

@@ -6,6 +6,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 from torch import nn
 
 from reelstep.compiler.backends import BACKENDS
@@ -14,7 +15,7 @@ from reelstep.compiler.capture import capture
 from reelstep.compiler.graphs import dump_graph, load_graph, weights_of
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.mixed_precision import mixed_precision
-from reelstep.compiler.passes.quantise import LINEAR, Grid, Watching, e4m3_linear, linears, quantise, quantise_weight
+from reelstep.compiler.passes.quantise import BINS, LINEAR, Counting, Grid, Watching, e4m3_linear, linears, quantise, quantise_weight
 from reelstep.compiler.passes.quantise_before_moves import FAKE_QUANTISE
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.compiler.signature import Signature
@@ -103,6 +104,44 @@ def test_a_grid_covers_its_range_and_holds_zero(low, high):
     assert -128 <= grid.zero <= 127
     assert grid.step * (-128 - grid.zero) <= min(low, 0.0) + 0.51 * grid.step
     assert grid.step * (127 - grid.zero) >= max(high, 0.0) - 0.51 * grid.step
+
+
+@pytest.mark.parametrize("tail", [0.0, 0.3, 3.0])
+def test_the_grid_of_least_error_rounds_and_cuts_no_worse_than_a_search_over_all_grids(tail):
+    """scipy's own minimum over the step, on the numbers themselves."""
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).double()
+    x = x.sign() * x.abs() ** (1 + tail)  # heavier tails
+    low, high = -float(x.abs().max()), float(x.abs().max())
+    grid = Grid.of_least_error(torch.histc(x.float(), BINS, low, high), low, high)
+    numbers = x.numpy()
+
+    def error(step):
+        return float(((np.clip(np.round(numbers / step), -128, 127) * step - numbers) ** 2).sum())
+
+    steps = np.linspace(0.02, 1.0, 400) * high / 127
+    found = minimize_scalar(error, bounds=(0.8 * (best := min(steps, key=error)), 1.2 * best), method="bounded")
+    assert grid.zero == 0
+    assert error(grid.step) <= 1.02 * float(found.fun)
+    assert error(grid.step) <= error(Grid.of(low, high).step)
+
+
+def test_numbers_that_are_all_one_have_a_grid_that_holds_them():
+    grid = Grid.of_least_error(torch.zeros(BINS), 2.5, 2.5)
+    assert grid.step * (127 - grid.zero) == pytest.approx(2.5, rel=1e-2)
+
+
+def test_counting_puts_every_number_into_its_bin():
+    _, exported, _ = captured(Single, 48, 32)
+    calls = [torch.randn(3, 5, 48), 2 * torch.randn(1, 5, 48)]
+    (name,) = linears(exported).values()
+    low, high = min(float(x.min()) for x in calls), max(float(x.max()) for x in calls)
+    counting = Counting(exported.module(), linears(exported), {name: (low, high)})
+    with torch.no_grad():
+        for x in calls:
+            counting.run(x)
+    exact, _ = np.histogram(torch.cat([x.flatten() for x in calls]).numpy(), BINS, (low, high))
+    assert counting.counts[name].sum() == 4 * 5 * 48
+    assert np.abs(np.cumsum(counting.counts[name].numpy()) - np.cumsum(exact)).max() <= 2, "a number on the edge of two bins may go either way"
 
 
 def test_an_int8_layer_computes_what_integers_do():

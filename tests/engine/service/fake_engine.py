@@ -45,6 +45,7 @@ class FakeSettings:
 class FakeLora:
     rank: int = 3
     pairs: dict[str, object] = field(default_factory=lambda: {"blocks.0.q": None})
+    digest: str = "1" * 64
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,10 @@ def frames_of(request: Request, index: int) -> npt.NDArray[np.uint8]:
 
 
 class FakeEngine:
-    """One thread for each request. In the prompt: `slow` waits 50 ms a step, `endless` never ends, `nan` fails, `crash` raises a bug, `full` is refused."""
+    """One thread for each request. In the prompt: `slow` waits 50 ms a step, `endless` never ends, `nan` fails, `crash` raises a bug, `full` is refused.
+
+    Quality `auto` becomes the cheapest that it may.
+    """
 
     def __init__(self, *models: FakeModel) -> None:
         self.models = {m.name: m for m in models or (FakeModel(),)}
@@ -121,6 +125,8 @@ class FakeEngine:
 
     def _steps(self, request: Request, listener: Callable[[Event], None]) -> Finished | Failed:
         listener(Queued(position=0, estimated_wait_s=0.0))
+        quality = next(iter(request.auto), "")
+        request = request.settled(quality)
         endless = "endless" in request.prompt
         step = 0
         while endless or step < request.steps:
@@ -137,5 +143,7 @@ class FakeEngine:
         frames = np.stack([frames_of(request, k) for k in range(request.count)])
         seeds = tuple(request.seed + k for k in range(request.count))
         cached = request.steps if request.step_cache else 0
-        usage = Usage(nfe=request.steps, forwards=2 * request.steps - cached, cached=cached, queue_s=0.25, compute_s={"denoise": 1.5, "decode": 0.5})
+        usage = Usage(
+            nfe=request.steps, forwards=2 * request.steps - cached, cached=cached, queue_s=0.25, compute_s={"denoise": 1.5, "decode": 0.5}, quality=quality
+        )
         return Finished(Media(frames, seeds, request.frames_per_second), usage)

@@ -15,6 +15,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from reelstep.engine.models.spec import Distilled
+from reelstep.engine.service import messages
 from reelstep.engine.service.generation import SERVICE
 from reelstep.protos.reelstep.v1 import media_pb2 as pb
 from reelstep.tests.engine.service.fake_engine import FakeEngine, FakeModel, FakeSettings
@@ -213,6 +214,18 @@ def test_a_quality_chooses_what_runs_and_the_answer_says_so_and_can_be_sent_agai
     again = call(channel, pb.GenerateRequest(spec=first.spec, inline_artifacts=True))[-1].event.finished
     assert again.artifacts[0].sha256 == first.artifacts[0].sha256
     assert again.usage.quality == ""
+
+
+def test_auto_is_answered_with_what_it_came_to_and_that_can_be_sent_again(fake: Served, channel: grpc.Channel) -> None:
+    first = call(channel, request("a fox", quality="auto", frames=8, output_media_type="image/png"))[-1].event.finished
+    pending = fake.engine.requests[-1]
+    assert messages.to_spec(pending, "image/png").quality == "auto"
+    assert not messages.to_spec(pending, "image/png").HasField("steps"), "nothing is chosen before its turn"
+    assert (first.usage.quality, first.usage.auto, first.usage.solver) == ("draft", True, "bns_6")
+    assert (first.spec.quality, first.spec.solver, first.spec.steps, first.steps_done, first.steps_total) == ("", "bns_6", 6, 6, 6)
+    again = call(channel, pb.GenerateRequest(spec=first.spec, inline_artifacts=True))[-1].event.finished
+    assert again.artifacts[0].sha256 == first.artifacts[0].sha256
+    assert (again.usage.quality, again.usage.auto) == ("", False)
 
 
 def test_a_quality_is_refused_beside_a_choice_and_where_the_menu_lacks_it(fake: Served, channel: grpc.Channel) -> None:
