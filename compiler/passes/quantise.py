@@ -19,6 +19,7 @@ B batch, L tokens, K width in, N width out, D a head's width.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -188,9 +189,13 @@ class Quantising(Interpreter):
     def _attention(self, layer: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, heads, L, D]. Scores are scaled behind their product, so that it is one of integers."""
         q, k, v = (self.grids[part_of(layer, part)].round(x) for part, x in (("q", q), ("k", k), ("v", v)))
-        shares = torch.softmax(torch.matmul(q, k.transpose(-1, -2)) * q.shape[-1] ** -0.5, -1)
-        heads = torch.matmul(self.grids[part_of(layer, "shares")].round(shares), v)
+        heads = torch.matmul(self.grids[part_of(layer, "shares")].round(shares_of(q, k)), v)
         return heads.transpose(1, 2).contiguous().transpose(1, 2)  # as torch's own lies in memory: what follows is a view of it
+
+
+def shares_of(q: Tensor, k: Tensor) -> Tensor:
+    """What softmax gives each query of the keys, [B, heads, L, keys]."""
+    return torch.softmax(torch.matmul(q, k.transpose(-1, -2)) * q.shape[-1] ** -0.5, -1)
 
 
 def part_of(layer: str, part: str) -> str:
@@ -224,7 +229,7 @@ def quantise(exported: ExportedProgram, signature: Signature, scheme: Scheme, ch
         return quantise_before_moves(drop_unused_weights(drop_asserts(trace(Quantised(body, scheme, layers, weights, grids), signature))))
 
 
-class Reading(Interpreter):
+class Reading(Interpreter, ABC):
     """Runs a graph and is told what goes into each layer, by what its grid is called. layers: from a node's name to the layer's."""
 
     def __init__(self, body: GraphModule, layers: Mapping[str, str]) -> None:
@@ -238,13 +243,14 @@ class Reading(Interpreter):
             if n.target is ATTENTION:
                 for part, read in zip("qkv", (x, *others), strict=True):
                     self.hear(part_of(layer, part), read, symmetric=True)  # zero points of both sides of a product would be sums of their own
-                self.hear(part_of(layer, "shares"), torch.softmax(torch.matmul(x, others[0].transpose(-1, -2)) * x.shape[-1] ** -0.5, -1))
+                self.hear(part_of(layer, "shares"), shares_of(x, others[0]))
             else:
                 self.hear(layer, x)
         return super().run_node(n)
 
+    @abstractmethod
     def hear(self, name: str, x: Tensor, symmetric: bool = False) -> None:
-        raise NotImplementedError
+        """symmetric: whether its grid shall have no zero point."""
 
 
 class Watching(Reading):

@@ -212,13 +212,17 @@ JOINT_RULES = Rules(
 )
 
 
+def sharded_joint(file: Path, comm: Communicator) -> nn.Module:
+    with empty_weights():
+        module = Joint()
+    return shard(module, JOINT_RULES, comm, file)
+
+
 def joint(rank: int, file: Path, meshes: list[str], image: np.ndarray, text: np.ndarray) -> list[list[np.ndarray]]:
     answers = []
     for mesh in meshes:
         with links(mesh) as comm:
-            with empty_weights():
-                module = Joint()
-            part = shard(module, JOINT_RULES, comm, file)
+            part = sharded_joint(file, comm)
             answers.append([y.numpy() for y in part(torch.from_numpy(image), torch.from_numpy(text))])
     return answers
 
@@ -291,9 +295,7 @@ def adapted_joint(rank: int, file: Path, meshes: list[str], image: np.ndarray, t
     answers = []
     for mesh in meshes:
         with links(mesh) as comm:
-            with empty_weights():
-                module = Joint()
-            part = shard(module, JOINT_RULES, comm, file)
+            part = sharded_joint(file, comm)
             adapted = Adapted(part, {name: layer_at(part, name) for name, *_ in layout.layers}, layout)
             answers.append([y.numpy() for y in adapted(*map(torch.from_numpy, (image, text, packed)))])
     return answers

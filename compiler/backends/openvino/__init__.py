@@ -103,18 +103,22 @@ class OpenVinoExecutable:
         if self.many.rows > 1 < rows:
             self.lanes[0].bind(inputs, outputs).infer(share_inputs=True, share_outputs=True)
             return
+
+        def row(bound: Bound, k: int) -> ov.InferRequest:
+            return bound.bind([x[k : k + 1] for x in inputs], [y[k : k + 1] for y in outputs])
+
         beside = rows - rows % self.many.lanes if self.many.lanes > 1 else 0  # rows that fill all lanes; one that is left over gets all threads
         try:
             for k in range(beside):
                 lane = self.lanes[k % self.many.lanes]
                 if k >= self.many.lanes:
                     lane.request.wait()
-                lane.bind([x[k : k + 1] for x in inputs], [y[k : k + 1] for y in outputs]).start_async(share_inputs=True)
+                row(lane, k).start_async(share_inputs=True)
         finally:
             for lane in self.lanes if beside else ():  # what runs writes to the caller's memory, also when a neighbour has failed
                 lane.request.wait()
         for k in range(beside, rows):
-            self.alone.bind([x[k : k + 1] for x in inputs], [y[k : k + 1] for y in outputs]).infer(share_inputs=True, share_outputs=True)
+            row(self.alone, k).infer(share_inputs=True, share_outputs=True)
 
 
 class OpenVinoBackend(Backend):
@@ -154,7 +158,7 @@ class OpenVinoBackend(Backend):
             model = _lower(graph(), signature, precision)
             for rows, path in paths.items():
                 made = core.compile_model(_for_batch(model, signature, rows), DEVICE, _options(ALONE))
-                seal(path, lambda temporary, made=made: write_file(temporary, _export(made)))  # type: ignore[misc]
+                seal(path, partial(_save, made))
         return OpenVinoExecutable({v: partial(_open, core, paths[v.rows], _options(v)) for v in variants}, signature, Raised())
 
 
@@ -175,6 +179,10 @@ def _again(core: ov.Core, compiled: ov.CompiledModel, options: Mapping[str, Any]
 
 def _open(core: ov.Core, blob: Path, options: Mapping[str, Any]) -> ov.CompiledModel:
     return core.import_model(blob.read_bytes(), DEVICE, options)
+
+
+def _save(compiled: ov.CompiledModel, path: Path) -> None:
+    write_file(path, _export(compiled))
 
 
 def _export(compiled: ov.CompiledModel) -> bytes:
