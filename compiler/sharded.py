@@ -7,8 +7,8 @@ operators on the same shapes and differ in where their slices begin, so that one
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from reelstep.compiler.cost import shape_of
 from reelstep.compiler.graphs import element_bytes, weights_of
 from reelstep.compiler.load import Progress, silent
 from reelstep.compiler.lora import Layout, adapted_too
+from reelstep.compiler.part import Part
 from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, RING
 from reelstep.compiler.plan import ProgramPlan, RankPlan, Sent
 from reelstep.compiler.program import FLOAT_BYTES, Precision, Program
@@ -30,24 +31,15 @@ from reelstep.parallel.collectives import GROUP, Communicator
 from reelstep.parallel.context import Attended
 from reelstep.parallel.mesh import Axis, Mesh, shares
 from reelstep.parallel.pretend import pretended_rank
-from reelstep.parallel.rules import Rules
+from reelstep.parallel.rules import RULES
 from reelstep.parallel.shard import counts_of, layer_at, shard
 
 Lengths = frozenset[tuple[int, ...]]
 """Of every sequence that lies on several ranks: how much of it each rank along `cp` has."""
 
 
-@dataclass(frozen=True)
-class ShardedPart:
-    """One module of a model that ranks share, and its programs."""
-
-    build: Callable[[], nn.Module]
-    programs: Callable[[nn.Module], Sequence[Program]]
-    rules: Rules
-
-
 def plan_ranks(
-    parts: Sequence[ShardedPart], mesh: Mesh, precision: Precision, keep: Iterable[str] = (), progress: Progress = silent, lora: Layout | None = None
+    parts: Sequence[Part], mesh: Mesh, precision: Precision, keep: Iterable[str] = (), progress: Progress = silent, lora: Layout | None = None
 ) -> tuple[RankPlan, ...]:  # fmt: skip
     """The ranks of a mesh in groups that run alike, the one of rank 0 first. keep: as for `capture_all`. lora: of a program beside `denoise`.
 
@@ -70,17 +62,17 @@ def plan_ranks(
     return tuple(plans.values())
 
 
-def rank_programs(parts: Sequence[ShardedPart], comm: Communicator, lora: Layout | None = None) -> tuple[Program, ...]:
+def rank_programs(parts: Sequence[Part], comm: Communicator, lora: Layout | None = None) -> tuple[Program, ...]:
     """What is captured on a rank: its programs, with empty weights, at its profiles. Raises ConfigError for a mesh that is too large for a part."""
-    modules = [shard(_empty(part), part.rules, comm, None) for part in parts]
-    found = [adapted_too(part.programs(module), partial(layer_at, module), lora) for part, module in zip(parts, modules, strict=True)]
+    modules = [shard(_empty(part), RULES[part.rules], comm, None) for part in parts]
+    found = [adapted_too(part.programs_of(module), partial(layer_at, module), lora) for part, module in zip(parts, modules, strict=True)]
     return tuple(replace(each, profiles=tuple(profile.on_rank(comm.mesh) for profile in each.profiles)) for programs in found for each in programs)
 
 
-def _empty(part: ShardedPart) -> nn.Module:
+def _empty(part: Part) -> nn.Module:
     """On the meta device with its buffers: an export wants all on one."""
     with torch.device("meta"):
-        return part.build()
+        return part.empty()
 
 
 def _capture(
@@ -130,11 +122,11 @@ def _ring_bytes(k: Tensor, v: Tensor, lengths: Sequence[int], comm: Communicator
     return token_bytes * (sum(lengths) - lengths[(comm.at["ring"] + 1) % len(lengths)])
 
 
-def _counts(part: ShardedPart, comm: Communicator) -> Hashable:
+def _counts(part: Part, comm: Communicator) -> Hashable:
     """This rank's heads and other units of a part, and whether it has one more of them than others of its Ulysses group."""
-    own = []
-    for logical, count in counts_of(_empty(part), part.rules).values():
-        axis = part.rules.axes[logical]
+    own, rules = [], RULES[part.rules]
+    for logical, count in counts_of(_empty(part), rules).values():
+        axis = rules.axes[logical]
         own.append(shares(count, comm.size(axis), logical)[comm.at[axis]] if axis else count)
     return tuple((n, n % comm.mesh.ulysses > comm.at["ulysses"]) for n in own)
 

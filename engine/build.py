@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -20,10 +19,11 @@ from reelstep.compiler.compile import build_here, choose_precision, compile_mode
 from reelstep.compiler.cubins import compiled_by
 from reelstep.compiler.load import Progress, silent
 from reelstep.compiler.lora import Layout, adapted_too, layers_of
+from reelstep.compiler.part import Part
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import Precision
 from reelstep.compiler.quantisation import Quantisation
-from reelstep.compiler.sharded import ShardedPart, plan_ranks
+from reelstep.compiler.sharded import plan_ranks
 from reelstep.compiler.skus import SKUS
 from reelstep.compiler.storage import replace_file
 from reelstep.engine.lora import fuse, read_adapter
@@ -38,7 +38,6 @@ from reelstep.engine.samplers.tables import SOLVERS
 from reelstep.engine.served import ServedModel, build_table, schedules_of, table_name
 from reelstep.errors import BundleError, ConfigError, InvalidRequest, NotFound
 from reelstep.parallel.mesh import Mesh
-from reelstep.parallel.rules import RULES
 
 
 def default_tables(settings: ModelSettings) -> dict[str, Table]:
@@ -64,7 +63,9 @@ def load_fitted(files: Sequence[Path], spec: ModelSpec, model_hash: str) -> dict
             if isinstance(fitted.artifact, FittedRule):
                 fit = fitted.fit
                 fitted.artifact.check(build_table(spec.settings, fit.solver, fit.schedule, fit.steps), fit.scale)
-        except (OSError, ValueError, NotFound) as error:  # of JSON and UTF-8 too; ConfigError is one
+        except OSError as error:
+            raise ConfigError(f"cannot read {file}: {error.strerror}; `reelstep fit` writes such a file") from error
+        except (ValueError, NotFound) as error:  # of JSON and UTF-8 too; ConfigError is one
             raise ConfigError(f"{file}: {error}") from error
         calibrates = isinstance(fitted.artifact, RuleOptions | CacheOptions)
         if calibrates and fitted.name in shipped and file not in spec.fitted:
@@ -188,12 +189,12 @@ def unchanged(out: Path, stamp: Path) -> Bundle | None:
     return bundle if bundle.manifest["sha256"] == stamp.read_text() else None
 
 
-def sharded_parts(spec: ModelSpec) -> tuple[ShardedPart, ...]:
+def sharded_parts(spec: ModelSpec) -> tuple[Part, ...]:
     """What ranks share of a model. Raises ConfigError for one that does not say."""
     if not spec.sharding:
         able = ", ".join(name for name, other in MODELS.items() if other.sharding)
         raise ConfigError(f"model {spec.name!r} does not say how it is sharded; those that do: {able}. Compile it without a mesh")
-    return tuple(ShardedPart(resolve_name(part["build"]), resolve_name(part["programs"]), RULES[part["rules"]]) for part in spec.sharding)
+    return spec.sharding
 
 
 def fuse_loras(settings: ModelSettings, model: str, linears: Mapping[str, nn.Linear], loras: Sequence[tuple[Path, float]]) -> ModelSettings:

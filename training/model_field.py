@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -31,7 +30,7 @@ from reelstep.engine.samplers.paths import PATHS
 from reelstep.errors import UnsupportedRequest
 from reelstep.parallel.collectives import Communicator
 from reelstep.parallel.rules import RULES
-from reelstep.parallel.shard import empty_weights, shard
+from reelstep.parallel.shard import shard
 from reelstep.training.field import Field, Network
 from reelstep.training.plain_attention import PlainAttention
 
@@ -49,14 +48,12 @@ def split_over(comm: Communicator, spec: ModelSpec, module: nn.Module) -> None:
     if not spec.sharding:
         raise UnsupportedRequest(f"model {spec.name!r} names no parts that processes could share; train it without a mesh")
     for part in spec.sharding:
-        path = part["prefix"].rstrip(".")
+        path = part.prefix.rstrip(".")
         whole = module.get_submodule(path)
-        with empty_weights():
-            piece = resolve_name(part["build"])()
         with TemporaryDirectory() as folder:
             file = Path(folder, "whole.safetensors")
             save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, file)
-            piece = shard(piece, RULES[part["rules"]], comm, file)
+            piece = shard(part.empty(), RULES[part.rules], comm, file)
         owner, _, name = path.rpartition(".")
         setattr(module.get_submodule(owner), name, piece)
 

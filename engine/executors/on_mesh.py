@@ -8,19 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from reelstep.compiler.bundle import AGAIN, Bundle
 from reelstep.compiler.load import arch_here, build_engine, check_mesh, choose
+from reelstep.compiler.part import Part
 from reelstep.compiler.skus.cpu import SKU
 from reelstep.compiler.storage import seal, sealed
 from reelstep.engine.executors.bundles import Stored
 from reelstep.engine.executors.patience import Allowance
-from reelstep.engine.executors.processes import Part, ShardedModel, World, start
+from reelstep.engine.executors.processes import ShardedModel, World, start
 from reelstep.engine.executors.restarting import Bounds, Restarting
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import ModelSettings, ModelSpec, hash_weights
@@ -30,7 +29,7 @@ from reelstep.errors import BundleError, ConfigError
 from reelstep.parallel.collectives import Communicator
 from reelstep.parallel.mesh import Mesh, shares
 from reelstep.parallel.rules import RULES, matching
-from reelstep.parallel.shard import counts_of, empty_weights
+from reelstep.parallel.shard import counts_of
 
 log = logging.getLogger(__name__)
 
@@ -85,14 +84,13 @@ def ranks_of(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None
     """
     check_mesh(bundle, mesh)
     spec = spec_of(bundle)
-    parts = tuple(Part(**arguments) for arguments in spec.sharding)
-    for part in parts:
+    for part in spec.sharding:
         check_part(part, mesh, spec.name)
     chosen, _ = choose(bundle, backend, "float32")
     if lacks := chosen.refuses(mesh, arch_here(bundle, chosen)):
         raise ConfigError(f"{bundle.path} on mesh {mesh} by backend {chosen.name!r}: {lacks}")
     lora = ModelSettings.from_json(bundle.settings).lora
-    return BundleRanks(Stored.of(bundle, cache), ShardedModel(spec.name, weights_file(bundle, spec, cache.absolute()), parts, chosen.name, lora))
+    return BundleRanks(Stored.of(bundle, cache), ShardedModel(spec.name, weights_file(bundle, spec, cache.absolute()), spec.sharding, chosen.name, lora))
 
 
 def world_of(mesh: Mesh, transport: str) -> World:
@@ -115,9 +113,7 @@ def spec_of(bundle: Bundle) -> ModelSpec:
 
 def check_part(part: Part, mesh: Mesh, model: str) -> None:
     """Raises ConfigError where ranks along tp, or the Ulysses ranks of cp with the heads that tp leaves to one, outnumber what they would share."""
-    rules = RULES[part.rules]
-    with empty_weights():
-        module: nn.Module = resolve_name(part.build)()
+    rules, module = RULES[part.rules], part.empty()
     exchanged = [path for path, rule in rules.attention.items() if rule.exchange == "context" and "cp" in {rules.axes[a] for a in rule.keys}]
     attending = set(matching(dict.fromkeys(exchanged, True), [path for path, _ in module.named_modules()]))
     for counted, (logical, count) in counts_of(module, rules).items():

@@ -19,7 +19,6 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +30,7 @@ from reelstep import __version__
 from reelstep.compiler.backends import BACKENDS, Executable
 from reelstep.compiler.capture import capture
 from reelstep.compiler.lora import Layout, adapted_too
+from reelstep.compiler.part import Part
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.split_at_collectives import build_rank
 from reelstep.compiler.program import Profile, Program
@@ -44,7 +44,7 @@ from reelstep.errors import BundleError, ConfigError, ReelstepError, Unavailable
 from reelstep.parallel.collectives import Communicator
 from reelstep.parallel.mesh import Mesh, bounds
 from reelstep.parallel.rules import RULES
-from reelstep.parallel.shard import empty_weights, layer_at, shard
+from reelstep.parallel.shard import layer_at, shard
 
 log = logging.getLogger(__name__)
 
@@ -76,16 +76,6 @@ class Ranks(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
-    """One module of a model. build, programs: as "module:attribute", a function of no weights and one from the module to its programs."""
-
-    build: str
-    programs: str
-    rules: str  # in RULES
-    prefix: str  # of its names in the weights file
-
-
-@dataclass(frozen=True)
 class ShardedModel:
     """Ranks that each read their own slices of one weights file, export their own graph and build its pieces between collectives.
 
@@ -107,10 +97,8 @@ class ShardedModel:
         executables: dict[tuple[str, str], Executable] = {}
         limits: dict[tuple[str, str], int] = {}
         for part in self.parts:
-            with empty_weights():
-                module = resolve_name(part.build)()
-            module = shard(module, RULES[part.rules], comm, self.file, part.prefix)
-            for program in adapted_too(resolve_name(part.programs)(module), partial(layer_at, module), self.lora):
+            module = shard(part.empty(), RULES[part.rules], comm, self.file, part.prefix)
+            for program in adapted_too(part.programs_of(module), partial(layer_at, module), self.lora):
                 for profile in program.profiles:
                     own = profile.on_rank(comm.mesh)
                     executables[program.name, own.name] = self._build(program, own, comm)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reelstep.compiler.part import Part
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.engine.models.spec import ModelSettings, ModelSpec
 from reelstep.engine.request import Limits
@@ -410,5 +411,5 @@ SPEC_30B = ModelSpec(
     build=build_30b,
     programs=programs_30b,
     card=None,
-    sharding=({"build": f"{__name__}:build_30b", "programs": f"{__name__}:programs_30b", "rules": "movie-gen", "prefix": ""},),
+    sharding=(Part(f"{__name__}:build_30b", f"{__name__}:programs_30b", rules="movie-gen", prefix=""),),
 )  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from reelstep.compiler.part import Part
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.engine.models.byte_text import ByteTextConfig, ByteTextEncoder
 from reelstep.engine.models.movie_gen import (
@@ -176,5 +177,5 @@ SPEC = ModelSpec(
     fitted=tuple(WEIGHTS / f"reel-tiny.{name}.json" for name in FITTED),
     pieces=pieces,
     adaptable=adaptable,
-    sharding=({"build": f"{__name__}:build_denoiser", "programs": f"{__name__}:denoiser_programs", "rules": "movie-gen", "prefix": "denoiser."},),
+    sharding=(Part(f"{__name__}:build_denoiser", f"{__name__}:denoiser_programs", rules="movie-gen", prefix="denoiser."),),
 )

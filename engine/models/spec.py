@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from reelstep.compiler.lora import Layout
+from reelstep.compiler.part import Part
 from reelstep.compiler.program import Program
 from reelstep.engine.request import Choice, Defaults, Limits
 from reelstep.errors import ConfigError
@@ -134,7 +135,7 @@ class ModelSpec:
     fitted: tuple[Path, ...] = ()  # artifacts of fits that go into its bundle
     pieces: Callable[[nn.Module], tuple[Program, ...]] | None = None  # `denoise` split for step caches, on the same weights
     adaptable: Callable[[nn.Module], Mapping[str, nn.Linear]] | None = None  # layers of `denoise` that a LoRA may change, by path in the transformer
-    sharding: tuple[Mapping[str, str], ...] = ()  # the parts that ranks share: arguments of executors.processes.Part, a layer above; prefixes as of `build`
+    sharding: tuple[Part, ...] = ()  # what ranks share; prefixes as of `build`
 
 
 def hash_weights(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reelstep import __main__ as cli
@@ -19,9 +19,10 @@ from reelstep.compiler.backends.tensorrt import NOT_RUN
 from reelstep.compiler.compile import capture_all, compile_model, make_plan
 from reelstep.compiler.describe import describe, describe_json
 from reelstep.compiler.load import axes_of, check_mesh, load
+from reelstep.compiler.part import Part
 from reelstep.compiler.plan import Plan, ProgramPlan, RankPlan, Sent, spans
 from reelstep.compiler.program import Profile, Program
-from reelstep.compiler.sharded import ShardedPart, plan_ranks
+from reelstep.compiler.sharded import plan_ranks
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
 from reelstep.engine.executors.on_mesh import ranks_of
@@ -31,23 +32,39 @@ from reelstep.errors import CompileError, ConfigError
 from reelstep.parallel.mesh import Mesh
 from reelstep.parallel.pretend import pretended_rank
 from reelstep.parallel.rules import MOVIE_GEN
-from reelstep.parallel.shard import empty_weights, shard
+from reelstep.parallel.shard import shard
 
 UNEVEN = MovieGenConfig(
     layers=1, width=40, ffn=22, heads=5, latent_channels=4, condition_channels=0, patch=(1, 2, 2), positions=(4, 4, 4), text_widths=(10,),
     time_frequencies=8, time_scale=1.0, qk_norm=True,
 )  # fmt: skip
 EVEN = replace(UNEVEN, ffn=24, heads=4)
-ODD = {"F": 3, "H": 6, "W": 6}  # 27 tokens, which divide by no number of ranks here
 TEXT = 7
 
 
-def part(config: MovieGenConfig, time: bool = False, **sizes: int) -> ShardedPart:
-    def programs(module: nn.Module) -> tuple[Program, ...]:
-        assert isinstance(module, MovieGenTransformer)
-        return denoise_program(module, TEXT, [Profile("p", sizes, 2)]), *((time_program(module, 8),) if time else ())
+def build_uneven() -> MovieGenTransformer:
+    return MovieGenTransformer(UNEVEN)
 
-    return ShardedPart(lambda: MovieGenTransformer(config), programs, MOVIE_GEN)
+
+def build_even() -> MovieGenTransformer:
+    return MovieGenTransformer(EVEN)
+
+
+def odd_programs(module: MovieGenTransformer) -> tuple[Program, ...]:
+    return (denoise_program(module, TEXT, [Profile("p", {"F": 3, "H": 6, "W": 6}, 2)]),)  # 27 tokens, which divide by no number of ranks here
+
+
+def even_programs(module: MovieGenTransformer) -> tuple[Program, ...]:
+    return (denoise_program(module, TEXT, [Profile("p", {"F": 4, "H": 4, "W": 4}, 2)]),)
+
+
+def with_time(module: MovieGenTransformer) -> tuple[Program, ...]:
+    (program,) = even_programs(module)
+    return replace(program, profiles=(*program.profiles, Profile("q", {"F": 2, "H": 4, "W": 4}, 2))), time_program(module, 8)
+
+
+ODD_PART = Part(f"{__name__}:build_uneven", f"{__name__}:odd_programs", rules="movie-gen", prefix="")
+EVEN_PART = Part(f"{__name__}:build_even", f"{__name__}:even_programs", rules="movie-gen", prefix="")
 
 
 def denoise(group: RankPlan) -> ProgramPlan:
@@ -69,10 +86,10 @@ class Calls(TorchDispatchMode):
         return out
 
 
-def calls_of(shared: ShardedPart, mesh: Mesh, rank: int) -> tuple[Any, ...]:
+def calls_of(shared: Part, mesh: Mesh, rank: int) -> tuple[Any, ...]:
     """What a rank calls and sends in one forward without values."""
     with pretended_rank(mesh, rank) as comm, torch.device("meta"), torch.no_grad():
-        (program,) = shared.programs(shard(shared.build(), shared.rules, comm, None))
+        (program,) = shared.programs_of(shard(shared.empty(), MOVIE_GEN, comm, None))
         inputs = [edge.zeros(1, "meta") for edge in Signature.of(program, program.profiles[0]).inputs]
         with Calls() as calls:
             program.module(*inputs)
@@ -81,15 +98,15 @@ def calls_of(shared: ShardedPart, mesh: Mesh, rank: int) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("mesh", ["cp=2,tp=2", "cfg=2,cp=3"])
 def test_ranks_are_alike_where_they_call_the_same_operators_on_the_same_sizes(mesh: str) -> None:
-    shared, on = part(UNEVEN, **ODD), Mesh.parse(mesh)
+    on = Mesh.parse(mesh)
     alike: dict[Any, list[int]] = {}
     for rank in range(on.world):
-        alike.setdefault(calls_of(shared, on, rank), []).append(rank)
-    assert sorted(group.ranks for group in plan_ranks([shared], on, "float32")) == sorted(map(tuple, alike.values()))
+        alike.setdefault(calls_of(ODD_PART, on, rank), []).append(rank)
+    assert sorted(group.ranks for group in plan_ranks([ODD_PART], on, "float32")) == sorted(map(tuple, alike.values()))
 
 
 def test_a_ring_rank_differs_by_its_part_and_by_the_one_that_it_never_sends() -> None:
-    groups = plan_ranks([part(UNEVEN, **ODD)], Mesh.parse("cp=4,ring=4"), "float32")  # 7, 7, 7 and 6 tokens
+    groups = plan_ranks([ODD_PART], Mesh.parse("cp=4,ring=4"), "float32")  # 7, 7, 7 and 6 tokens
     assert [group.ranks for group in groups] == [(0, 1), (2,), (3,)]
     token = 2 * UNEVEN.width * 4  # keys and values
     ring = [next(each.bytes for each in denoise(group).sent if each.axis == "ring") for group in groups]
@@ -122,7 +139,7 @@ def outside(module: MovieGenTransformer) -> int:
 @pytest.mark.parametrize("mesh", ["cp=4", "tp=2", "cp=2,tp=2", "cp=4,ring=4", "cfg=2,cp=4,ring=2"])
 def test_what_divides_is_divided_and_what_is_sent_is_what_the_formulas_say(mesh: str) -> None:
     on = Mesh.parse(mesh)
-    (group,) = plan_ranks([part(EVEN, F=4, H=4, W=4)], on, "bfloat16")
+    (group,) = plan_ranks([EVEN_PART], on, "bfloat16")
     assert group.ranks == tuple(range(on.world))
     program = denoise(group)
     assert program.max_batch == (1 if on.cp > 1 else 2), "rows stay dynamic where no exchange packs them"
@@ -133,13 +150,7 @@ def test_what_divides_is_divided_and_what_is_sent_is_what_the_formulas_say(mesh:
 
 
 def test_what_stays_in_float32_weighs_twice_and_what_two_profiles_share_once() -> None:
-    shared = part(EVEN, time=True, F=4, H=4, W=4)
-
-    def twice(module: nn.Module) -> tuple[Program, ...]:
-        program, time = shared.programs(module)
-        return replace(program, profiles=(program.profiles[0], Profile("q", {"F": 2, "H": 4, "W": 4}, 2))), time
-
-    (group,) = plan_ranks([replace(shared, programs=twice)], Mesh.parse("cp=2"), "bfloat16")
+    (group,) = plan_ranks([replace(EVEN_PART, programs=f"{__name__}:with_time")], Mesh.parse("cp=2"), "bfloat16")
     assert [(p.program, p.profile, p.precision) for p in group.programs] == [
         ("denoise", "p", "bfloat16"), ("denoise", "q", "bfloat16"), ("embed_time", "any", "float32"),
     ]  # fmt: skip
@@ -152,12 +163,9 @@ def test_what_stays_in_float32_weighs_twice_and_what_two_profiles_share_once() -
 def test_a_rank_with_weights_would_capture_the_same(tmp_path: Path) -> None:
     module, mesh = MovieGenTransformer(EVEN), Mesh.parse("cp=2,tp=2")
     save_file(module.state_dict(), tmp_path / "w.safetensors")
-    shared = part(EVEN, F=4, H=4, W=4)
-    (group,) = plan_ranks([shared], mesh, "float32")
+    (group,) = plan_ranks([EVEN_PART], mesh, "float32")
     with pretended_rank(mesh, 0) as comm:
-        with empty_weights():
-            module = MovieGenTransformer(EVEN)
-        (program,) = shared.programs(shard(module, MOVIE_GEN, comm, tmp_path / "w.safetensors"))
+        (program,) = EVEN_PART.programs_of(shard(EVEN_PART.empty(), MOVIE_GEN, comm, tmp_path / "w.safetensors"))
         _, (draft,) = capture_all([replace(program, profiles=(replace(program.profiles[0], max_batch=1),))])
     planned = denoise(group)
     assert (planned.flops, planned.parameters, planned.max_batch) == (draft.flops, draft.parameters, draft.max_batch)
@@ -169,14 +177,14 @@ def test_a_rank_with_weights_would_capture_the_same(tmp_path: Path) -> None:
 
 def test_a_mesh_that_is_too_large_and_a_process_that_is_a_rank_are_refused() -> None:
     with pytest.raises(ConfigError, match="5 heads cannot be split over 8 ranks"):
-        plan_ranks([part(UNEVEN, **ODD)], Mesh.parse("tp=8"), "float32")
+        plan_ranks([ODD_PART], Mesh.parse("tp=8"), "float32")
     with pretended_rank(Mesh.parse("tp=2"), 0), pytest.raises(ConfigError, match="this process is a rank of a replica"):
-        plan_ranks([part(UNEVEN, **ODD)], Mesh.parse("tp=2"), "float32")
+        plan_ranks([ODD_PART], Mesh.parse("tp=2"), "float32")
     assert not dist.is_initialized()
 
 
 def test_a_plan_of_a_mesh_survives_json_and_names_every_rank() -> None:
-    groups = plan_ranks([part(UNEVEN, **ODD)], Mesh.parse("cp=2"), "float32")  # 14 and 13 tokens
+    groups = plan_ranks([ODD_PART], Mesh.parse("cp=2"), "float32")  # 14 and 13 tokens
     plan = replace(make_plan("m", "1", "null", SKUS["h200-sxm"], "float32", "asked for", ()), mesh=axes_of(Mesh.parse("cp=2")), ranks=groups)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     text = plan.explain()

@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reelstep.compiler.lora import Layout, layers_of
-from reelstep.compiler.sharded import ShardedPart, plan_ranks
+from reelstep.compiler.part import Part
+from reelstep.compiler.program import Program
+from reelstep.compiler.sharded import plan_ranks
 from reelstep.engine.lora import pack, read_adapter
 from reelstep.engine.models.movie_gen import MovieGenConfig, MovieGenTransformer
 from reelstep.parallel.mesh import Mesh
-from reelstep.parallel.rules import MOVIE_GEN
 
 CLOSE = 1e-5
 """Relative; float32 sums of another order differ by some 1e-7."""
@@ -162,11 +163,19 @@ def thin_products(layout: Layout, tp: int, tokens: int) -> int:
     return total
 
 
+def build_even() -> MovieGenTransformer:
+    """What tp divides: its ranks are alike."""
+    return MovieGenTransformer(replace(on_ranks.SHALLOW, heads=4, ffn=24))
+
+
+def of_two_rows(module: MovieGenTransformer) -> tuple[Program, ...]:
+    return (on_ranks.dit_program(module, 2)[0],)
+
+
 @pytest.mark.parametrize(("mesh", "tokens"), [("tp=2", [27]), ("cp=2", [14, 13])])
 def test_a_plan_of_ranks_has_both_programs_on_the_same_weights(mesh: str, tokens: list[int]) -> None:
-    config, on = replace(on_ranks.SHALLOW, heads=4, ffn=24), Mesh.parse(mesh)  # what tp divides: its ranks are alike
-    layout = Layout(2, layers_of(blocks_of(MovieGenTransformer(config))))
-    part = ShardedPart(lambda: MovieGenTransformer(config), lambda module: (on_ranks.dit_program(module, 2)[0],), MOVIE_GEN)
+    on, layout = Mesh.parse(mesh), Layout(2, layers_of(blocks_of(build_even())))
+    part = Part(f"{__name__}:build_even", f"{__name__}:of_two_rows", rules="movie-gen", prefix="")
     for group, length in zip(plan_ranks([part], on, "float32", lora=layout), tokens, strict=True):
         plain, adapted = group.programs
         assert (plain.program, adapted.program) == ("denoise", "denoise_lora")

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from reelstep.compiler.part import Part
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.movie_gen import MovieGenConfig, MovieGenTransformer
 from reelstep.engine.samplers.ns import drive, sample
@@ -239,7 +240,7 @@ class Wrapped(nn.Module):
         self.denoiser = denoiser
 
 
-SPEC = replace(MODELS["reel-tiny"], sharding=({"build": f"{__name__}:build_dit", "programs": "", "rules": "movie-gen", "prefix": "denoiser."},))
+SPEC = replace(MODELS["reel-tiny"], sharding=(Part(f"{__name__}:build_dit", programs="", rules="movie-gen", prefix="denoiser."),))
 
 
 def broken(stage: int) -> tuple[bool, bool, bool]:

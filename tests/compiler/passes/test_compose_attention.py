@@ -15,14 +15,14 @@ from torch.export import ExportedProgram
 
 from reelstep.compiler.capture import capture, quiet_torch
 from reelstep.compiler.graphs import ops_of
+from reelstep.compiler.part import Part
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.decompose_ops import decompose_ops
 from reelstep.compiler.program import Profile, Program, TensorSpec
-from reelstep.compiler.sharded import ShardedPart, plan_ranks
+from reelstep.compiler.sharded import plan_ranks
 from reelstep.engine.models.movie_gen import CONFIG_30B, MovieGenTransformer, denoise_program
 from reelstep.kernels import OPS
 from reelstep.parallel.mesh import Mesh
-from reelstep.parallel.rules import MOVIE_GEN
 
 PROFILE = Profile("p", {}, 4)
 TORCHS, OURS = "aten.scaled_dot_product_attention.default", "reelstep.attention.default"
@@ -104,15 +104,18 @@ def test_heads_are_joined_without_the_copy_that_torchs_layout_needs_on_the_meta_
     assert plain["aten.clone.default"] == kept["aten.clone.default"] + 1
 
 
+def build_small() -> MovieGenTransformer:
+    config = replace(CONFIG_30B, layers=1, width=64, ffn=96, heads=4, latent_channels=3, positions=(4, 4, 4), text_widths=(5,), time_frequencies=16)
+    return MovieGenTransformer(config)
+
+
+def denoise_small(module: MovieGenTransformer) -> tuple[Program, ...]:
+    return (denoise_program(module, 8, [Profile("p", {"F": 2, "H": 4, "W": 4}, 2)]),)
+
+
 @pytest.mark.parametrize(("mesh", "ours", "rings"), [("cp=2", 2, 0), ("cp=2,ring=2", 1, 1), ("tp=2", 2, 0)])
 def test_ranks_keep_the_op_for_the_attention_that_is_left_to_each_of_them(mesh: str, ours: int, rings: int) -> None:
-    config = replace(CONFIG_30B, layers=1, width=64, ffn=96, heads=4, latent_channels=3, positions=(4, 4, 4), text_widths=(5,), time_frequencies=16)
-
-    def programs(module: nn.Module) -> tuple[Program, ...]:
-        assert isinstance(module, MovieGenTransformer)
-        return (denoise_program(module, 8, [Profile("p", {"F": 2, "H": 4, "W": 4}, 2)]),)
-
-    shared = ShardedPart(lambda: MovieGenTransformer(config), programs, MOVIE_GEN)
+    shared = Part(f"{__name__}:build_small", f"{__name__}:denoise_small", rules="movie-gen", prefix="")
     for group in plan_ranks([shared], Mesh.parse(mesh), "float32", keep=OPS):
         ops = Counter(group.programs[0].ops)
         assert (ops[OURS], ops["reelstep.ring_attention.default"], ops[TORCHS]) == (ours, rings, 0)

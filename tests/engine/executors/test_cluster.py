@@ -29,6 +29,7 @@ from ray.cluster_utils import Cluster
 
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.compile import compile_model
+from reelstep.compiler.part import Part
 from reelstep.compiler.skus import SKUS, is_gpu
 from reelstep.engine.executors import cluster, on_mesh
 from reelstep.engine.executors.bundles import Stored, WholeBundles
@@ -315,12 +316,7 @@ def test_replicas_are_added_and_taken_away_and_room_is_what_is_left(nodes: Nodes
 
 @pytest.mark.slow
 def test_a_bundle_on_a_mesh_of_actors_gives_one_devices_numbers(nodes: Nodes, compiled: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = {
-        "build": f"{small_model.__name__}:build_denoiser",
-        "programs": f"{small_model.__name__}:denoiser_programs",
-        "rules": "movie-gen",
-        "prefix": "denoiser.",
-    }
+    part = Part(f"{small_model.__name__}:build_denoiser", f"{small_model.__name__}:denoiser_programs", rules="movie-gen", prefix="denoiser.")
     spec = ModelSpec("small", "1", MODELS["dit-mid"].settings, small_model.build, small_model.programs, None, sharding=(part,))
     monkeypatch.setattr(on_mesh, "MODELS", {"small": spec})
     executor = open_on_cluster([compiled], replicas=1, mesh=Mesh.parse("cp=2"), share=Share(0.5), cache=tmp_path)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from reelstep.compiler.lora import Layout, layers_of
+from reelstep.compiler.part import Part
 from reelstep.engine import build
 from reelstep.engine.executors import on_mesh
 from reelstep.engine.executors.on_mesh import open_on_mesh
@@ -27,7 +28,7 @@ from reelstep.parallel.mesh import Mesh
 from reelstep.tests.engine.conftest import Heard
 from reelstep.tests.engine.executors import small_model
 
-PART = {"build": f"{small_model.__name__}:build_denoiser", "programs": f"{small_model.__name__}:denoiser_programs", "rules": "movie-gen", "prefix": "denoiser."}
+PART = Part(f"{small_model.__name__}:build_denoiser", f"{small_model.__name__}:denoiser_programs", rules="movie-gen", prefix="denoiser.")
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Linear]:

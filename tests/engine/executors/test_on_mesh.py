@@ -6,7 +6,6 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -16,9 +15,9 @@ from safetensors import safe_open
 from reelstep import __main__ as cli
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.compile import compile_model
+from reelstep.compiler.part import Part
 from reelstep.engine.executors import on_mesh
 from reelstep.engine.executors.on_mesh import check_part, open_on_mesh
-from reelstep.engine.executors.processes import Part
 from reelstep.engine.loop import open_engine
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import ModelSpec
@@ -27,7 +26,7 @@ from reelstep.errors import BundleError, ConfigError
 from reelstep.parallel.mesh import Mesh
 from reelstep.tests.engine.executors import small_model
 
-PART = {"build": f"{small_model.__name__}:build_denoiser", "programs": f"{small_model.__name__}:denoiser_programs", "rules": "movie-gen", "prefix": "denoiser."}
+PART = Part(f"{small_model.__name__}:build_denoiser", f"{small_model.__name__}:denoiser_programs", rules="movie-gen", prefix="denoiser.")
 SPEC = ModelSpec("small", "1", MODELS["dit-mid"].settings, small_model.build, small_model.programs, None, sharding=(PART,))
 
 
@@ -123,11 +122,11 @@ def test_what_cannot_be_sharded_is_refused(
 def test_a_registered_models_parts_are_those_of_its_weights() -> None:
     for spec in (spec for spec in MODELS.values() if spec.sharding):
         model = spec.build()
-        for part in (Part(**arguments) for arguments in spec.sharding):
+        for part in spec.sharding:
             check_part(part, Mesh.parse("cp=2,tp=2"), spec.name)
-            module = resolve_name(part.build)()
+            module = part.empty()
             assert {part.prefix + name for name in module.state_dict()} <= set(model.state_dict()), spec.name
-            assert {program.name for program in resolve_name(part.programs)(module)} <= {program.name for program in spec.programs(model)}
+            assert {program.name for program in part.programs_of(module)} <= {program.name for program in spec.programs(model)}
 
 
 def test_an_engine_on_a_mesh_takes_one_bundle_in_float32(bundle: Bundle, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ sys.path.append(str(Path(__file__).parent))  # ranks import what they load by na
 import rank_programs
 from rank_programs import Sums
 
-from reelstep.engine.executors.processes import Part, Processes, ShardedModel, World, start
+from reelstep.compiler.part import Part
+from reelstep.engine.executors.processes import Processes, ShardedModel, World, start
 from reelstep.engine.request import Call
 from reelstep.errors import BundleError, ConfigError, NotFound, Unavailable
 from reelstep.parallel.mesh import Mesh

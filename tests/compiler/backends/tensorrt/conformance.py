@@ -37,9 +37,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from reelstep.compiler.backends.tensorrt import cache, collectives, engine, network, unwatched  # noqa: E402
 from reelstep.compiler.backends.tensorrt.records import Progress, Records  # noqa: E402
 from reelstep.compiler.capture import capture  # noqa: E402
+from reelstep.compiler.part import Part  # noqa: E402
 from reelstep.compiler.passes import apply_passes  # noqa: E402
 from reelstep.compiler.program import Precision, Profile, Program, TensorSpec  # noqa: E402
-from reelstep.compiler.sharded import ShardedPart, rank_programs  # noqa: E402
+from reelstep.compiler.sharded import rank_programs  # noqa: E402
 from reelstep.compiler.signature import TORCH_DTYPES, Signature  # noqa: E402
 from reelstep.engine.build import sharded_parts  # noqa: E402
 from reelstep.engine.models import MODELS, movie_gen  # noqa: E402
@@ -90,20 +91,21 @@ def dry_run(programs: Sequence[Program]) -> dict[str, Any]:
     return found
 
 
-def parts_of(name: str) -> tuple[ShardedPart, ...]:
+def parts_of(name: str) -> tuple[Part, ...]:
     parts = sharded_parts(MODELS[name])
-    if name != "movie-gen-30b":
-        return parts
-    shallow = dataclasses.replace(movie_gen.CONFIG_30B, layers=2)
-    return tuple(dataclasses.replace(part, build=lambda: movie_gen.MovieGenTransformer(shallow)) for part in parts)
+    return tuple(dataclasses.replace(part, build=f"{__name__}:build_shallow") for part in parts) if name == "movie-gen-30b" else parts
 
 
 def programs_of(name: str) -> tuple[Program, ...]:
-    """The 48 layers of Movie Gen are alike and take minutes to trace: two of them."""
     if name != "movie-gen-30b":
         return MODELS[name].programs(MODELS[name].build())
     with torch.device("meta"):
-        return movie_gen.programs_30b(movie_gen.MovieGenTransformer(dataclasses.replace(movie_gen.CONFIG_30B, layers=2)))
+        return movie_gen.programs_30b(build_shallow())
+
+
+def build_shallow() -> movie_gen.MovieGenTransformer:
+    """The 48 layers of Movie Gen are alike and take minutes to trace: two of them."""
+    return movie_gen.MovieGenTransformer(dataclasses.replace(movie_gen.CONFIG_30B, layers=2))
 
 
 class RankBlock(nn.Module):
