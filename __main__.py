@@ -213,7 +213,7 @@ def add_serve(commands: Commands) -> None:
     parser.add_argument("--no-reflection", action="store_true", help="do not tell clients the schema")
     parser.add_argument("--max-running", type=int, default=32, metavar="N", help="requests that hold memory at once (32)")
     parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait for that; more are refused (256)")
-    parser.add_argument("--max-seconds", type=float, default=600.0, metavar="S", help="longest that one request may take (600)")
+    parser.add_argument("--max-seconds", type=parse_seconds, default=600.0, metavar="S", help="longest that one request may take (600)")
     named = "let requests use this LoRA by this name, for a bundle compiled with --lora-rank; may be repeated"
     parser.add_argument("--lora", type=parse_named, action="append", default=[], metavar="NAME=FILE", help=named)
     lets = "let whoever reaches the port load LoRAs into the server while it runs, and unload them: `reelstep lora --help`"
@@ -243,7 +243,7 @@ def add_generate(commands: Commands) -> None:
     parser = add_command(commands, "generate", run_generate, text, examples)
     parser.add_argument("prompt", metavar="PROMPT", help="what to show, in words")
     add_server(parser)
-    parser.add_argument("--timeout", type=float, metavar="S", help="give up after so many seconds; the server stops then too")
+    parser.add_argument("--timeout", type=parse_seconds, metavar="S", help="give up after so many seconds; the server stops then too")
     adds = "add a LoRA that the server has, strength 1 if not given; may be repeated; a wrong name prints those there are"
     parser.add_argument("--lora", type=parse_strength, action="append", default=[], metavar="NAME[=X]", help=adds)
     add_generation_options(parser)
@@ -416,7 +416,7 @@ def cache_dir(args: argparse.Namespace) -> Path:
 
 
 def tell_stage(stage: str, done: int, total: int) -> None:
-    print(f"[{done}/{total}] {stage}", file=sys.stderr, flush=True)
+    print(f"[{done}/{total}] {stage}" if total else stage, file=sys.stderr, flush=True)
 
 
 def run_compile(args: argparse.Namespace) -> None:
@@ -768,7 +768,7 @@ def build_options(args: argparse.Namespace) -> Options:
 
 def check_out(path: Path) -> str:
     """The media type of an output, before any work is done for it. Raises ConfigError."""
-    from reelstep.engine.media import media_type_of
+    from reelstep.engine.media_types import media_type_of
 
     if not path.parent.is_dir():
         raise ConfigError(f"cannot write {path}: there is no folder {path.parent}; make it first")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import partial
 from itertools import count
 from pathlib import Path
+from threading import Lock
 
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -21,22 +22,29 @@ from reelstep.errors import CompileError
 from reelstep.parallel.mesh import GIVEN, Mesh
 
 Progress = Callable[[str, int, int], None]
-"""Called with what begins, how many steps are done, and how many there are."""
+"""Called with what begins, how many steps are done, and how many there are; 0 where nobody knows, as of what is opened only if it is called."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
     """Nobody watches."""
 
 
-class Later:
-    """An executable that is made when it is first called."""
+class Later(Executable):
+    """An executable that is made when it is first called, or ahead of that. making: held meanwhile; graphs are traced by one thread at a time."""
 
-    def __init__(self, signature: Signature, make: Callable[[], Executable]) -> None:
-        self.signature, self._make = signature, make
+    def __init__(self, signature: Signature, make: Callable[[], Executable], making: Lock) -> None:
+        self.signature, self._make, self._making = signature, make, making
+        self._made: Executable | None = None
 
-    @cached_property
+    @property
     def made(self) -> Executable:
-        return self._make()
+        with self._making:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+    def open(self, rows: int) -> None:
+        self.made.open(rows)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.made(inputs)
@@ -62,11 +70,12 @@ def load(
     keys, done = list(bundle.signatures), count()
 
     def make(key: tuple[str, str]) -> Executable:
-        progress(f"{chosen.name}: {key[0]} {key[1]}", next(done), len(keys))
+        progress(f"{chosen.name}: {key[0]} {key[1]}", next(done), 0 if later else len(keys))
         return build_engine(bundle, key, chosen, wanted, cache)
 
     if later:
-        return {key: Later(bundle.signatures[key], partial(make, key)) for key in keys}
+        making = Lock()
+        return {key: Later(bundle.signatures[key], partial(make, key), making) for key in keys}
     engines = {key: make(key) for key in keys}
     progress(f"{chosen.name}: ready", len(keys), len(keys))
     return engines

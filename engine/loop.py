@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,12 @@ import numpy as np
 from reelstep import __version__
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.load import Progress as LoadProgress
-from reelstep.compiler.load import silent
+from reelstep.compiler.load import load, silent
 from reelstep.compiler.lora import SUFFIX
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signing import PublicKey
 from reelstep.engine.checkpoints import Checkpoints
-from reelstep.engine.executors import LOOK_S, Executor
+from reelstep.engine.executors import LOOK_S, RETRY_S, Executor
 from reelstep.engine.executors.bundles import runner_of
 from reelstep.engine.executors.inline import Inline
 from reelstep.engine.executors.patience import Allowance
@@ -39,7 +40,7 @@ from reelstep.engine.pipelines.latent import Job, Pipeline
 from reelstep.engine.pipelines.state import PipelineState
 from reelstep.engine.request import Call, Event, Failed, Finished, Media, Preview, Progress, Queued, Request, Usage, validate
 from reelstep.engine.runner import Outputs
-from reelstep.engine.scheduler import Round, Scheduler, Ticket, first_in_time, rounds_of, usual
+from reelstep.engine.scheduler import Key, Round, Scheduler, Ticket, first_in_time, rounds_of, rows_of, usual
 from reelstep.engine.served import ServedModel, read_loras
 from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, Overloaded, ReelstepError, Unavailable, UnsupportedRequest, unknown
 from reelstep.parallel.mesh import Mesh
@@ -92,7 +93,8 @@ class Engine:
     At most `max_running` requests hold memory; `max_queued` more may wait for a place, then Overloaded. `on_batch` hears of every batch.
     checkpoints: where states of running requests are kept, and looked for when one starts; those of an engine that closes stay there.
     rows_at_once: of a call that a replica runs at the same time, on parts of its mesh. `release`, which may be called twice, frees what the executor
-    holds once nothing runs on it. `load` is that of the last moment.
+    holds once nothing runs on it. opens: called beside a request's first calls with each program and the rows of its calls to come. `load` is that of the last
+    moment.
     """
 
     def __init__(
@@ -106,8 +108,10 @@ class Engine:
         release: Callable[[], None] | None = None,
         checkpoints: Checkpoints | None = None,
         rows_at_once: int = 1,
+        opens: Callable[[Key, int], None] | None = None,
     ) -> None:
         self.models = models
+        self._opens = opens
         self._checkpoints = checkpoints
         self.max_running, self.max_queued = max_running, max_queued
         self._executor = executor
@@ -166,15 +170,20 @@ class Engine:
         with self._lock:
             self.models = {**self.models, model: self._model(model).without_lora(name)}
 
+    def forget_times(self) -> None:
+        """What calls took until now says nothing of those to come."""
+        self._commands.put(self._scheduler.estimates.clear)
+
     def close(self, grace_s: float) -> None:
-        """Take nothing new, finish what is there within `grace_s`, cancel the rest. Idempotent."""
+        """Take nothing new, finish what is there within `grace_s`; the rest fails as Unavailable. Idempotent."""
         with self._lock:
             self._closing = True
         end = time.monotonic() + grace_s
         while self._admitted and time.monotonic() < end:
             time.sleep(0.01)
+        gone = Unavailable("the server stopped before this request was done; ask again, here once it is back, or another one", retry_after_s=RETRY_S)
         for request_id in tuple(self._admitted):
-            self.cancel(request_id)
+            self._commands.put(partial(self._fail_by_id, request_id, gone))
         self._commands.put(self._stopped.set)
         self._thread.join()
         self._workers.shutdown()  # a batch cannot be stopped: what still runs is waited for
@@ -249,7 +258,9 @@ class Engine:
             request, served = running.request, running.served
             table = served.table(request.solver, request.schedule, request.steps)
             rule = served.rule(request.guidance, request.scale, request.guidance_options)
-            running.usual = running.usual or usual(expected_rounds(served, request, table.n))
+            rounds = expected_rounds(served, request, table.n)
+            running.usual = running.usual or usual(rounds)
+            self._open_ahead(request, rounds)
             if self._checkpoints is not None:
                 running.adapters = served.adapters(request)
                 if (found := self._checkpoints.find(request, running.adapters)) is not None:
@@ -259,6 +270,12 @@ class Engine:
             self._advance(running, None)
         except ReelstepError as error:
             self._fail(running, error)
+
+    def _open_ahead(self, request: Request, rounds: Sequence[Round]) -> None:
+        """What is called after the first round, beside it, as far as that is known. What cannot be opened says so when it is called."""
+        if (opens := self._opens) is not None and not request.step_cache:
+            to_come = {key: rows for calls in rounds[1:] for key, rows in rows_of(calls).items()}
+            self._workers.submit(lambda: [opens(key, rows) for key, rows in to_come.items()])  # one after the other: two at once would delay the first
 
     def _choose(self, running: Running) -> None:
         """Settle the quality of a request of `auto`: the best that is expected to be done in time beside all that runs now; the cheapest where none is, or
@@ -439,7 +456,7 @@ def open_engine(
 ) -> Engine:
     """Load bundles and run each once, so that the first request meets warm engines. trusted: if any, one of these must have signed each bundle.
 
-    once: for a single request, which is done sooner if engines are opened as it calls them and none is run before.
+    once: for a single request, which is done sooner if only what it calls is opened, beside its first calls, and nothing is run before.
     mesh: of ranks that share one bundle's model, in float32: on this machine, or as `elsewhere` says, whose replicas then run all that there is.
     loras: files by the names that requests use, of the only bundle. checkpoints: a directory for states of running requests, and every how many steps
     one is kept. allowance: how long a call on a mesh may take; `elsewhere` brings its own. Raises BundleError, CompileError, NotFound (backend), or
@@ -477,20 +494,23 @@ def open_engine(
         ranks = open_on_mesh(opened[0], mesh, cache, backend, allowance or Allowance())
         progress(f"ranks of mesh {mesh}: ready", 1, 1)
         return warmed_up(make(ranks, release=ranks.close))
-    engine = make(Inline({bundle.plan.model: runner_of(bundle, cache, backend, precision, progress, later=once) for bundle in opened}))
-    return engine if once else warmed_up(engine)
+    loaded = {bundle.plan.model: load(bundle, cache, backend, precision, progress, later=once) for bundle in opened}
+    inline = Inline({bundle.plan.model: runner_of(bundle, loaded[bundle.plan.model]) for bundle in opened})
+    return make(inline, opens=lambda key, rows: loaded[key[0]][key[1:]].open(rows)) if once else warmed_up(make(inline))
 
 
 def warmed_up(engine: Engine) -> Engine:
     """The engine, after requests to every task of its models: a backend may run one row by another engine than several.
 
-    A model that takes LoRAs and has none is given one meanwhile, for the first that a client loads shall not wait for what is cold either.
+    Twice, as the first calls open what later ones find open, and deadlines are held against what those take. A model that takes LoRAs and has none is given
+    one meanwhile, for the first that a client loads shall not wait for what is cold either.
     """
     loaded = engine.models
     engine.models = {name: model.with_some_lora() for name, model in loaded.items()}
-    for model in engine.models.values():
-        for task in model.settings.tasks:
-            for several in (False, True):
+    for _ in range(2):
+        engine.forget_times()
+        for model in engine.models.values():
+            for task, several in product(model.settings.tasks, (False, True)):
                 for step_cache in ("", *model.step_caches):
                     warm_up(engine, model, task, step_cache, several)
                 for lora in [*model.loras][:1]:

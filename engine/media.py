@@ -1,4 +1,4 @@
-"""Pictures in, files out: safe decoding, encoding by media type, and writing that never harms what was there.
+"""Pictures in, files out: safe decoding, and encoding by media type.
 
 F frames, H W pixels; everything uint8 RGB, or RGBA where a picture came with alpha.
 """
@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable
 from fractions import Fraction
 from io import BytesIO
-from pathlib import Path
 
 import av
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from reelstep.engine.media_types import ENCODERS
 from reelstep.engine.request import Limits
-from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, unknown
+from reelstep.errors import FieldViolation, InvalidRequest
 
 Pixels = npt.NDArray[np.uint8]
 
 INPUT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
-SUFFIXES = {".mp4": "video/mp4", ".webp": "image/webp", ".gif": "image/gif", ".png": "image/png"}
 WHITE = (255, 255, 255)
 GIF_TICKS_PER_S = 100
 
@@ -114,25 +112,6 @@ def encode_png(frames: Pixels, frames_per_second: float) -> bytes:
     return save_animation(frames, "PNG", round(1000 / frames_per_second))
 
 
-ENCODERS: dict[str, Callable[[Pixels, float], bytes]] = {
-    "video/mp4": encode_mp4,
-    "image/webp": encode_webp,
-    "image/gif": encode_gif,
-    "image/png": encode_png,
-}
-STILL_TYPES = frozenset({"image/png"})
-"""Types that mean one picture unless frames are asked for."""
-
-
 def encode(frames: Pixels, frames_per_second: float, media_type: str) -> bytes:
     """frames: [F, H, W, 3] -> a file. Raises NotFound for a media type that is not in ENCODERS."""
-    if media_type not in ENCODERS:
-        raise unknown("media type", media_type, ENCODERS)
     return ENCODERS[media_type](frames, frames_per_second)
-
-
-def media_type_of(path: Path) -> str:
-    """The media type that a file name asks for. Raises ConfigError with the known suffixes."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"cannot write {path.name!r}: suffix {path.suffix!r} is none of {', '.join(SUFFIXES)}; rename the output")
-    return SUFFIXES[path.suffix.lower()]

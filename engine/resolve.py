@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
-from reelstep.engine.media import ENCODERS, STILL_TYPES, decode_picture
+from reelstep.engine.media_types import ENCODERS, STILL_TYPES
 from reelstep.engine.request import (
     AUTO,
     Asked,
@@ -30,7 +30,7 @@ from reelstep.engine.request import (
     parts,
     validate,
 )
-from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, NotFound, UnsupportedRequest
+from reelstep.errors import ConfigError, FieldViolation, InvalidRequest, NotFound, UnsupportedRequest, unknown
 
 DEFAULT_MEDIA_TYPE = "video/mp4"
 DRAWN_SEED_BITS = 31  # short enough to be typed again
@@ -190,6 +190,8 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
     request = leave_open(ask, task, served) if ask.quality == AUTO else build(ask, task, served)
     if ask.image is None:
         return request
+    from reelstep.engine.media import decode_picture  # here: most requests bring no picture
+
     return replace(request, image=decode_picture(ask.image, settings.limits))
 
 
@@ -349,7 +351,9 @@ def choose_lora(ask: Ask, served: Served) -> Mapping[str, float]:
         text = f"model {served.name!r} was compiled to take no LoRA; leave lora out, or serve a bundle compiled with --lora-rank"
         raise UnsupportedRequest(text)
     for name in ask.lora:
-        choose("LoRA", name, tuple(served.loras))
+        if name not in served.loras:
+            text = f"{unknown('LoRA', name[:80], served.loras)}. Load it with `reelstep lora load NAME=FILE`, or start the server with `--lora NAME=FILE`"
+            raise NotFound(text)
     return ask.lora
 
 

@@ -20,9 +20,13 @@ Graph = Callable[[], ExportedProgram]
 
 
 class Executable(Protocol):
-    """A program at a profile, ready to run. May be called by one thread at a time."""
+    """A program at a profile, ready to run. May be called by one thread at a time. A backend's is a subclass."""
 
     signature: Signature
+
+    def open(self, rows: int) -> None:
+        """What the first call of so many rows does before it computes, ahead of it and from any thread. Nothing for most."""
+        return
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name, in memory of their own, for inputs of any number of rows in 1..max_batch.

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from reelstep.compiler.backends import Backend, Graph
+from reelstep.compiler.backends import Backend, Executable, Graph
 from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import TORCH_DTYPES, Signature
 from reelstep.compiler.skus import is_gpu
 
 
-class EagerExecutable:
+class EagerExecutable(Executable):
     def __init__(self, module: nn.Module, signature: Signature, precision: Precision) -> None:
         self.module = module
         self.signature = signature

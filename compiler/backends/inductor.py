@@ -21,7 +21,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from reelstep.compiler.backends import Backend, Graph
+from reelstep.compiler.backends import Backend, Executable, Graph
 from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.passes.mixed_precision import mixed_precision
 from reelstep.compiler.program import Precision
@@ -34,7 +34,7 @@ from reelstep.kernels import OPS
 from reelstep.parallel.mesh import Mesh
 
 
-class InductorExecutable:
+class InductorExecutable(Executable):
     """Outputs lie where the inputs do."""
 
     def __init__(self, run: Callable[..., Any], signature: Signature, device: str) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from reelstep.compiler.backends import Backend, Graph
+from reelstep.compiler.backends import Backend, Executable, Graph
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
 
 
-class NullExecutable:
+class NullExecutable(Executable):
     def __init__(self, signature: Signature) -> None:
         self.signature = signature
 

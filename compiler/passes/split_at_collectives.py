@@ -72,7 +72,7 @@ class Split:
         return [step for step in self.steps if isinstance(step, Piece)]
 
 
-class Chain:
+class Chain(Executable):
     """The whole program again: pieces as a backend built them, collectives over this rank's links between them."""
 
     def __init__(self, split: Split, executables: Sequence[Executable], comm: Communicator) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reelstep.compiler.bundle import MANIFEST, Bundle
-from reelstep.compiler.load import Progress, load, silent
+from reelstep.compiler.load import load
 from reelstep.compiler.program import Precision
 from reelstep.compiler.storage import whole_directory
-from reelstep.engine.runner import Runner
+from reelstep.engine.runner import Executable, Runner
 from reelstep.errors import BundleError
 from reelstep.parallel.collectives import Communicator
 
@@ -72,12 +72,9 @@ class WholeBundles:
 
     def load(self, comm: Communicator) -> Mapping[str, Runner]:
         opened = [(stored.open(), stored.cache) for stored in self.bundles]
-        return {bundle.plan.model: runner_of(bundle, cache, self.backend, self.precision) for bundle, cache in opened}
+        return {bundle.plan.model: runner_of(bundle, load(bundle, cache, self.backend, self.precision)) for bundle, cache in opened}
 
 
-def runner_of(
-    bundle: Bundle, cache: Path, backend: str | None, precision: Precision | None, progress: Progress = silent, later: bool = False
-) -> Runner:  # fmt: skip
-    """All programs of a bundle, on this machine. later, and raises: as `load`."""
-    limits = {key: signature.max_batch for key, signature in bundle.signatures.items()}
-    return Runner(load(bundle, cache, backend, precision, progress, later), limits)
+def runner_of(bundle: Bundle, executables: Mapping[tuple[str, str], Executable]) -> Runner:
+    """All programs of a bundle, as they were loaded on this machine."""
+    return Runner(executables, {key: signature.max_batch for key, signature in bundle.signatures.items()})

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from reelstep.engine import request as core
-from reelstep.engine.media import ENCODERS
+from reelstep.engine.media_types import ENCODERS
 from reelstep.engine.resolve import DEFAULT_MEDIA_TYPE, Ask, Fused, Lora, Served
 from reelstep.errors import FieldViolation, InvalidRequest
 from reelstep.protos.reelstep.v1 import media_pb2 as pb

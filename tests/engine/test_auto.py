@@ -10,7 +10,7 @@ import pytest
 
 from reelstep.engine.client import Client
 from reelstep.engine.executors.inline import Inline
-from reelstep.engine.loop import Engine, warm_up
+from reelstep.engine.loop import Engine, warm_up, warmed_up
 from reelstep.engine.request import Choice
 from reelstep.engine.resolve import Ask, resolve
 from reelstep.errors import DeadlineExceeded, InvalidRequest, NotFound
@@ -93,6 +93,24 @@ def test_a_cold_engine_promises_nothing_and_no_deadline_is_no_reason_to_shorten(
     engine = make_engine(0.0, warm=False)
     assert run(engine, ask(engine, 60.0)).result().usage.quality == "draft"
     assert run(make_engine(0.0, warm=False), ask(engine)).result().usage.quality == "best"
+
+
+def test_what_the_first_calls_wait_for_is_not_expected_of_later_ones():
+    """A program that is opened when it is first called, once for a lone row and once for several, as OpenVINO's are."""
+    opened = set()
+
+    def opens(inputs):
+        if (several := len(inputs["x"]) > 1) not in opened:
+            opened.add(several)
+            time.sleep(0.5)
+        return {"velocity": -inputs["x"]}
+
+    engine = warmed_up(Engine({"toy": MODEL}, Inline({"toy": make_runner(denoise=opens)})))
+    try:
+        assert opened == {False, True}
+        assert run(engine, ask(engine, 5.0)).result().usage.quality == "best", "40 calls of half a second would be 20 s"
+    finally:
+        engine.close(0)
 
 
 def test_what_ran_can_be_sent_again_for_the_same_pixels(make_engine):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def test_a_menu_travels_with_the_bundle_with_the_tables_that_it_names(build_with
         ({"guidance": "linear_8"}, "unknown guidance 'linear_8'; known: "),
         ({"schedule": "wavy"}, "unknown schedule 'wavy'; known: "),
         ({"steps": 0}, "steps: 0 is not in 1..100"),
-        ({"scale": 21.0}, "guidance: 21.0 is not in 0..20"),
+        ({"scale": 21.0}, "guidance: a scale of 21.0 is not in 0..20"),
         ({"guidance": "cfg", "guidance_options": {"treshold": 0.5}}, "guidance_options: unknown option of guidance 'cfg' 'treshold'; known: rescale"),
         ({"guidance": "none", "scale": 2.0}, "guidance: "),
         ({"solver": "bns_2", "steps": 8}, "steps: 8, but 'bns_2' was fitted with 2"),
@@ -265,4 +266,15 @@ def test_engines_that_are_opened_later_are_made_once_when_they_are_called(compil
     wanted = nn.Linear(3, 3)(x)
     for _ in range(2):
         torch.testing.assert_close(engine({"x": x})["velocity"], wanted.detach())
-    assert told == [("eager: denoise video", 0, 1)]
+    assert told == [("eager: denoise video", 0, 0)]
+
+
+def test_engines_that_are_opened_ahead_are_made_once_too(compile_toy, tmp_path):
+    bundle, _ = compile_toy(backend="eager", precision="float32")
+    told = []
+    engine = load(bundle, tmp_path / "cache", progress=lambda *stage: told.append(stage), later=True)["denoise", "video"]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            pool.submit(engine.open, 2)
+        engine({"x": torch.randn(2, 3)})
+    assert len(told) == 1

@@ -17,7 +17,7 @@ from reelstep.engine.loop import Engine
 from reelstep.engine.pipelines.state import PipelineState
 from reelstep.engine.request import Failed
 from reelstep.engine.runner import Runner
-from reelstep.errors import Cancelled, ConfigError, StorageError
+from reelstep.errors import ConfigError, StorageError, Unavailable
 from reelstep.tests.engine.executors.toy_engine import Heard
 
 KINDS = {
@@ -94,7 +94,7 @@ def test_a_new_engine_goes_on_with_what_another_one_began(kind, engines, request
     closer.start()
     assert heard.ended.wait(20)
     assert isinstance(heard.last, Failed)
-    assert isinstance(heard.last.error, Cancelled)
+    assert isinstance(heard.last.error, Unavailable)
     first.go.set()
     closer.join(20)
     (file,) = (tmp_path / "states").glob("*.state")

@@ -15,6 +15,7 @@ from reelstep.engine.resolve import Ask, resolve
 from reelstep.engine.runner import Runner
 from reelstep.engine.samplers.step_cache import STEP_CACHES
 from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Overloaded, Unavailable, UnsupportedRequest
+from reelstep.tests.engine.conftest import Heard, make_request
 
 
 def pixel(value: float) -> int:
@@ -523,6 +524,26 @@ def test_one_replica_runs_one_batch_at_a_time_and_those_that_come_meanwhile_go_t
     assert {(b.key[1], b.rows) for b in toy.batches} >= {("encode_text", 2), ("encode_text", 4)}
 
 
+def test_what_a_request_will_call_is_opened_beside_its_first_calls(toy):
+    opened = []
+
+    def opens(key, rows):
+        opened.append((key, rows))
+        if key[1] == "decode":
+            raise OSError("the blob is gone: the call itself will say so")
+
+    engine = Engine(toy.engine.models, toy.engine._executor, opens=opens, on_batch=toy.batches.append)
+    try:
+        heard = Heard()
+        engine.submit(make_request(scale=3.0, guidance="cfg", steps=2), heard)
+        heard.result()
+    finally:
+        engine.close(0)
+    assert [(key, rows) for key, rows in opened if key[1] != "decode"] == [(("toy", "denoise", "video"), 2)]
+    assert opened[-1] == (("toy", "decode", "video"), 1)
+    assert {*opened} <= {(batch.key, batch.rows) for batch in toy.batches}, "nothing is opened that is not called"
+
+
 def test_a_request_that_is_cancelled_while_its_call_runs_hears_so_at_once_and_the_output_is_dropped(gated):
     toy, executor = gated
     first, other = toy.submit(id="again", steps=2), toy.submit(steps=2)
@@ -563,7 +584,7 @@ def test_closing_waits_for_batches_that_cannot_be_stopped_and_frees_the_executor
     executor.wait_for(2)
     closer = threading.Thread(target=toy.engine.close, args=(0.0,))
     closer.start()
-    assert all(isinstance(each.error(), Cancelled) for each in heard)
+    assert all(isinstance(each.error(), Unavailable) for each in heard)
     time.sleep(0.05)
     assert closer.is_alive()
     assert freed == []

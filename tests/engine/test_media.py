@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageSequence
 
-from reelstep.engine.media import ENCODERS, SUFFIXES, decode_picture, encode, fit_picture, media_type_of
+from reelstep.engine.media import decode_picture, encode, fit_picture
+from reelstep.engine.media_types import ENCODERS, SUFFIXES, media_type_of
 from reelstep.engine.request import Limits
 from reelstep.errors import ConfigError, InvalidRequest, NotFound
 

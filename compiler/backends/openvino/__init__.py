@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import openvino as ov
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from reelstep.compiler.backends import Backend, Graph
+from reelstep.compiler.backends import Backend, Executable, Graph
 from reelstep.compiler.backends.openvino.attention import read_keys_in_place
 from reelstep.compiler.backends.openvino.collectives import RUNS, Raised, conversions, has_collectives
 from reelstep.compiler.capture import quiet_torch
@@ -71,7 +73,7 @@ class Bound:
         return self.request
 
 
-class OpenVinoExecutable:
+class OpenVinoExecutable(Executable):
     """A program's variants, each opened when it is first called.
 
     raised: where collectives in it say what went wrong.
@@ -80,14 +82,22 @@ class OpenVinoExecutable:
     def __init__(self, variants: Mapping[Variant, Callable[[], ov.CompiledModel]], signature: Signature, raised: Raised) -> None:
         self.variants, self.signature, self.raised = variants, signature, raised
         *_, self.many = variants
+        self._opened: dict[Variant, list[Bound]] = {}
+        self._opening = Lock()
 
-    @cached_property
-    def alone(self) -> Bound:
-        return Bound(self.variants[ALONE](), self.signature)
+    def open(self, rows: int) -> None:
+        if rows > 1:
+            self._lanes(self.many)
+        if rows == 1 or (self.many.lanes > 1 and rows % self.many.lanes):
+            self._lanes(ALONE)
 
-    @cached_property
-    def lanes(self) -> list[Bound]:
-        return [Bound(self.variants[self.many](), self.signature) for _ in range(self.many.lanes)]
+    def _lanes(self, variant: Variant) -> list[Bound]:
+        """Opened by whoever asks first."""
+        with self._opening:
+            if variant not in self._opened:
+                with ThreadPoolExecutor(variant.lanes) as pool:  # opening one keeps a single core at work
+                    self._opened[variant] = list(pool.map(lambda _: Bound(self.variants[variant](), self.signature), range(variant.lanes)))
+            return self._opened[variant]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = [tensor.detach().contiguous() for tensor in self.signature.ordered(inputs)]
@@ -101,24 +111,25 @@ class OpenVinoExecutable:
 
     def _run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], rows: int) -> None:
         if self.many.rows > 1 < rows:
-            self.lanes[0].bind(inputs, outputs).infer(share_inputs=True, share_outputs=True)
+            self._lanes(self.many)[0].bind(inputs, outputs).infer(share_inputs=True, share_outputs=True)
             return
 
         def row(bound: Bound, k: int) -> ov.InferRequest:
             return bound.bind([x[k : k + 1] for x in inputs], [y[k : k + 1] for y in outputs])
 
         beside = rows - rows % self.many.lanes if self.many.lanes > 1 else 0  # rows that fill all lanes; one that is left over gets all threads
+        lanes = self._lanes(self.many) if beside else []
         try:
             for k in range(beside):
-                lane = self.lanes[k % self.many.lanes]
+                lane = lanes[k % self.many.lanes]
                 if k >= self.many.lanes:
                     lane.request.wait()
                 row(lane, k).start_async(share_inputs=True)
         finally:
-            for lane in self.lanes if beside else ():  # what runs writes to the caller's memory, also when a neighbour has failed
+            for lane in lanes:  # what runs writes to the caller's memory, also when a neighbour has failed
                 lane.request.wait()
         for k in range(beside, rows):
-            row(self.alone, k).infer(share_inputs=True, share_outputs=True)
+            row(self._lanes(ALONE)[0], k).infer(share_inputs=True, share_outputs=True)
 
 
 class OpenVinoBackend(Backend):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch_tensorrt.logging import TRT_LOGGER
 
+from reelstep.compiler.backends import Executable
 from reelstep.compiler.backends.tensorrt.build import row_ranges
 from reelstep.compiler.backends.tensorrt.records import Records
 from reelstep.compiler.signature import TORCH_DTYPES, Edge, Signature
@@ -58,7 +59,7 @@ def streaming_budget(streamable: int, activations: int, free: int) -> int:
     return max(0, min(streamable, free - activations - RESERVE_BYTES))
 
 
-class TensorRtExecutable:
+class TensorRtExecutable(Executable):
     """One engine: a context for each optimisation profile, one workspace and one set of buffers for all, a CUDA graph for each number of rows.
 
     The batch is the first dim, so fewer rows are the beginning of the same buffers and every graph finds them where it left them.

@@ -1,8 +1,10 @@
 """Rows side by side on parts of the threads, and attention that reads keys where they lie."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import openvino as ov
@@ -111,6 +113,23 @@ def test_engines_from_the_cache_run_rows_beside_each_other_too(subject, engine, 
     assert list(again.variants) == list(engine.variants)
     for rows in (1, 5):
         assert torch.equal(again({"x": x_of(rows)})["y"], engine({"x": x_of(rows)})["y"])
+
+
+def test_an_engine_is_opened_once_whether_ahead_or_by_a_call(subject, tmp_path):
+    exported, signature, _ = subject
+    BACKEND.build(lambda: exported, signature, "float32", tmp_path, "key")
+    again, opened = BACKEND.build(None, signature, "float32", tmp_path, "key"), []
+
+    def counted(variant, make):
+        opened.append(variant)
+        return make()
+
+    again.variants = {variant: partial(counted, variant, make) for variant, make in again.variants.items()}
+    with ThreadPoolExecutor(4) as pool:
+        for rows in (3, 2, 3, 2):
+            pool.submit(again.open, rows)
+        again({"x": x_of(3)})
+    assert sorted(opened) == sorted([ALONE] + [again.many] * again.many.lanes)
 
 
 @pytest.mark.parametrize("precision", BACKEND.precisions)
