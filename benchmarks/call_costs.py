@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from reelstep.engine.models import MODELS
+from reelstep.engine.request import Defaults
 from reelstep.engine.scheduler import Key, Round, rounds_of
 from reelstep.errors import ConfigError, unknown
 
@@ -137,17 +139,22 @@ def read_costs(path: Path) -> Costs:
 REEL_TINY_ROWS = {
     "encode_text/any": 64, "encode_image/image": 16, "embed_time/any": 256, "denoise/video": 64, "denoise/image": 64, "decode/video": 16, "decode/image": 16,
 }  # fmt: skip
-REEL_TINY_TASKS = {
-    "text_to_video": Task("video", 2, False, 12, {"draft": 4, "standard": 8, "best": 16}),
-    "text_to_image": Task("image", 2, False, 12, {"draft": 6, "standard": 12, "best": 24}),
-    "animate_sticker": Task("video", 1, True, 6, {"draft": 4, "standard": 8, "best": 16}),
-}
-"""Written out, so that a simulation needs no network and no torch; a test compares them with the model."""
-LATENT_FRAMES = 4
+"""Written out, so that a simulation builds no network; a test compares them with the model."""
+REEL_TINY_TASKS = {"text_to_video": ("video", False), "text_to_image": ("image", False), "animate_sticker": ("video", True)}
+"""Profile, and whether a picture is encoded."""
+
+
+def shape_of(defaults: Defaults, profile: str, picture: bool) -> Task:
+    """A task as a model's settings have it. Steps of the menu are as many as its forwards make with all branches."""
+    branches = 1 if defaults.scale == 1 else 2
+    menu = {quality: round(defaults.menu[quality].forwards / branches) for quality in defaults.qualities}
+    return Task(profile, branches, picture, defaults.steps, menu)
 
 
 def reel_tiny(results: Path = RESULTS) -> Costs:
     """reel-tiny on the CPU of our results: what they have was measured, the rest is assumed. Raises ConfigError where they are missing."""
+    settings = MODELS["reel-tiny"].settings
+    _, frames, _, _ = settings.latent_shape(settings.limits.frames[1], *settings.limits.sizes[0])
     quantised, sticker = (load_result(results / f"{name}.json") for name in ("quantised", "sticker"))
     plain = [r for r in quantised["rows"] if (r["model"], r["layers"]) == ("reel-tiny", "bfloat16")]
     denoise = tuple(Point(r["rows"], r["median_s"], "measured: median of `reelstep bench quantised`, bfloat16") for r in plain)
@@ -157,15 +164,15 @@ def reel_tiny(results: Path = RESULTS) -> Costs:
         return (Point(rows, stage[program], "measured: median of `reelstep bench sticker`"),)
 
     def image(points: tuple[Point, ...]) -> tuple[Point, ...]:
-        why = f"assumed: the video's, which has {LATENT_FRAMES} latent frames, by {LATENT_FRAMES}"
-        return tuple(Point(p.rows, p.seconds / LATENT_FRAMES, why) for p in points)
+        return tuple(Point(p.rows, p.seconds / frames, f"assumed: the video's, which has {frames} latent frames, by {frames}") for p in points)
 
     points = {
         "encode_text/any": once("encode_text", 2), "encode_image/image": once("encode_image", 1), "embed_time/any": once("embed_time", sticker["nfe"]),
         "denoise/video": denoise, "denoise/image": image(denoise),
         "decode/video": once("decode", 1), "decode/image": image(once("decode", 1)),
     }  # fmt: skip
-    return Costs("reel-tiny", "cpu", REEL_TINY_ROWS, points, REEL_TINY_TASKS)
+    tasks = {task: shape_of(settings.defaults[task], *own) for task, own in REEL_TINY_TASKS.items()}
+    return Costs("reel-tiny", "cpu", REEL_TINY_ROWS, points, tasks)
 
 
 def load_result(path: Path) -> Any:

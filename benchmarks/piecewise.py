@@ -48,6 +48,7 @@ SUBJECTS: dict[str, tuple[MovieGenConfig, int, tuple[int, int, int], int]] = {
     "Wan-shaped blocks": (WAN_SHAPED, 512, (4, 30, 52), 10),
 }
 """Configuration, text tokens, latent F, H, W, and rounds."""
+MESH = Mesh.parse("tp=2")
 
 
 def without_collectives(exported: ExportedProgram) -> ExportedProgram:
@@ -60,21 +61,21 @@ def without_collectives(exported: ExportedProgram) -> ExportedProgram:
     return drop_dead(alone)
 
 
-def measure(name: str, mesh: Mesh, backend: str, seed: int) -> Row:
+def measure(name: str, backend: str, seed: int) -> Row:
     config, text, (f, h, w), rounds = SUBJECTS[name]
-    torch.set_num_threads(1 if BACKENDS[backend].own_threads else SKUS["cpu"].units)  # as on a rank
+    runs = BACKENDS[backend]
+    torch.set_num_threads(1 if runs.own_threads else SKUS["cpu"].units)  # as on a rank
     with torch.random.fork_rng(), tempfile.TemporaryDirectory(prefix="reelstep-piecewise-") as folder:
         torch.manual_seed(seed)
         file = Path(folder, "weights.safetensors")
         save_file(MovieGenTransformer(config).state_dict(), file)
-        with pretended_rank(mesh, 0) as comm:
+        with pretended_rank(MESH, 0) as comm:
             with empty_weights():
                 module = MovieGenTransformer(config)
             profile = Profile("p", {"F": f, "H": h, "W": w}, 1)
             program = denoise_program(shard(module, RULES["movie-gen"], comm, file), text, (profile,))  # type: ignore[arg-type]
             signature = Signature.of(program, profile)
             exported, _ = apply_passes(capture(program, profile))
-            runs = BACKENDS[backend]
             pieces = in_pieces(exported, signature, runs, comm)
             whole = runs.build(lambda: without_collectives(exported), signature, "float32", None, "")
             engines: dict[str, Executable] = {"whole": whole, "pieces": pieces}
@@ -83,8 +84,8 @@ def measure(name: str, mesh: Mesh, backend: str, seed: int) -> Row:
             inputs = inputs_of(signature, 1, seed)
             found = {how: engine(inputs)["velocity"] for how, engine in engines.items()}
             times = interleave({how: partial(engine, inputs) for how, engine in engines.items()}, rounds)
-    medians = {f"{how}_s": timing.median_s for how, timing in times.items()}
-    row: dict[str, Any] = {"model": name, "tokens": f * h * w // 4, "mesh": str(mesh), "backend": backend, "pieces": len(pieces.split.pieces), **medians}
+    row: dict[str, Any] = {"model": name, "tokens": config.tokens(f, h, w), "mesh": str(MESH), "backend": backend, "pieces": len(pieces.split.pieces)}
+    row |= {f"{how}_s": timing.median_s for how, timing in times.items()}
     for how, overhead, error in (("pieces", "overhead", "rel_l2"), ("inside", "inside_overhead", "inside_rel_l2")):
         if how in engines:
             row[overhead] = times[how].median_s / times["whole"].median_s - 1
@@ -97,5 +98,5 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--backends", nargs="+", default=["openvino", "eager"], metavar="NAME", help="(openvino eager)")
     options.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS), metavar="NAME", help="(all)")
     args = options.parse_args(argv)
-    rows = [measure(name, Mesh.parse("tp=2"), backend, args.seed) for backend in args.backends for name in args.models]
+    rows = [measure(name, backend, args.seed) for backend in args.backends for name in args.models]
     report("a graph in pieces", rows, args.seed, args.json)

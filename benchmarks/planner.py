@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ import torch
 from scipy.optimize import least_squares
 
 from reelstep.benchmarks.engine import inputs_of, peak_flop_per_s
-from reelstep.benchmarks.harness import Row, interleave, parser, report
+from reelstep.benchmarks.harness import Row, interleave, parser, report, show
 from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.compile import compile_model
 from reelstep.compiler.cost import Transformer, transformer_of
@@ -104,12 +104,7 @@ def copy_bytes_per_s() -> float:
     """What this machine's memory really gives: the best of twenty copies of 256 MB, read and written."""
     source = torch.ones(64_000_000)
     target = torch.empty_like(source)
-    best = math.inf
-    for _ in range(20):
-        began = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - began)
-    return 2 * source.nbytes / best
+    return 2 * source.nbytes / min(timeit.repeat(partial(target.copy_, source), number=1, repeat=20))
 
 
 STARTS = {"product": 0.7, "attention": 0.5, "bandwidth": 0.7, "op_s": 1e-5, "call_s": 1e-4}
@@ -255,7 +250,7 @@ def main(argv: Sequence[str]) -> None:
         for precision in device.corrections:
             median, worst = errors_of([row for row in measured if row["dtype"] == precision and row["fitted"] == "held out"])
             summary[f"held out, {precision}"] = {"median": median, "worst": worst}
-        report("predicted and measured network calls", measured, args.seed, None)
+        show("predicted and measured network calls", measured)
         if args.corrections:
             args.corrections.write_text(json.dumps(device.to_json(), indent=1) + "\n")
     published = compare()

@@ -181,7 +181,7 @@ def options_of(arrival: Arrival, model: str, seed: int) -> Options:
     return options
 
 
-def plot(path: Path, over_load: Sequence[Row], over_replicas: Sequence[Row], timeline: Run | None) -> None:
+def plot(path: Path, over_load: Sequence[Row], over_replicas: Sequence[Row], dying: Run) -> None:
     """Latency and attainment over load, goodput over replicas, and what happens while replicas die."""
     from matplotlib.figure import Figure
 
@@ -208,8 +208,7 @@ def plot(path: Path, over_load: Sequence[Row], over_replicas: Sequence[Row], tim
     latency.set_yscale("log")
     goodput.set_xscale("log")
     goodput.set_ylim(0, None)
-    if timeline is not None:
-        plot_failures(failing, timeline)
+    plot_failures(failing, dying)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
 
@@ -272,12 +271,8 @@ def main(argv: Sequence[str]) -> None:
     over_load = [row for load in loads for row in lab.policies(args.policies, lab.draw(load, args.replicas), args.replicas)]
     own = {replicas: lab.draw(args.load, replicas) if recorded is None else recorded for replicas in args.fleets}
     over_replicas = [{"replicas": replicas, **row} for replicas, trace in own.items() for row in lab.policies(args.policies, trace, replicas)]
-    failing: list[Row] = []
-    timeline: Run | None = None
-    for checkpoint in args.checkpoints:
-        failures = Failures(args.mtbf, args.repair, args.notice, checkpoint, args.seed)
-        row, timeline = lab.failing(args.policies[0], arrivals, args.replicas, failures)
-        failing.append(row)
+    failures = [Failures(args.mtbf, args.repair, args.notice, checkpoint, args.seed) for checkpoint in args.checkpoints]
+    failing, dying = zip(*(lab.failing(args.policies[0], arrivals, args.replicas, each) for each in failures), strict=True)
     cpu_s = time.process_time() - began
     assumed = [
         "the router gives a request to the replica with the fewest, and knows of deaths at once; "
@@ -299,5 +294,5 @@ def main(argv: Sequence[str]) -> None:
             report(name, rows, args.seed, args.json if name == first else None, {**extra, **others})
     print(f"{cpu_s:.3g} s of CPU for {len(over_load) + len(over_replicas) + len(failing)} simulations")
     if args.plot is not None:
-        plot(args.plot, over_load, over_replicas, timeline)
+        plot(args.plot, over_load, over_replicas, dying[-1])
         print(f"wrote {args.plot}")

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from reelstep.benchmarks import traces
-from reelstep.benchmarks.call_costs import REEL_TINY_ROWS, REEL_TINY_TASKS, RESULTS, Costs, Point, Task, along, read_costs, reel_tiny
+from reelstep.benchmarks.call_costs import REEL_TINY_ROWS, REEL_TINY_TASKS, RESULTS, Costs, Point, Task, along, read_costs, reel_tiny, shape_of
 from reelstep.benchmarks.fleet import POLICIES, Failures, Fleet
 from reelstep.benchmarks.simulate import Answered, Lab, live, main, served, spent
 from reelstep.benchmarks.traces import Arrival, Burst, Kind
 from reelstep.engine.models.reel_tiny import SPEC, ReelTiny, programs
 from reelstep.engine.pipelines import PIPELINES
 from reelstep.engine.pipelines.state import PipelineState
+from reelstep.engine.request import Choice, Defaults
 from reelstep.engine.scheduler import MARGIN
 from reelstep.errors import ConfigError, NotFound
 from reelstep.parallel.shard import empty_weights
@@ -95,7 +96,7 @@ def test_every_request_ends_once_and_its_calls_are_its_own_and_the_wasted(lab, r
         assert all(job.outcome in ("finished", "expired", "refused") for job in run.jobs), name
         for job in run.jobs:
             if job.outcome == "finished":
-                shape = REEL_TINY_TASKS[job.task]
+                shape = lab.costs.tasks[job.task]
                 assert job.executed == 3 + shape.picture + shape.branches * job.steps + job.lost, "text, time, decode, perhaps a picture, and its steps"
         if failures is None:
             assert not any(job.lost or job.resumed for job in run.jobs)
@@ -257,10 +258,21 @@ def test_the_shapes_written_out_for_reel_tiny_are_the_models():
         module = ReelTiny()
     assert {f"{p.name}/{profile.name}": profile.max_batch for p in programs(module) for profile in p.profiles} == REEL_TINY_ROWS
     assert set(REEL_TINY_TASKS) == set(SPEC.settings.tasks)
-    for task, shape in REEL_TINY_TASKS.items():
-        defaults = SPEC.settings.defaults[task]
-        assert (shape.steps, shape.branches) == (defaults.steps, 1 if defaults.scale == 1 else 2)
-        assert {quality: shape.branches * steps for quality, steps in shape.menu.items()} == {q: choice.forwards for q, choice in defaults.menu.items()}
+
+
+def test_the_menus_of_reel_tiny_have_the_steps_of_the_solvers_that_its_choices_name(lab):
+    fits = [json.loads(file.read_text())["fit"] for file in SPEC.fitted]
+    fitted = {fit["solver"]: fit["steps"] for fit in fits}
+    for task, shape in lab.costs.tasks.items():
+        menu = SPEC.settings.defaults[task].menu
+        assert shape.menu == {quality: choice.steps or fitted[choice.solver] for quality, choice in menu.items()}
+
+
+def test_a_task_takes_branches_and_steps_from_the_models_defaults():
+    choice = Choice(solver="ab2", steps=5, forwards=10.0, psnr_db=40.0, ssim=0.9, frechet=None, command="by hand")
+    guided = Defaults("ab2", "linear", 9, 3.0, 8, 8.0, menu={"draft": choice})
+    assert shape_of(guided, "video", False) == Task("video", 2, False, 9, {"draft": 5})
+    assert shape_of(replace(guided, scale=1.0), "video", True) == Task("video", 1, True, 9, {"draft": 10})
 
 
 def test_costs_are_on_lines_between_points_and_in_pieces_above_a_full_batch():

@@ -28,7 +28,7 @@ from reelstep.engine.samplers.tables import SOLVERS
 from reelstep.engine.served import build_table
 from reelstep.errors import ConfigError, ReelstepError, UnsupportedRequest
 from reelstep.registry import Registry
-from reelstep.training import checkpoint
+from reelstep.training import checkpoint, field
 from reelstep.training.field import Pairs, solve, validate
 from reelstep.training.model_field import TASKS, ModelFields, split_over
 from reelstep.training.trainer import ALONE, Processes
@@ -280,10 +280,23 @@ def plot_scores(path: Path, title: str, history: Sequence[tuple[int, float]], sc
     figure.savefig(path, dpi=120)
 
 
-def print_scores(scores: Mapping[str, float]) -> None:
-    """The six best."""
-    for name, db in sorted(scores.items(), key=lambda item: -item[1])[:6]:
-        print(f"{name:>28}  {db:6.2f} dB")
+def write_solver(
+    args: argparse.Namespace, subject: Subject, pairs: Pairs, method: str, title: str, table: Table, found: field.Fit[Any], conditions: Mapping[str, Any],
+    processes: Processes = ALONE,
+) -> None:  # fmt: skip
+    """Score a fitted solver beside training-free ones on the validation pairs; the first process writes artifact and plot, and prints the six best.
+
+    found: of `table`, or of what it was made from. conditions: of the artifact, "seconds" among them. Raises StorageError.
+    """
+    name = args.out.stem
+    scores = {name: found.best_db, "start": found.start_db, **baselines(subject, pairs)}
+    if not processes.first:
+        return
+    write(args.out, subject.artifact(method, table, name, conditions, scores))
+    plot_scores(args.out.with_suffix(".png"), f"{title}, {args.nfe} NFE, scale {subject.fit.scale:g}", found.history, scores)
+    for other, db in sorted(scores.items(), key=lambda item: -item[1])[:6]:
+        print(f"{other:>28}  {db:6.2f} dB")
+    print(f"{args.out}  {args.nfe} NFE at scale {subject.fit.scale:g}, {conditions['seconds']} s{'; ' + found.note if found.note else ''}")
 
 
 def write(path: Path, fitted: Fitted) -> None:

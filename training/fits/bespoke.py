@@ -9,7 +9,7 @@ import torch
 from reelstep.engine.models import MODELS
 from reelstep.errors import ConfigError
 from reelstep.training import bespoke
-from reelstep.training.fits import ROWS, Stopwatch, baselines, plot_scores, prepare_solver, print_scores, progress_bar, solver_parser, write
+from reelstep.training.fits import ROWS, Stopwatch, prepare_solver, progress_bar, solver_parser, write_solver
 
 TEXT = """\
 Fit a Bespoke solver: midpoint (rk2) or Euler (rk1) in coordinates of time and scale, fitted to one model under one scale.
@@ -40,16 +40,10 @@ def main(arguments: Sequence[str]) -> None:
         print(f"reference paths: {int(index[-1]) + 1} of {args.pairs}", flush=True)
     with progress_bar(options.iterations) as progress:
         fit = bespoke.fit_bespoke(paths, (subject.validation, validation), options, clock.heard(progress), saved)
-    seconds = clock.seconds()
-    name = args.out.stem
-    scores = {name: fit.best_db, "start": fit.start_db, **baselines(subject, validation)}
     conditions = {
         **fit.solver.to_json(), "lipschitz": options.lipschitz, "reference": f"RK45 at {args.tolerance:g}", "pairs": args.pairs,
         "iterations": args.iterations, "best_iteration": fit.iteration, "rate": args.rate, "seed": args.seed, "dtype": "bfloat16 products",
-        "seconds": round(seconds), "note": fit.note,
+        "seconds": round(clock.seconds()), "note": fit.note,
     }  # fmt: skip
     table = fit.solver.table(subject.spec.settings.path)
-    write(args.out, subject.artifact(f"bespoke_{args.kind}", table, name, conditions, scores))
-    plot_scores(args.out.with_suffix(".png"), f"Bespoke {args.kind}, {args.nfe} NFE, scale {subject.fit.scale:g}", fit.history, scores)
-    print_scores(scores)
-    print(f"{args.out}  {args.nfe} NFE at scale {subject.fit.scale:g}, {seconds:.0f} s{'; ' + fit.note if fit.note else ''}")
+    write_solver(args, subject, validation, f"bespoke_{args.kind}", f"Bespoke {args.kind}", table, fit, conditions)

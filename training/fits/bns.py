@@ -9,7 +9,7 @@ from reelstep.engine.models import MODELS
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.training import bns
 from reelstep.training.distributed import start
-from reelstep.training.fits import ROWS, Stopwatch, baselines, plot_scores, prepare_solver, print_scores, progress_bar, solver_parser, write
+from reelstep.training.fits import ROWS, Stopwatch, prepare_solver, progress_bar, solver_parser, write_solver
 from reelstep.training.trainer import Processes
 
 TEXT = """\
@@ -46,17 +46,9 @@ def fit(args: argparse.Namespace, processes: Processes) -> None:
         print(f"rows solved for, {clock.seconds():.0f} s", flush=True)
     with progress_bar(options.iterations, processes.first) as progress:
         found = bns.fit_bns(initial, (subject.train, train), (subject.validation, validation), options, clock.heard(progress), saved, processes)
-    seconds = clock.seconds()
-    name = args.out.stem
-    scores = {name: found.best_db, "start": found.start_db, **baselines(subject, validation)}
     conditions = {
         "initial": "rows solved for one after the other, on equal times of the source", "sigma_0": args.sigma_0, "reference": f"RK45 at {args.tolerance:g}",
         "pairs": args.pairs, "iterations": args.iterations, "best_iteration": found.iteration, "batch": args.batch, "rate": args.rate,
-        "seed": args.seed, "dtype": "bfloat16 products", "seconds": round(seconds), "processes": str(processes), "note": found.note,
+        "seed": args.seed, "dtype": "bfloat16 products", "seconds": round(clock.seconds()), "processes": str(processes), "note": found.note,
     }  # fmt: skip
-    if not processes.first:
-        return
-    write(args.out, subject.artifact("bns", found.solver, name, conditions, scores))
-    plot_scores(args.out.with_suffix(".png"), f"BNS, {args.nfe} NFE, scale {subject.fit.scale:g}", found.history, scores)
-    print_scores(scores)
-    print(f"{args.out}  {args.nfe} NFE at scale {subject.fit.scale:g}, {seconds:.0f} s{'; ' + found.note if found.note else ''}")
+    write_solver(args, subject, validation, "bns", "BNS", found.solver, found, conditions, processes)
