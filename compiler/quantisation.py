@@ -56,6 +56,9 @@ RATES: Mapping[Scheme, Rate] = {
 COMPARED = 6
 """Calls of a program at a profile that errors are measured on, evenly out of all: each layer costs so many more. Ranges are of all."""
 
+RANGED: tuple[Scheme, ...] = ("int8", "nvfp4")
+"""Schemes that need the range of what goes into a layer, for a grid or for how far the scales of blocks reach. For the others no call is looked into."""
+
 MULTIPLES: Mapping[Scheme, tuple[int, int]] = {"fp8": (16, 16), "nvfp4": (16, 32)}
 """Of a layer's widths, out and in, where a GPU's product takes it: both divide by 16, and in bytes of two numbers each."""
 
@@ -167,7 +170,7 @@ class Choice:
 
 def choose_layers(program: str, benches: Sequence[Bench], asked: Quantisation, told: Callable[[int, int], None]) -> Choice:
     """For one program over its profiles, which share weights. Raises CompileError if no layer may be quantised within the limit."""
-    ranges = merged(bench.ranges() for bench in benches)
+    ranges = merged(bench.ranges() for bench in benches) if asked.scheme in RANGED else {}
     if asked.scheme == "int8":
         counts = [bench.counts(ranges) for bench in benches]
         grids = {name: Grid.of_least_error(torch.stack([each[name] for each in counts]).sum(0), *covering) for name, covering in ranges.items()}

@@ -51,7 +51,7 @@ class PrivateKey:
 def make_keys(private: Path, public: Path) -> PublicKey:
     """Write a new pair. Raises ConfigError if either file is there, StorageError if the disk fails."""
     if there := [str(path) for path in (private, public) if path.exists()]:
-        raise ConfigError(f"{' and '.join(there)} exists, and a key that is overwritten is lost; choose another name")
+        raise ConfigError(f"{' and '.join(there)} {'exists' if len(there) == 1 else 'exist'}, and a key that is overwritten is lost; choose another name")
     key = Ed25519PrivateKey.generate()
     pem, no_password = serialization.Encoding.PEM, serialization.NoEncryption()
     secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, no_password)

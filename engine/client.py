@@ -25,7 +25,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from reelstep import errors
-from reelstep.engine.request import PEFT_FILE, Progress, Queued
+from reelstep.engine.request import CHUNK_BYTES, PEFT_FILE, Progress, Queued
 from reelstep.errors import FieldViolation, InternalError, InvalidRequest, ReelstepError
 from reelstep.protos.reelstep.v1 import lora_pb2
 from reelstep.protos.reelstep.v1 import media_pb2 as pb
@@ -33,7 +33,6 @@ from reelstep.protos.reelstep.v1 import media_pb2 as pb
 DEFAULT_ADDRESS = "localhost:50051"
 SERVICE = pb.DESCRIPTOR.services_by_name["MediaService"].full_name
 LORA_SERVICE = lora_pb2.DESCRIPTOR.services_by_name["LoraService"].full_name
-CHUNK_BYTES = 256 << 10
 CHANNEL_OPTIONS = (("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000))
 """Finds a server that vanished without closing the connection, as in a power cut."""
 
@@ -305,7 +304,7 @@ def from_error(error: grpc.RpcError, address: str, started: bool) -> ReelstepErr
         happened = "went away while it was generating; nothing was kept" if started else "does not answer; is `reelstep serve` running there?"
         return errors.Unavailable(f"the server at {address} {happened} ({text})", retry_after_s=1.0)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return errors.DeadlineExceeded("waiting for the server")
+        return errors.DeadlineExceeded("waiting for the answer")
     if code is grpc.StatusCode.CANCELLED:
         return errors.Cancelled("the call was cancelled")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # only gRPC's own size limits come without details

@@ -21,6 +21,8 @@ MAX_STRENGTH = 10.0
 """Of a LoRA. Useful ones are around 1; far beyond, nothing is left of the model."""
 PEFT_FILE = "adapter_config.json"
 """Beside a LoRA that PEFT itself has written, whose keys begin with `base_model.model.`: its configuration, with alpha."""
+CHUNK_BYTES = 256 << 10
+"""Of a LoRA's file, at most, in one message: what clients send and what the service takes."""
 QUALITIES = ("draft", "standard", "best")
 """What the entries of a menu are called, in order of cost."""
 AUTO = "auto"
@@ -250,7 +252,7 @@ def check_steps(violations: list[FieldViolation], steps: int, limits: Limits) ->
 
 
 def check_scale(violations: list[FieldViolation], scale: float, limits: Limits) -> None:
-    check(violations, 0 <= scale <= limits.max_scale, "guidance", f"{scale} is not in 0..{limits.max_scale:g}")  # NaN fails too
+    check(violations, 0 <= scale <= limits.max_scale, "guidance", f"a scale of {scale} is not in 0..{limits.max_scale:g}")  # NaN fails too
 
 
 def bad_strength(strength: float) -> str:

@@ -149,7 +149,7 @@ class ServedModel:
                 return self
             if not replacing:
                 says = f"LoRA {name!r} of {self.name!r} is another one, of sha256 {there.digest[:12]}"
-                raise AlreadyExists(f"{says}; load it by another name, replace that one, or unload it first")
+                raise AlreadyExists(f"{says}; load it by another name, replace that one (`--replace`), or unload it first")
         elif len(self.loras) >= most:
             says = f"{self.name!r} has {len(self.loras)} LoRAs, and clients may bring it up to {most}"
             raise Overloaded(f"{says}; unload one, or start the server with a larger --max-loras. Loaded: {', '.join(sorted(self.loras))}", RETRY_FULL_S)

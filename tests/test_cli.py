@@ -94,7 +94,7 @@ def test_count_writes_numbered_files(fake: Served, tmp_path: Path) -> None:
         (["caf\udce9", "-o", "out.mp4"], "prompt: is not UTF-8"),
         (["a fox", "-o", "out.mp4", "--steps", "0"], "steps: 0 is not in 1..100"),
         (["a fox", "-o", "out.mp4", "--steps", "-3"], "steps: -3"),
-        (["a fox", "-o", "out.mp4", "--scale", "nan"], "guidance: nan"),
+        (["a fox", "-o", "out.mp4", "--scale", "nan"], "guidance: a scale of nan"),
         (["a fox", "-o", "out.mp4", "--size", "63x64"], "63x64 was not compiled"),
         (["a fox", "-o", "out.mp4", "--solver", "magic"], "known: bns_6, euler, heun"),
         (["a fox", "-o", "out.mp4", "--quality", "magic"], "it has: draft, standard, best"),

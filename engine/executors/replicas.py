@@ -40,10 +40,10 @@ class Scaling:
     @classmethod
     def parse(cls, text: str) -> Scaling:
         """N, or LEAST:MOST. Raises ConfigError."""
-        least, colon, most = text.partition(":")
-        if not (least.isdecimal() and (most.isdecimal() or not colon)):
-            raise ConfigError(f"replicas {text!r} is neither a number nor LEAST:MOST, such as 2 or 1:4")
-        return cls(int(least), int(most or least))
+        numbers = [int(each) if each.isdecimal() else 0 for each in text.split(":")]
+        if len(numbers) > 2 or not 1 <= numbers[0] <= numbers[-1]:
+            raise ConfigError(f"replicas {text!r}; a number of at least 1, or LEAST:MOST from 1 upwards, such as 2 or 1:4")
+        return cls(numbers[0], numbers[-1])
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["LoraService"].full_name
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MAX_CHUNK_BYTES = 256 << 10
 MAX_CONFIG_BYTES = 64 << 10
 MAX_UPLOADS = 4
 """At once, so that what they have sent so far is bounded too."""
@@ -121,7 +120,7 @@ async def receive(read: Read[pb.LoadLoraRequest], start: pb.LoadLoraRequest.Star
         while (part := await read()) is not None:
             chunk = part.chunk
             bad: list[FieldViolation] = []
-            core.check(bad, part.WhichOneof("part") == "chunk" and 0 < len(chunk.data) <= MAX_CHUNK_BYTES, "chunk.data", f"1 to {MAX_CHUNK_BYTES} bytes")
+            core.check(bad, part.WhichOneof("part") == "chunk" and 0 < len(chunk.data) <= core.CHUNK_BYTES, "chunk.data", f"1 to {core.CHUNK_BYTES} bytes")
             core.check(bad, chunk.offset == size, "chunk.offset", f"{chunk.offset}, where byte {size} was due; send the file again")
             core.check(bad, google_crc32c.value(chunk.data) == chunk.crc32c, "chunk.crc32c", f"the piece at byte {size} is damaged; send the file again")
             size += len(chunk.data)

@@ -1,21 +1,24 @@
 """Which layers are quantised, and what a bundle must reach to be written: with a network whose one bad layer is known."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from reelstep.compiler import quantisation
 from reelstep.compiler.bundle import Bundle, Captured
 from reelstep.compiler.capture import capture
 from reelstep.compiler.compile import compile_model
 from reelstep.compiler.describe import describe, describe_json
+from reelstep.compiler.graphs import dump_graph
 from reelstep.compiler.load import load
-from reelstep.compiler.passes.quantise import Quantising, linears, quantise_weight
+from reelstep.compiler.passes.quantise import Quantising, Reading, Watching, linears, quantise, quantise_weight
 from reelstep.compiler.plan import Plan
 from reelstep.compiler.program import Profile, Program, TensorSpec
-from reelstep.compiler.quantisation import Bench, Quantisation, fits
+from reelstep.compiler.quantisation import RANGED, Bench, Quantisation, choose_layers, fits
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
 from reelstep.errors import CompileError, ConfigError
@@ -262,3 +265,21 @@ def test_errors_are_measured_on_calls_from_all_over(bundle):
     assert bench.ranges()["plain.weight"] == (0.0, 47.0), "ranges are of all calls"
     assert set(linears(exported).values()) == {"plain.weight", "spread.weight", "other.weight"}
     assert isinstance(Quantising(bench.body, "int8", bench.layers, {}, {}).run(*bench.calls[0]), torch.Tensor)
+
+
+@pytest.mark.parametrize("scheme", ["int8-weights", "fp8"])
+def test_a_scheme_without_grids_looks_into_no_call_and_its_graph_is_the_same(monkeypatch, scheme):
+    looks, run = Counter(), Reading.run
+    monkeypatch.setattr(Reading, "run", lambda self, *call: (looks.update([type(self)]), run(self, *call))[1])
+    program = programs()[0]
+    item = Captured(Signature.of(program, program.profiles[0]), capture(program, program.profiles[0]), b"")
+    bench = Bench(item, scheme, Requests().inputs(0, 9)["denoise", "l4"])
+    choices = []
+    for ranged, seen in ((RANGED, {}), ((scheme,), {Watching: 9})):
+        monkeypatch.setattr(quantisation, "RANGED", ranged)
+        choices.append(choose_layers("denoise", [bench], Quantisation(scheme, 0.2, 10.0, Requests()), lambda done, total: None))
+        assert looks == seen
+    lean, thorough = choices
+    assert (lean.layers, lean.kept, lean.error) == (thorough.layers, thorough.kept, thorough.error)
+    graphs = [dump_graph(quantise(item.exported, item.signature, scheme, each.layers, each.grids)) for each in choices]
+    assert graphs[0] == graphs[1]

@@ -205,7 +205,7 @@ def test_the_graph_of_a_program_must_be_the_one_that_the_plan_names(unsigned: Pa
 def test_a_private_key_is_its_owners_alone_and_never_overwritten_nor_shown(ours: Keys) -> None:
     assert stat.S_IMODE(ours.private.stat().st_mode) == 0o600
     before = ours.private.read_bytes()
-    with pytest.raises(ConfigError, match="exists"):
+    with pytest.raises(ConfigError, match="exist"):
         make_keys(ours.private, ours.public)
     assert ours.private.read_bytes() == before
     assert repr(ours.key) == f"PrivateKey(of {ours.trusted[0]})"

@@ -7,8 +7,8 @@ for a backend that keeps ops of ours is that of the bundle which `reelstep compi
 
 from __future__ import annotations
 
+import argparse
 import difflib
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,6 +26,7 @@ from reelstep.compiler.sharded import plan_ranks
 from reelstep.compiler.skus import SKUS
 from reelstep.engine.build import sharded_parts
 from reelstep.engine.models import MODELS
+from reelstep.errors import unknown
 from reelstep.parallel.mesh import Mesh
 
 HERE = Path(__file__).parent
@@ -104,8 +105,14 @@ def difference(golden: Golden, found: str) -> str:
 
 
 if __name__ == "__main__":
+    models = sorted({golden.model for golden in GOLDEN})
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Write the plans anew and show what changed.")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"whose (default: all): {', '.join(models)}")
+    asked = parser.parse_args().models
+    if wrong := sorted({*asked} - {*models}):
+        parser.error(str(unknown("model", wrong[0], models)))
     for golden in GOLDEN:
-        if golden.model in sys.argv[1:] or len(sys.argv) == 1:
+        if golden.model in asked or not asked:
             text = plan_text(golden)
             print(difference(golden, text) or f"{golden} is as it was\n", end="")
             golden.path.write_text(text)

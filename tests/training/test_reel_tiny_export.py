@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from reelstep.engine.models.reel_tiny import WEIGHTS, ReelTiny
+from reelstep.errors import ConfigError
 from reelstep.training import checkpoint
 from reelstep.training.zoo.reel_tiny_export import export
 
@@ -45,7 +46,7 @@ def test_a_later_decoder_keeps_the_latents_that_the_denoiser_knows(tmp_path, tar
 
 def test_an_autoencoder_without_its_denoiser_is_refused(tmp_path, target):
     checkpoint.save(tmp_path / "tae.pt", {"model": ReelTiny().tae.state_dict(), "step": 1})
-    with pytest.raises(AssertionError, match="run stage 2"):
+    with pytest.raises(ConfigError, match="run stage 2"):
         export(tmp_path, target)
-    with pytest.raises(AssertionError, match="run a stage first"):
+    with pytest.raises(ConfigError, match="run a stage first"):
         export(tmp_path / "nothing", target)

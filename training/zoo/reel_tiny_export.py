@@ -12,14 +12,20 @@ import torch
 from safetensors.torch import save_file
 
 from reelstep.engine.models.reel_tiny import WEIGHTS, ReelTiny, load_weights
+from reelstep.errors import ConfigError
 from reelstep.training import checkpoint
 
 
 def export(source: Path, target: Path) -> None:
-    """Join the TAE (its later decoder where stage 3 was run), text encoder and denoiser; what no stage made here stays as `target` has it."""
+    """Join the TAE (its later decoder where stage 3 was run), text encoder and denoiser; what no stage made here stays as `target` has it.
+
+    Raises ConfigError for checkpoints that are not there.
+    """
     tae, decoder, denoiser = (checkpoint.load(source / f"{name}.pt") for name in ("tae", "tae_decoder", "denoiser"))
-    assert tae or decoder or denoiser, f"{source} holds no checkpoint; run a stage first"
-    assert denoiser or not tae, f"{source}/denoiser.pt is missing; a denoiser reads the latents of its own autoencoder only, so run stage 2"
+    if not (tae or decoder or denoiser):
+        raise ConfigError(f"{source} holds no checkpoint; run a stage first")
+    if tae and not denoiser:
+        raise ConfigError(f"{source}/denoiser.pt is missing; a denoiser reads the latents of its own autoencoder only, so run stage 2")
     model = ReelTiny()
     if target.exists():
         load_weights(model, target)
@@ -42,7 +48,10 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=Path("checkpoints/reel-tiny"))
     parser.add_argument("--target", type=Path, default=WEIGHTS / "reel-tiny.safetensors")
     args = parser.parse_args()
-    export(args.source, args.target)
+    try:
+        export(args.source, args.target)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

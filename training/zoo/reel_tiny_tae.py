@@ -1,6 +1,6 @@
 """Recipe, stage 1 of `reel-tiny`: the temporal autoencoder, from its linear solution or from weights that were shipped.
 
-`python -P -m reelstep.training.zoo.reel_tiny_tae --steps 3400`. Seeded; resumes from checkpoints/reel-tiny/tae.pt.
+`python -P -m reelstep.training.zoo.reel_tiny_tae --steps 5200`. Seeded; resumes from checkpoints/reel-tiny/tae.pt.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def evaluate(model: TAE, video: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--steps", type=int, default=5200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")

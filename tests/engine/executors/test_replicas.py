@@ -56,19 +56,19 @@ def test_one_replica_after_the_other_ends_when_one_fewer_would_have_done_for_lon
 def test_numbers_are_read_and_checked() -> None:
     assert Scaling.parse("3") == Scaling(3, 3)
     assert Scaling.parse("1:4") == Scaling(1, 4)
-    for text in ("", "x", "1:", ":2", "1:2:3", "-1"):
-        with pytest.raises(ConfigError, match="is neither a number nor LEAST:MOST"):
+    for text in ("", "x", "1:", ":2", "1:2:3", "-1", "0", "0:2", "1:0", "2:1"):
+        with pytest.raises(ConfigError, match=f"^replicas '{text}'; a number of at least 1, or LEAST:MOST from 1 upwards, such as 2 or 1:4$"):
             Scaling.parse(text)
-    for text in ("0", "2:1"):
-        with pytest.raises(ConfigError, match=r"replicas, one more above 8 rows each .* at least 1, at most as many"):
-            Scaling.parse(text)
+    for rows, window_s, idle_s in ((0.0, 10.0, 300.0), (8.0, 0.0, 300.0), (8.0, 10.0, 9.0)):
+        with pytest.raises(ConfigError, match=rf"1 to 2 replicas, one more above {rows:g} rows each .* more than 0 rows, and the second time is no shorter"):
+            Scaling(1, 2, rows, window_s, idle_s)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--replicas", "2:1"], "2 to 1 replicas"),
-        (["--replicas", "two"], "'two' is neither a number nor LEAST:MOST"),
+        (["--replicas", "2:1"], "replicas '2:1'; a number of at least 1, or LEAST:MOST"),
+        (["--replicas", "-1"], "replicas '-1'; a number of at least 1"),
         (["--rank-cpus", "2"], "--rank-cpus is of replicas; add --replicas or --cluster"),
         (["--replicas", "2", "--rank-cpus", "0"], "--rank-cpus 0; a number above 0"),
         (["--replicas", "2", "--mesh", "dp=2"], "unknown mesh axis 'dp'"),

@@ -31,12 +31,12 @@ from reelstep.engine.client import AsyncClient, Client, Generation, from_error
 from reelstep.engine.executors.inline import Inline
 from reelstep.engine.loop import Engine, warmed_up
 from reelstep.engine.lora import BASE
-from reelstep.engine.request import PEFT_FILE, Defaults
+from reelstep.engine.request import CHUNK_BYTES, PEFT_FILE, Defaults
 from reelstep.engine.runner import Runner
 from reelstep.engine.served import ServedModel, read_loras
 from reelstep.engine.service import lora as service
 from reelstep.engine.service.generation import MediaService
-from reelstep.engine.service.lora import MAX_CHUNK_BYTES, SERVICE, most_bytes
+from reelstep.engine.service.lora import SERVICE, most_bytes
 from reelstep.engine.service.server import ServerOptions
 from reelstep.errors import (
     AlreadyExists,
@@ -179,7 +179,7 @@ def test_the_same_again_changes_nothing_and_another_one_must_be_a_wish(uploads: 
     client.load_lora("neon", first)
     client.load_lora("neon", first, replace=True)
     assert engine.models["toy"] is before
-    with pytest.raises(AlreadyExists, match=r"LoRA 'neon' of 'toy' is another one, of sha256 [0-9a-f]{12}; load it by another name, replace that one, or"):
+    with pytest.raises(AlreadyExists, match=r"LoRA 'neon' of 'toy' is another one, of sha256 [0-9a-f]{12}; .* replace that one \(`--replace`\), or"):
         client.load_lora("neon", second)
     assert level(picture(client, lora={"neon": 1.0})) == drawn(QUARTER)
     client.load_lora("neon", second, replace=True)
@@ -220,7 +220,7 @@ def test_a_server_lets_nobody_in_unless_it_was_started_to(tmp_path: Path) -> Non
             client.unload_lora("neon")
         with pytest.raises(NotAllowed, match=says):
             upload(client, endless := Endless())
-        assert endless.sent * MAX_CHUNK_BYTES < 8 << 20, "it is refused before it is read: what was sent is what the connection holds"
+        assert endless.sent * CHUNK_BYTES < 8 << 20, "it is refused before it is read: what was sent is what the connection holds"
         assert names(client) == ["neon"]
 
 
@@ -229,7 +229,7 @@ class Endless(Iterator[pb.LoadLoraRequest]):
 
     def __init__(self) -> None:
         self.sent = 0
-        self.piece = piece_of(bytes(MAX_CHUNK_BYTES), 0, MAX_CHUNK_BYTES)
+        self.piece = piece_of(bytes(CHUNK_BYTES), 0, CHUNK_BYTES)
 
     def __next__(self) -> pb.LoadLoraRequest:
         self.sent += 1
@@ -301,9 +301,9 @@ CUT: dict[str, tuple[list[pb.LoadLoraRequest], str]] = {
     "a gap": ([start_of(DATA), piece_of(DATA, 0, 100), piece_of(DATA, 200, 512)], "chunk.offset: 200, where byte 100 was due"),
     "a changed bit": ([start_of(DATA), piece_of(DATA, 0, 512, data=bytes(512))], "chunk.crc32c: the piece at byte 0 is damaged"),
     "another file": ([start_of(DATA, sha256=bytes(32)), piece_of(DATA, 0, 512)], "sha256: is of other bytes than those that came"),
-    "an empty piece": ([start_of(DATA), piece_of(DATA, 0, 0)], f"chunk.data: 1 to {MAX_CHUNK_BYTES} bytes"),
-    "two starts": ([start_of(DATA), start_of(DATA)], f"chunk.data: 1 to {MAX_CHUNK_BYTES} bytes"),
-    "a large piece": ([start_of(DATA), piece_of(bytes(MAX_CHUNK_BYTES + 1), 0, MAX_CHUNK_BYTES + 1)], "chunk.data: 1 to"),
+    "an empty piece": ([start_of(DATA), piece_of(DATA, 0, 0)], f"chunk.data: 1 to {CHUNK_BYTES} bytes"),
+    "two starts": ([start_of(DATA), start_of(DATA)], f"chunk.data: 1 to {CHUNK_BYTES} bytes"),
+    "a large piece": ([start_of(DATA), piece_of(bytes(CHUNK_BYTES + 1), 0, CHUNK_BYTES + 1)], "chunk.data: 1 to"),
     "too large": ([start_of(DATA, size_bytes=most_bytes(LAYOUT) + 1)], f"size_bytes: {most_bytes(LAYOUT) + 1}; a LoRA of rank 2"),
     "negative": ([start_of(DATA, size_bytes=-1)], "size_bytes: -1; a LoRA of rank 2"),
     "a long configuration": ([start_of(DATA, adapter_config="x" * 65537)], "adapter_config: 65537 bytes; at most 65536"),
@@ -379,6 +379,10 @@ def stalled(client: Client) -> Iterator[grpc.Future]:
             yield call
         finally:
             parts.go.set()
+
+
+def test_a_piece_is_at_most_what_the_proto_says() -> None:
+    assert f"// data, at most {CHUNK_BYTES >> 10} KiB." in Path(pb.__file__).with_name("lora.proto").read_text()
 
 
 def test_a_client_that_goes_in_the_middle_leaves_nothing(uploads: tuple[Client, Engine], tmp_path: Path) -> None:
