@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from reelstep import __version__
-from reelstep.errors import AlreadyExists, ConfigError, FieldViolation, InvalidRequest, NotFound, ReelstepError, UnsupportedRequest, unknown
+from reelstep.errors import AlreadyExists, ConfigError, InvalidRequest, NotFound, ReelstepError, UnsupportedRequest, unknown
 
 if TYPE_CHECKING:
     from reelstep.compiler.planner import Sampling, Workload
@@ -786,6 +786,7 @@ def run_sample(args: argparse.Namespace) -> None:
 
 
 def build_ask(args: argparse.Namespace, lora: dict[str, float]) -> Ask:
+    from reelstep.engine.request import read_file
     from reelstep.engine.resolve import Ask
 
     options = build_options(args)
@@ -808,16 +809,9 @@ def build_ask(args: argparse.Namespace, lora: dict[str, float]) -> Ask:
         step_cache=args.step_cache,
         step_cache_options=dict(args.step_cache_option),
         lora=lora,
-        image=read_picture(args.image) if args.image else None,
+        image=read_file("image", args.image) if args.image else None,
         media_type=options["media_type"] or "",
     )
-
-
-def read_picture(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidRequest([FieldViolation("image", f"cannot read {path}: {error.strerror}")]) from error
 
 
 def run_local(engine: Engine, ask: Ask) -> Iterator[ClientEvent]:

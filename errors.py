@@ -97,7 +97,7 @@ class DeadlineExceeded(ReelstepError):
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        super().__init__(f"deadline exceeded while {stage}; allow more time, or ask for fewer steps or for quality 'auto', which takes as many as fit")
+        super().__init__(f"deadline exceeded while {stage}; allow more time; to generate, fewer steps or quality 'auto' take less")
 
 
 class Cancelled(ReelstepError):

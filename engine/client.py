@@ -25,7 +25,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from reelstep import errors
-from reelstep.engine.request import CHUNK_BYTES, PEFT_FILE, Progress, Queued
+from reelstep.engine.request import CHUNK_BYTES, PEFT_FILE, Progress, Queued, read_file
 from reelstep.errors import FieldViolation, InternalError, InvalidRequest, ReelstepError
 from reelstep.protos.reelstep.v1 import lora_pb2
 from reelstep.protos.reelstep.v1 import media_pb2 as pb
@@ -33,6 +33,10 @@ from reelstep.protos.reelstep.v1 import media_pb2 as pb
 DEFAULT_ADDRESS = "localhost:50051"
 SERVICE = pb.DESCRIPTOR.services_by_name["MediaService"].full_name
 LORA_SERVICE = lora_pb2.DESCRIPTOR.services_by_name["LoraService"].full_name
+GENERATE = (f"/{SERVICE}/Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString)
+LIST_MODELS = (f"/{SERVICE}/ListModels", pb.ListModelsRequest.SerializeToString, pb.ListModelsResponse.FromString)
+LOAD_LORA = (f"/{LORA_SERVICE}/LoadLora", lora_pb2.LoadLoraRequest.SerializeToString, lora_pb2.LoadLoraResponse.FromString)
+UNLOAD_LORA = (f"/{LORA_SERVICE}/UnloadLora", lora_pb2.UnloadLoraRequest.SerializeToString, lora_pb2.UnloadLoraResponse.FromString)
 CHANNEL_OPTIONS = (("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000))
 """Finds a server that vanished without closing the connection, as in a power cut."""
 
@@ -152,7 +156,7 @@ def build_request(prompt: str, options: Options) -> pb.GenerateRequest:
     set_field(request, "request_id", given.pop("request_id", ""))
     set_field(request.preview, "every_steps", given.pop("preview_every", 0))
     if isinstance(image := given.get("image"), Path):
-        given["image"] = read_image(image)
+        given["image"] = read_file("image", image)
     for options_field in ("guidance_options", "step_cache_options"):
         for option, value in given.pop(options_field, {}).items():
             set_option(request.spec, options_field, option, value)
@@ -184,17 +188,6 @@ def add_lora(spec: pb.GenerationSpec, name: Any, strength: Any) -> None:
         spec.lora.add(name=name, strength=strength)
     except (ValueError, TypeError) as error:
         raise InvalidRequest([FieldViolation("lora", f"{name!r:.80}: {strength!r:.80} cannot be sent: {error}")]) from error
-
-
-def read_image(path: Path) -> bytes:
-    return read_file("image", path)
-
-
-def read_file(field: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidRequest([FieldViolation(field, f"cannot read {path}: {error.strerror}")]) from error
 
 
 def lora_parts(name: str, file: Path, model: str | None, replace: bool) -> Iterator[lora_pb2.LoadLoraRequest]:
@@ -341,11 +334,10 @@ class Client:
     def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
         self.address = address
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._generate = self._channel.unary_stream(f"/{SERVICE}/Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString)
-        self._models = self._channel.unary_unary(f"/{SERVICE}/ListModels", pb.ListModelsRequest.SerializeToString, pb.ListModelsResponse.FromString)
-        load, unload = lora_pb2.LoadLoraRequest, lora_pb2.UnloadLoraRequest
-        self._load_lora = self._channel.stream_unary(f"/{LORA_SERVICE}/LoadLora", load.SerializeToString, lora_pb2.LoadLoraResponse.FromString)
-        self._unload_lora = self._channel.unary_unary(f"/{LORA_SERVICE}/UnloadLora", unload.SerializeToString, lora_pb2.UnloadLoraResponse.FromString)
+        self._generate = self._channel.unary_stream(*GENERATE)
+        self._models = self._channel.unary_unary(*LIST_MODELS)
+        self._load_lora = self._channel.stream_unary(*LOAD_LORA)
+        self._unload_lora = self._channel.unary_unary(*UNLOAD_LORA)
 
     def __enter__(self) -> Client:
         return self
@@ -429,11 +421,10 @@ class AsyncClient:
     def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
         self.address = address
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._generate = self._channel.unary_stream(f"/{SERVICE}/Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString)
-        self._models = self._channel.unary_unary(f"/{SERVICE}/ListModels", pb.ListModelsRequest.SerializeToString, pb.ListModelsResponse.FromString)
-        load, unload = lora_pb2.LoadLoraRequest, lora_pb2.UnloadLoraRequest
-        self._load_lora = self._channel.stream_unary(f"/{LORA_SERVICE}/LoadLora", load.SerializeToString, lora_pb2.LoadLoraResponse.FromString)
-        self._unload_lora = self._channel.unary_unary(f"/{LORA_SERVICE}/UnloadLora", unload.SerializeToString, lora_pb2.UnloadLoraResponse.FromString)
+        self._generate = self._channel.unary_stream(*GENERATE)
+        self._models = self._channel.unary_unary(*LIST_MODELS)
+        self._load_lora = self._channel.stream_unary(*LOAD_LORA)
+        self._unload_lora = self._channel.unary_unary(*UNLOAD_LORA)
 
     async def __aenter__(self) -> AsyncClient:
         return self

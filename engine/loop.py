@@ -34,9 +34,8 @@ from reelstep.engine.executors.inline import Inline
 from reelstep.engine.executors.patience import Allowance
 from reelstep.engine.executors.replicas import Elsewhere, Load, Scaler
 from reelstep.engine.lora import Adapter
-from reelstep.engine.models.tae import tile_starts
 from reelstep.engine.pipelines import PIPELINES
-from reelstep.engine.pipelines.latent import Job, Pipeline
+from reelstep.engine.pipelines.latent import Job, Pipeline, profile_of, tiles_of
 from reelstep.engine.pipelines.state import PipelineState
 from reelstep.engine.request import Call, Event, Failed, Finished, Media, Preview, Progress, Queued, Request, Usage, validate
 from reelstep.engine.runner import Outputs
@@ -253,13 +252,12 @@ class Engine:
         self._running[running.request.id] = running
         running.started = time.monotonic()
         try:
-            if running.request.auto:
-                self._choose(running)
+            rounds = self._choose(running) if running.request.auto else ()
             request, served = running.request, running.served
             table = served.table(request.solver, request.schedule, request.steps)
             rule = served.rule(request.guidance, request.scale, request.guidance_options)
-            rounds = expected_rounds(served, request, table.n)
-            running.usual = running.usual or usual(rounds)
+            rounds = rounds or expected_rounds(served, request, table.n)
+            running.usual = usual(rounds)
             self._open_ahead(request, rounds)
             if self._checkpoints is not None:
                 running.adapters = served.adapters(request)
@@ -277,9 +275,9 @@ class Engine:
             to_come = {key: rows for calls in rounds[1:] for key, rows in rows_of(calls).items()}
             self._workers.submit(lambda: [opens(key, rows) for key, rows in to_come.items()])  # one after the other: two at once would delay the first
 
-    def _choose(self, running: Running) -> None:
+    def _choose(self, running: Running) -> tuple[Round, ...]:
         """Settle the quality of a request of `auto`: the best that is expected to be done in time beside all that runs now; the cheapest where none is, or
-        where nobody knows, since a program that it needs has never run."""
+        where nobody knows, since a program that it needs has never run. Returns what it will ask for."""
         open_request, served = running.request, running.served
         menu = served.settings.defaults[open_request.task].menu
         requests = {quality: open_request.settled(quality) for quality in reversed([*open_request.auto])}
@@ -290,7 +288,7 @@ class Engine:
         seconds = partial(self._scheduler.batch_s, replicas=self._executor.capacity)
         place = first_in_time(rounds, others, seconds, open_request.deadline - time.monotonic())
         running.quality, running.request = [*requests.items()][place]
-        running.usual = usual(rounds[place])
+        return rounds[place]
 
     def _dispatch(self, batch: list[Ticket]) -> None:
         owners = [self._running[t.request_id] for t in batch]
@@ -426,12 +424,11 @@ def expected_rounds(served: ServedModel, request: Request, evaluations: int, for
     """What the request will ask for. evaluations: of its table. forwards: of one output, where they were measured; else two for each velocity that is guided,
     which few rules exceed."""
     guided = request.guidance != "none" and request.scale not in (0, 1)
-    settings = served.settings
-    length = settings.latent_shape(request.frames, request.width, request.height)[1]
-    size = min(settings.tile_frames, length)
+    _, length, _, _ = served.settings.latent_shape(request.frames, request.width, request.height)
+    _, begins = tiles_of(served.settings, length)
     return rounds_of(
-        request.model, "image" if request.frames == 1 else "video", evaluations, forwards or evaluations * (2 if guided else 1), count=request.count,
-        picture=request.image is not None, tiles=len(tile_starts(length, size, min(settings.tile_overlap, size - 1))), preview_every=request.preview_every,
+        request.model, profile_of(request), evaluations, forwards or evaluations * (2 if guided else 1), count=request.count,
+        picture=request.image is not None, tiles=len(begins), preview_every=request.preview_every,
         denoiser="denoise" + SUFFIX if any(request.lora.values()) else "denoise",
     )  # fmt: skip
 

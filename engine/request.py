@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ MAX_STRENGTH = 10.0
 PEFT_FILE = "adapter_config.json"
 """Beside a LoRA that PEFT itself has written, whose keys begin with `base_model.model.`: its configuration, with alpha."""
 CHUNK_BYTES = 256 << 10
-"""Of a LoRA's file, at most, in one message: what clients send and what the service takes."""
+"""Of a file, at most, in one message: of a LoRA what clients send and the service takes, of a result what the service sends."""
 QUALITIES = ("draft", "standard", "best")
 """What the entries of a menu are called, in order of cost."""
 AUTO = "auto"
@@ -245,6 +246,14 @@ def check(violations: list[FieldViolation], ok: bool, field: str, description: s
     """Note a violation unless `ok`."""
     if not ok:
         violations.append(FieldViolation(field, description))
+
+
+def read_file(field: str, path: Path) -> bytes:
+    """What goes into a field of a request. Raises InvalidRequest for a file that cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest([FieldViolation(field, f"cannot read {path}: {error.strerror}")]) from error
 
 
 def check_steps(violations: list[FieldViolation], steps: int, limits: Limits) -> None:

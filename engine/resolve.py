@@ -142,7 +142,7 @@ class Engine(Protocol):
         """Requests that arrive from now on cannot name it. Raises NotFound."""
 
     def close(self, grace_s: float) -> None:
-        """Finish what is running within `grace_s`, cancel the rest, release the devices."""
+        """Finish what is running within `grace_s`, fail the rest as Unavailable, release the devices."""
 
 
 @dataclass(frozen=True)

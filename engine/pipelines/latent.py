@@ -53,7 +53,7 @@ class Job:
 
     @property
     def profile(self) -> str:
-        return "image" if self.request.frames == 1 else "video"
+        return profile_of(self.request)
 
     def text_call(self, branches: Mapping[str, str]) -> Call:
         """`encode_text` of each branch's words, a row each."""
@@ -195,14 +195,22 @@ def decode(job: Job, z: Tensor, tiles: list[Tensor]) -> Generator[tuple[Call, ..
 
     Temporal tiling of Polyak et al. 2024, section 3.1.1. `tiles` keeps what is decoded, so that an interrupted decode goes on.
     """
-    settings = job.settings
-    length = z.shape[2]
-    size = min(settings.tile_frames, length)
-    begins = [min(begin, length - size) for begin in tile_starts(length, size, min(settings.tile_overlap, size - 1))]
+    size, begins = tiles_of(job.settings, z.shape[2])
     for begin in begins[len(tiles) :]:
         (out,) = yield (Call("decode", job.profile, {"latent": z[:, :, begin : begin + size].contiguous()}),)
         tiles.append(out["video"])
-    return blend_tiles(tiles, begins, settings.temporal_stride)
+    return blend_tiles(tiles, begins, job.settings.temporal_stride)
+
+
+def profile_of(request: Request) -> str:
+    """Of the programs whose sizes a request chooses."""
+    return "image" if request.frames == 1 else "video"
+
+
+def tiles_of(settings: ModelSettings, length: int) -> tuple[int, list[int]]:
+    """Latent frames of a tile, and where each begins, for so many in all."""
+    size = min(settings.tile_frames, length)
+    return size, [min(begin, length - size) for begin in tile_starts(length, size, min(settings.tile_overlap, size - 1))]
 
 
 def blend_tiles(tiles: list[Tensor], begins: list[int], stride: int) -> Tensor:

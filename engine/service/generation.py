@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from reelstep.engine.media import Pixels, encode
-from reelstep.engine.request import Failed, Finished, Preview, Request
+from reelstep.engine.request import CHUNK_BYTES, Failed, Finished, Preview, Request
 from reelstep.engine.resolve import DEFAULT_MEDIA_TYPE, Engine, resolve
 from reelstep.engine.service import messages
 from reelstep.engine.service.calls import Context, server_stream, unary
@@ -24,7 +24,6 @@ from reelstep.errors import DeadlineExceeded, FieldViolation, InvalidRequest, Un
 from reelstep.protos.reelstep.v1 import media_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["MediaService"].full_name
-CHUNK_BYTES = 256 << 10
 MAX_PAGE = 100
 RETRY_AFTER_S = 1.0
 

@@ -50,7 +50,7 @@ class Case:
         made = copy.deepcopy(self.module)
         for number, strength in blend:
             for name, (a, b) in self.matrices[number].items():
-                made.get_submodule(name).weight.data += strength * ALPHA / RANKS[number] * b.double() @ a.double()  # type: ignore[operator, union-attr]
+                made.get_submodule(name).weight.data += strength * ALPHA / RANKS[number] * b.double() @ a.double()  # type: ignore[operator, union-attr]  # a layer
         return made
 
     @torch.no_grad()

@@ -86,10 +86,17 @@ class OpenVinoExecutable(Executable):
         self._opening = Lock()
 
     def open(self, rows: int) -> None:
-        if rows > 1:
+        beside = self._beside(rows)
+        if beside:
             self._lanes(self.many)
-        if rows == 1 or (self.many.lanes > 1 and rows % self.many.lanes):
+        if beside < rows:
             self._lanes(ALONE)
+
+    def _beside(self, rows: int) -> int:
+        """Of so many rows those that do not run alone: all at once, or as many as fill all lanes. One that is left over gets all threads."""
+        if self.many.rows > 1:
+            return rows if rows > 1 else 0
+        return rows - rows % self.many.lanes if self.many.lanes > 1 else 0
 
     def _lanes(self, variant: Variant) -> list[Bound]:
         """Opened by whoever asks first."""
@@ -110,15 +117,15 @@ class OpenVinoExecutable(Executable):
         return outputs
 
     def _run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], rows: int) -> None:
-        if self.many.rows > 1 < rows:
-            self._lanes(self.many)[0].bind(inputs, outputs).infer(share_inputs=True, share_outputs=True)
+        beside = self._beside(rows)
+        lanes = self._lanes(self.many) if beside else []
+        if self.many.rows > 1 and lanes:
+            lanes[0].bind(inputs, outputs).infer(share_inputs=True, share_outputs=True)
             return
 
         def row(bound: Bound, k: int) -> ov.InferRequest:
             return bound.bind([x[k : k + 1] for x in inputs], [y[k : k + 1] for y in outputs])
 
-        beside = rows - rows % self.many.lanes if self.many.lanes > 1 else 0  # rows that fill all lanes; one that is left over gets all threads
-        lanes = self._lanes(self.many) if beside else []
         try:
             for k in range(beside):
                 lane = lanes[k % self.many.lanes]

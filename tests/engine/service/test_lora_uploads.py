@@ -80,7 +80,7 @@ def server(
 ) -> Iterator[tuple[Client, Engine]]:
     programs = PROGRAMS | {("denoise_lora", profile): adapted for profile in ("video", "image")}
     engine = Engine({"toy": toy_model(loras)}, Inline({"toy": Runner(programs, dict.fromkeys(programs, 8))}), **limits)
-    with served(engine, options) as running, Client(running.address) as client:  # type: ignore[arg-type]
+    with served(engine, options) as running, Client(running.address) as client:  # type: ignore[arg-type]  # a real engine
         yield client, engine
 
 
@@ -130,7 +130,7 @@ def upload(client: Client, parts: Iterator[pb.LoadLoraRequest] | list[pb.LoadLor
     with grpc.insecure_channel(client.address) as channel:
         method = channel.stream_unary(f"/{SERVICE}/LoadLora", pb.LoadLoraRequest.SerializeToString, pb.LoadLoraResponse.FromString)
         try:
-            return method(iter(parts), timeout=timeout)  # type: ignore[no-any-return]
+            return method(iter(parts), timeout=timeout)  # type: ignore[no-any-return]  # a channel's methods are untyped
         except grpc.RpcError as error:
             raise from_error(error, client.address, started=False) from error
 
@@ -215,7 +215,8 @@ def test_a_server_lets_nobody_in_unless_it_was_started_to(tmp_path: Path) -> Non
         with pytest.raises(NotAllowed, match=says) as caught:
             client.load_lora("ink", neon)
         assert isinstance(caught.value.__cause__, grpc.RpcError)
-        assert caught.value.__cause__.code() is grpc.StatusCode.PERMISSION_DENIED  # type: ignore[attr-defined]
+        assert isinstance(caught.value.__cause__, grpc.Call)
+        assert caught.value.__cause__.code() is grpc.StatusCode.PERMISSION_DENIED
         with pytest.raises(NotAllowed, match=says):
             client.unload_lora("neon")
         with pytest.raises(NotAllowed, match=says):
@@ -346,7 +347,8 @@ def test_there_are_no_more_than_the_server_has_room_for(tmp_path: Path) -> None:
         client.load_lora("two", first)
         with pytest.raises(Overloaded, match=r"'toy' has 2 LoRAs, and clients may bring it up to 2; unload one, or .*--max-loras\. Loaded: one, two") as caught:
             client.load_lora("three", first)
-        assert caught.value.__cause__.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[union-attr]
+        assert isinstance(caught.value.__cause__, grpc.Call)
+        assert caught.value.__cause__.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         client.load_lora("two", second, replace=True)
         client.unload_lora("one")
         client.load_lora("three", first)
@@ -536,7 +538,7 @@ def test_a_model_that_takes_none_and_a_server_that_is_not_ready_say_so(tmp_path:
             client.load_lora("neon", file, model="other")
     loading = service.LoraService(MediaService(ThreadPoolExecutor(1), 1.0).ready, True, 1, 1.0)
     with pytest.raises(Unavailable, match="loading its models"):
-        asyncio.run(loading.unload(pb.UnloadLoraRequest(name="neon"), None))  # type: ignore[arg-type]
+        asyncio.run(loading.unload(pb.UnloadLoraRequest(name="neon"), None))  # type: ignore[arg-type]  # it refuses before it asks who calls
 
 
 def test_asyncio_does_the_same(uploads: tuple[Client, Engine], tmp_path: Path) -> None:
