@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelstep.errors import ConfigError
-from reelstep.kernels.jit import check_launch, interpreted, jit, launch_rows, modulated, normed, per_token, row_tile, tl, unit_rows
+from reelstep.kernels.jit import check_launch, interpreted, jit, launch_rows, modulated, normed, per_token, read, row_tile, tl, unit_rows, write
 from reelstep.kernels.op import Argument, Kernel, Make, check_rank, check_shape, define, wide
 
 LARGEST = 448.0
@@ -57,7 +57,10 @@ def fake(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor |
 
 @jit
 def rounded_to_e4m3(y: tl.tensor) -> tl.tensor:
-    """float32 to the nearest number that E4M3 has, ties to even. GPUs do so as they convert; Triton's interpreter rounds ties up and drops the carry."""
+    """float32 to the nearest number that E4M3 has, ties to even, at most 448. GPUs do so as they convert; Triton's interpreter rounds ties up, drops the
+    carry, and takes what rounding has carried past 448 for NaN.
+    """
+    y = tl.minimum(tl.maximum(y, -448.0), 448.0)
     bits = y.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).to(tl.float32, bitcast=True)
     subnormal = (y + 24576.0) - 24576.0  # 1.5 * 2**14, where the last bit of float32 is worth 2**-9
@@ -68,22 +71,28 @@ def rounded_to_e4m3(y: tl.tensor) -> tl.tensor:
 def fp8_norm_quantise_kernel(
     values: tl.tensor, steps: tl.tensor, x: tl.tensor, scale: tl.tensor, shift: tl.tensor, weight: tl.tensor, rows: tl.tensor,
     length: tl.tensor, width: tl.tensor, x_batch: tl.tensor, x_token: tl.tensor, m_batch: tl.tensor, m_token: tl.tensor, eps: tl.tensor,
-    smallest: tl.tensor, CENTRED: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    smallest: tl.tensor, CENTRED: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (col < width)[None, :]
-    batch, token = (row // length).to(tl.int64), (row % length).to(tl.int64)
-    y = tl.load(x + (batch * x_batch + token * x_token)[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    y = normed(y, weight, col, width, eps, CENTRED)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    batch, token, there = (row // length).to(tl.int64), (row % length).to(tl.int64), row < rows
+    tiles = read(x, batch * x_batch + token * x_token, there, width, PARTS, BLOCK)
+    tiles = normed(tiles, weight, width, eps, CENTRED, PARTS, BLOCK)
     if scale is not None:
-        y = modulated(y, scale, shift, (batch * m_batch + token * m_token)[:, None] + col[None, :], inside)
-    step = tl.maximum(tl.max(tl.abs(y), 1), smallest) / 448.0
-    # Rounding may carry the largest value of a row just past 448, where E4M3 has only NaN.
-    quantised = tl.minimum(tl.maximum(y / step[:, None], -448.0), 448.0)
-    if ROUND:
-        quantised = rounded_to_e4m3(quantised)
-    tl.store(values + row.to(tl.int64)[:, None] * width + col[None, :], quantised.to(values.dtype.element_ty), mask=inside)
-    tl.store(steps + row, step, mask=row < rows)
+        tiles = modulated(tiles, scale, shift, batch * m_batch + token * m_token, there, width, PARTS, BLOCK)
+    magnitudes = tl.abs(tiles[0])
+    for part in tl.static_range(1, PARTS):
+        magnitudes = tl.maximum(magnitudes, tl.abs(tiles[part]))
+    largest = tl.maximum(tl.max(magnitudes, 1), smallest)
+    # One division for a row: with one for each value an H100 waits for arithmetic and not for memory.
+    factor = 448.0 / largest
+    quantised: tl.tuple = ()
+    for part in tl.static_range(PARTS):
+        value = tiles[part] * factor[:, None]
+        if ROUND:
+            value = rounded_to_e4m3(value)
+        quantised = quantised + (value,)
+    write(values, row.to(tl.int64) * width, quantised, there, width, PARTS, BLOCK)
+    tl.store(steps + row, largest / 448.0, mask=there)
 
 
 def launch(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None, eps: float, centred: bool) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reelstep.kernels.jit import check_launch, jit, launch_rows, per_token, row_tile, tl, unit_rows
+from reelstep.kernels.jit import check_launch, jit, launch_rows, per_token, read, row_tile, tl, unit_rows, write
 from reelstep.kernels.op import Argument, Kernel, Make, check_rank, check_shape, define, wide
 
 
@@ -40,15 +40,17 @@ def fake(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 @jit
 def gated_residual_kernel(
     out: tl.tensor, x: tl.tensor, gate: tl.tensor, y: tl.tensor, rows: tl.tensor, length: tl.tensor, width: tl.tensor, x_batch: tl.tensor, x_token: tl.tensor,
-    g_batch: tl.tensor, g_token: tl.tensor, y_batch: tl.tensor, y_token: tl.tensor, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    g_batch: tl.tensor, g_token: tl.tensor, y_batch: tl.tensor, y_token: tl.tensor, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (col < width)[None, :]
-    batch, token = (row // length).to(tl.int64), (row % length).to(tl.int64)
-    a = tl.load(x + (batch * x_batch + token * x_token)[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gate + (batch * g_batch + token * g_token)[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(y + (batch * y_batch + token * y_token)[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row.to(tl.int64)[:, None] * width + col[None, :], (a + g * b).to(out.dtype.element_ty), mask=inside)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    batch, token, there = (row // length).to(tl.int64), (row % length).to(tl.int64), row < rows
+    a = read(x, batch * x_batch + token * x_token, there, width, PARTS, BLOCK)
+    g = read(gate, batch * g_batch + token * g_token, there, width, PARTS, BLOCK)
+    b = read(y, batch * y_batch + token * y_token, there, width, PARTS, BLOCK)
+    tiles: tl.tuple = ()
+    for part in tl.static_range(PARTS):
+        tiles = tiles + (a[part] + g[part] * b[part],)
+    write(out, row.to(tl.int64) * width, tiles, there, width, PARTS, BLOCK)
 
 
 def launch(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:

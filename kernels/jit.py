@@ -1,7 +1,8 @@
 """Triton where it is installed, and what its kernels share. Without it every op still has its formula; with TRITON_INTERPRET=1 kernels run on a CPU.
 
 In a kernel's signature `tl.tensor` is the address of a tensor's first element, or None for one that is not there, or a number.
-Kernels over rows hold a tile [ROWS, BLOCK] in registers: BLOCK is the width rounded up to a power of two, and narrow rows share a program.
+Kernels over rows hold them in registers, as PARTS tiles [ROWS, BLOCK] side by side. Narrow rows share a program; a wide one is in several parts, since a
+tile's width is a power of two, and one that holds a row of 6144 values would leave a quarter of its threads with nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 from reelstep.errors import ConfigError
 
 __all__ = [
-    "HAS_TRITON", "MAX_WIDTH", "RowTile", "as_rows", "check_launch", "interpreted", "jit", "launch_rows", "modulated", "normed", "per_token", "row_tile",
-    "tl", "triton", "unit_rows",
+    "HAS_TRITON", "MAX_WIDTH", "RowTile", "as_rows", "check_launch", "interpreted", "jit", "launch_rows", "modulated", "normed", "per_token", "read",
+    "row_tile", "tl", "triton", "unit_rows", "write",
 ]  # fmt: skip
 
 try:
@@ -57,24 +58,26 @@ def check_launch(kernel: Any, tensor: Tensor) -> None:
 
 @dataclass(frozen=True)
 class RowTile:
-    """How many rows of which padded width one program takes, and with how many warps."""
+    """How many rows one program takes, in how many parts of which width, and with how many warps."""
 
     rows: int
+    parts: int
     block: int
     warps: int
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "BLOCK": self.block}
+        return {"ROWS": self.rows, "PARTS": self.parts, "BLOCK": self.block}
 
 
 def row_tile(width: int) -> RowTile:
-    """A tile of 2048 values or one row: 16 values a thread are two loads of 16 bytes in bfloat16. Raises ConfigError above MAX_WIDTH."""
+    """Of 4096 values or one row; 8 values of a part are a thread's, one load of 16 bytes in bfloat16. Raises ConfigError above MAX_WIDTH."""
     if width > MAX_WIDTH:
         raise ConfigError(f"a row of {width} values does not fit the registers of one program; at most {MAX_WIDTH}")
-    block = 1 << max(width - 1, 1).bit_length()
-    rows = max(1, 2048 // block)
-    return RowTile(rows, block, min(16, max(4, rows * block // 512)))
+    warps = 8 if width <= MAX_WIDTH // 2 else 16
+    block = min(1 << max(width - 1, 1).bit_length(), 256 * warps)
+    parts = -(-width // block)
+    return RowTile(max(1, 4096 // block) if parts == 1 else 1, parts, block, warps)
 
 
 def launch_rows(kernel: Any, rows: int, width: int, *arguments: Any, **constants: Any) -> None:
@@ -101,18 +104,59 @@ def per_token(v: Tensor, length: int) -> Tensor:
 
 
 @jit
-def normed(x: tl.tensor, weight: tl.tensor, col: tl.tensor, width: tl.tensor, eps: tl.tensor, CENTRED: tl.constexpr) -> tl.tensor:
-    """A float32 tile [ROWS, BLOCK], zero beyond `width`, divided by its rows' root mean square; by their deviation if CENTRED."""
-    within = col < width
-    if CENTRED:
-        x = tl.where(within[None, :], x - (tl.sum(x, 1) / width)[:, None], 0.0)
-    x = x * tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
-    if weight is not None:
-        x = x * tl.load(weight + col, mask=within, other=0.0).to(tl.float32)[None, :]
-    return x
+def read(x: tl.tensor, at: tl.tensor, there: tl.tensor, width: tl.tensor, PARTS: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """Rows at the offsets `at` [ROWS] in float32, as a tuple of PARTS tiles [ROWS, BLOCK]; zero beyond `width`, and in rows that are not `there`."""
+    tiles: tl.tuple = ()
+    for part in tl.static_range(PARTS):
+        col = part * BLOCK + tl.arange(0, BLOCK)
+        tiles = tiles + (tl.load(x + at[:, None] + col[None, :], mask=there[:, None] & (col < width)[None, :], other=0.0).to(tl.float32),)
+    return tiles
 
 
 @jit
-def modulated(y: tl.tensor, scale: tl.tensor, shift: tl.tensor, at: tl.tensor, inside: tl.tensor) -> tl.tensor:
-    """y (1 + scale) + shift, the vectors read at the offsets `at`."""
-    return y * (1.0 + tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)) + tl.load(shift + at, mask=inside, other=0.0).to(tl.float32)
+def write(out: tl.tensor, at: tl.tensor, tiles: tl.tuple, there: tl.tensor, width: tl.tensor, PARTS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """The reverse of `read`, in the dtype of `out`."""
+    for part in tl.static_range(PARTS):
+        col = part * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out + at[:, None] + col[None, :], tiles[part].to(out.dtype.element_ty), mask=there[:, None] & (col < width)[None, :])
+
+
+@jit
+def normed(
+    tiles: tl.tuple, weight: tl.tensor, width: tl.tensor, eps: tl.tensor, CENTRED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:  # fmt: skip
+    """Rows of `read` divided by their root mean square; by their deviation if CENTRED."""
+    if CENTRED:
+        total = tiles[0]
+        for part in tl.static_range(1, PARTS):
+            total += tiles[part]
+        mean = tl.sum(total, 1) / width
+        centred: tl.tuple = ()
+        for part in tl.static_range(PARTS):
+            within = part * BLOCK + tl.arange(0, BLOCK) < width
+            centred = centred + (tl.where(within[None, :], tiles[part] - mean[:, None], 0.0),)
+        tiles = centred
+    squares = tiles[0] * tiles[0]
+    for part in tl.static_range(1, PARTS):
+        squares += tiles[part] * tiles[part]
+    factor = tl.rsqrt(tl.sum(squares, 1) / width + eps)
+    found: tl.tuple = ()
+    for part in tl.static_range(PARTS):
+        x = tiles[part] * factor[:, None]
+        if weight is not None:
+            col = part * BLOCK + tl.arange(0, BLOCK)
+            x = x * tl.load(weight + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
+        found = found + (x,)
+    return found
+
+
+@jit
+def modulated(
+    tiles: tl.tuple, scale: tl.tensor, shift: tl.tensor, at: tl.tensor, there: tl.tensor, width: tl.tensor, PARTS: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:  # fmt: skip
+    """x (1 + scale) + shift, the vectors read at the offsets `at`."""
+    factors, terms = read(scale, at, there, width, PARTS, BLOCK), read(shift, at, there, width, PARTS, BLOCK)
+    found: tl.tuple = ()
+    for part in tl.static_range(PARTS):
+        found = found + (tiles[part] * (1.0 + factors[part]) + terms[part],)
+    return found

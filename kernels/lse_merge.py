@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reelstep.kernels.jit import check_launch, jit, launch_rows, row_tile, tl, unit_rows
+from reelstep.kernels.jit import check_launch, jit, launch_rows, read, row_tile, tl, unit_rows, write
 from reelstep.kernels.op import Kernel, Make, check_rank, check_shape, define, wide
 
 
@@ -48,23 +48,25 @@ def lse_merge_kernel(
     out: tl.tensor, lse: tl.tensor, out_a: tl.tensor, lse_a: tl.tensor, out_b: tl.tensor, lse_b: tl.tensor, rows: tl.tensor, queries: tl.tensor,
     heads: tl.tensor, width: tl.tensor, a_batch: tl.tensor, a_head: tl.tensor, a_query: tl.tensor, b_batch: tl.tensor, b_head: tl.tensor,
     b_query: tl.tensor,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (col < width)[None, :]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     query, head, batch = (row % queries).to(tl.int64), (row // queries % heads).to(tl.int64), (row // queries // heads).to(tl.int64)
-    log_a = tl.load(lse_a + row, mask=row < rows, other=0.0)
-    log_b = tl.load(lse_b + row, mask=row < rows, other=0.0)
+    there = row < rows
+    log_a = tl.load(lse_a + row, mask=there, other=0.0)
+    log_b = tl.load(lse_b + row, mask=there, other=0.0)
     largest = tl.maximum(log_a, log_b)
     finite = tl.where(largest == -float("inf"), 0.0, largest)
     a, b = tl.exp(log_a - finite), tl.exp(log_b - finite)
     total = a + b
     whole = tl.where(total == 0.0, 1.0, total)
-    x = tl.load(out_a + (batch * a_batch + head * a_head + query * a_query)[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(out_b + (batch * b_batch + head * b_head + query * b_query)[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    merged = (a / whole)[:, None] * x + (b / whole)[:, None] * y
-    tl.store(out + row.to(tl.int64)[:, None] * width + col[None, :], merged.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + row, tl.where(total == 0.0, -float("inf"), finite + tl.log(whole)), mask=row < rows)
+    x = read(out_a, batch * a_batch + head * a_head + query * a_query, there, width, PARTS, BLOCK)
+    y = read(out_b, batch * b_batch + head * b_head + query * b_query, there, width, PARTS, BLOCK)
+    merged: tl.tuple = ()
+    for part in tl.static_range(PARTS):
+        merged = merged + ((a / whole)[:, None] * x[part] + (b / whole)[:, None] * y[part],)
+    write(out, row.to(tl.int64) * width, merged, there, width, PARTS, BLOCK)
+    tl.store(lse + row, tl.where(total == 0.0, -float("inf"), finite + tl.log(whole)), mask=there)
 
 
 def launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,7 @@ from torch import Tensor
 from reelstep.errors import ConfigError
 from reelstep.kernels.jit import check_launch, jit, tl
 from reelstep.kernels.op import Argument, Kernel, Make, check_rank, define
-
-BLOCK, WARPS = 1024, 4
+from reelstep.kernels.patch_tile import in_tokens, in_video, patch_tile, tile_place
 
 
 def patchify(x: Tensor, patch: Sequence[int], channels_last: bool = False) -> Tensor:
@@ -46,42 +45,40 @@ def fake(x: Tensor, patch: list[int], channels_last: bool) -> Tensor:
 
 @jit
 def patchify_kernel(
-    out: tl.tensor, x: tl.tensor, count: tl.tensor, frames: tl.tensor, rows: tl.tensor, columns: tl.tensor, channels: tl.tensor,
+    out: tl.tensor, x: tl.tensor, frames: tl.tensor, rows: tl.tensor, columns: tl.tensor,
     x_batch: tl.tensor, x_channel: tl.tensor, x_frame: tl.tensor, x_row: tl.tensor, x_column: tl.tensor,
-    P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, C: tl.constexpr, LAST: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr, RUN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Walks the tokens in memory order: writes are whole lines, reads runs of R whose lines neighbouring tokens share.
-
-    frames, rows, columns: of tokens.
-    """
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    volume = P * Q * R * channels
-    token, i = at // volume, (at % volume).to(tl.int32)
-    channel = i % channels if LAST else i // (P * Q * R)
-    i = i // channels if LAST else i % (P * Q * R)
-    column = token % columns * R + i % R
-    row = token // columns % rows * Q + i // R % Q
-    frame = token // columns // rows % frames * P + i // R // Q
-    batch = token // columns // rows // frames
-    source = batch * x_batch + channel.to(tl.int64) * x_channel + frame * x_frame + row * x_row + column * x_column
-    tl.store(out + at, tl.load(x + source, mask=inside), mask=inside)
+    """frames, rows, columns: of tokens."""
+    batch, frame, row, column = tile_place(frames, rows, columns, TOKENS)
+    left = columns - column
+    x += batch * x_batch + frame * P * x_frame + row * Q * x_row + column * R * x_column
+    source, inside = in_video(left, x_channel, x_frame, x_row, x_column, P, Q, R, C, TOKENS, CHANNELS, PLACES, RUN)
+    tile = tl.reshape(tl.load(x + source, mask=inside), (CHANNELS, PLACES, TOKENS, RUN))
+    tile = tl.permute(tile, (2, 1, 3, 0)) if LAST else tl.permute(tile, (2, 0, 1, 3))
+    out += (((batch * frames + frame) * rows + row) * columns + column) * (C * P * Q * R)
+    target, inside = in_tokens(left, C * P * Q * R, 1, P, Q, R, C, LAST, TOKENS, CHANNELS, PLACES, RUN)
+    tl.store(out + target, tl.reshape(tile, (TOKENS, CHANNELS * PLACES * RUN)), mask=inside)
 
 
 def launch(x: Tensor, patch: list[int], channels_last: bool) -> Tensor:
     check_launch(patchify_kernel, x)
     out, (p, q, r) = fake(x, patch, channels_last), patch
-    if count := out.numel():
-        _, c, f, h, w = x.shape
-        sizes, constants = (f // p, h // q, w // r, c), {"P": p, "Q": q, "R": r, "LAST": channels_last}
-        patchify_kernel[(-(-count // BLOCK),)](out, x, count, *sizes, *x.stride(), **constants, BLOCK=BLOCK, num_warps=WARPS)
+    if out.numel():
+        b, c, f, h, w = x.shape
+        grid, tile = (f // p, h // q, w // r), patch_tile(c, patch, w // r)
+        programs = b * grid[0] * grid[1] * -(-grid[2] // tile.tokens)
+        constants = {"P": p, "Q": q, "R": r, "C": c, "LAST": channels_last, **tile.constants}
+        patchify_kernel[(programs,)](out, x, *grid, *x.stride(), **constants, num_warps=tile.warps)
     return out
 
 
 def kernels(arch: int) -> tuple[Kernel, ...]:
-    numbers = ("count", "frames", "rows", "columns", "channels", "x_batch", "x_channel", "x_frame", "x_row")
-    arguments: dict[str, Argument] = {"out": "*bf16", "x": "*fp32", **dict.fromkeys(numbers, "i32"), "x_column": 1}
-    return (Kernel("patchify", patchify_kernel, {**arguments, "P": 1, "Q": 2, "R": 2, "LAST": False, "BLOCK": BLOCK}, WARPS, 1),)
+    tile = patch_tile(16, [1, 2, 2], 48)  # Movie Gen 30B
+    numbers = dict.fromkeys(("frames", "rows", "columns", "x_batch", "x_channel", "x_frame", "x_row"), "i32")
+    constants: dict[str, Argument] = {"P": 1, "Q": 2, "R": 2, "C": 16, "LAST": False, **tile.constants}
+    return (Kernel("patchify", patchify_kernel, {"out": "*bf16", "x": "*bf16", **numbers, "x_column": 1, **constants}, tile.warps, 1),)
 
 
 def examples(make: Make) -> Iterator[tuple[Any, ...]]:

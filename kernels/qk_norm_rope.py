@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelstep.errors import ConfigError
-from reelstep.kernels.jit import check_launch, jit, launch_rows, normed, row_tile, tl, unit_rows
+from reelstep.kernels.jit import check_launch, jit, launch_rows, normed, read, row_tile, tl, unit_rows, write
 from reelstep.kernels.op import Argument, Kernel, Make, check_rank, check_shape, define, wide
 
 
@@ -81,24 +81,24 @@ def fake(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
 def qk_norm_rope_kernel(
     out: tl.tensor, x: tl.tensor, weight: tl.tensor, cos: tl.tensor, sin: tl.tensor, rows: tl.tensor, length: tl.tensor, heads: tl.tensor,
     width: tl.tensor, pairs: tl.tensor, x_batch: tl.tensor, x_token: tl.tensor, x_head: tl.tensor, eps: tl.tensor,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """A row is a head, or, where the norm is over all of them, a token: then heads is 1. pairs: of one head, after which the angles repeat."""
-    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (col < width)[None, :]
-    head, token, batch = row % heads, row // heads % length, row // heads // length
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, token, batch, there = row % heads, row // heads % length, row // heads // length, row < rows
     at = batch.to(tl.int64) * x_batch + token.to(tl.int64) * x_token + head.to(tl.int64) * x_head
-    y = tl.load(x + at[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    y = normed(y, weight, col, width, eps, False)
+    tiles = normed(read(x, at, there, width, PARTS, BLOCK), weight, width, eps, False, PARTS, BLOCK)
     if cos is not None:
-        pair = tl.arange(0, BLOCK // 2)
-        angle = token[:, None] * pairs + (pair % pairs)[None, :]
-        turned = (row < rows)[:, None] & (pair < width // 2)[None, :]
-        c, s = tl.load(cos + angle, mask=turned, other=0.0), tl.load(sin + angle, mask=turned, other=0.0)
-        # Pairs are split in registers, so that memory is read in whole lines and not every second value.
-        even, odd = tl.split(tl.reshape(y, (ROWS, BLOCK // 2, 2)))
-        y = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (ROWS, BLOCK))
-    tl.store(out + row.to(tl.int64)[:, None] * width + col[None, :], y.to(out.dtype.element_ty), mask=inside)
+        turned: tl.tuple = ()
+        for part in tl.static_range(PARTS):
+            pair = part * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+            angle, known = token[:, None] * pairs + (pair % pairs)[None, :], there[:, None] & (pair < width // 2)[None, :]
+            c, s = tl.load(cos + angle, mask=known, other=0.0), tl.load(sin + angle, mask=known, other=0.0)
+            # Pairs are split in registers, so that memory is read in whole lines and not every second value.
+            even, odd = tl.split(tl.reshape(tiles[part], (ROWS, BLOCK // 2, 2)))
+            turned = turned + (tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (ROWS, BLOCK)),)
+        tiles = turned
+    write(out, row.to(tl.int64) * width, tiles, there, width, PARTS, BLOCK)
 
 
 def _launch(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelstep.kernels.jit import check_launch, jit, launch_rows, modulated, normed, per_token, row_tile, tl, unit_rows
+from reelstep.kernels.jit import check_launch, jit, launch_rows, modulated, normed, per_token, read, row_tile, tl, unit_rows, write
 from reelstep.kernels.op import Argument, Kernel, Make, check_rank, check_shape, define, wide
 
 
@@ -48,16 +48,15 @@ def fake(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, eps: fl
 def rms_modulate_kernel(
     out: tl.tensor, x: tl.tensor, scale: tl.tensor, shift: tl.tensor, weight: tl.tensor, rows: tl.tensor, length: tl.tensor, width: tl.tensor,
     x_batch: tl.tensor, x_token: tl.tensor, m_batch: tl.tensor, m_token: tl.tensor, eps: tl.tensor,
-    CENTRED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Strides are those of x and of the modulation, which may be a chunk of a wider tensor or have no stride along the tokens."""
-    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (col < width)[None, :]
-    batch, token = (row // length).to(tl.int64), (row % length).to(tl.int64)
-    y = tl.load(x + (batch * x_batch + token * x_token)[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    y = normed(y, weight, col, width, eps, CENTRED)
-    y = modulated(y, scale, shift, (batch * m_batch + token * m_token)[:, None] + col[None, :], inside)
-    tl.store(out + row.to(tl.int64)[:, None] * width + col[None, :], y.to(out.dtype.element_ty), mask=inside)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    batch, token, there = (row // length).to(tl.int64), (row % length).to(tl.int64), row < rows
+    tiles = read(x, batch * x_batch + token * x_token, there, width, PARTS, BLOCK)
+    tiles = normed(tiles, weight, width, eps, CENTRED, PARTS, BLOCK)
+    tiles = modulated(tiles, scale, shift, batch * m_batch + token * m_token, there, width, PARTS, BLOCK)
+    write(out, row.to(tl.int64) * width, tiles, there, width, PARTS, BLOCK)
 
 
 def launch(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, eps: float, centred: bool) -> Tensor:

@@ -11,11 +11,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelstep.kernels.jit import as_rows, check_launch, jit, row_tile, tl
+from reelstep.kernels.jit import as_rows, check_launch, jit, tl
 from reelstep.kernels.op import Argument, Kernel, Make, check_shape, define, wide
 
-BLOCK = 2048
-"""Values of a row in one program. Rows are wide and nothing is summed over them, so they need not fit one."""
+BLOCK, WARPS = 4096, 8
+"""Values of a row in one program, 16 a thread. Rows are wide and nothing is summed over them, so they need not fit one."""
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
@@ -47,14 +47,14 @@ def launch(a: Tensor, b: Tensor) -> Tensor:
     out, width = a.new_empty(a.shape), a.shape[-1]
     if out.numel():
         a, b = as_rows(a), as_rows(b)
-        tile = row_tile(min(width, BLOCK))
-        swiglu_kernel[(a.shape[0], -(-width // tile.block))](out, a, b, width, a.stride(0), b.stride(0), BLOCK=tile.block, num_warps=tile.warps)
+        block = min(1 << (width - 1).bit_length(), BLOCK)
+        swiglu_kernel[(a.shape[0], -(-width // block))](out, a, b, width, a.stride(0), b.stride(0), BLOCK=block, num_warps=WARPS)
     return out
 
 
 def kernels(arch: int) -> tuple[Kernel, ...]:
     arguments: dict[str, Argument] = {**dict.fromkeys(("out", "a", "b"), "*bf16"), **dict.fromkeys(("width", "a_row", "b_row"), "i32"), "BLOCK": BLOCK}
-    return (Kernel("swiglu", swiglu_kernel, arguments, row_tile(BLOCK).warps, 1),)
+    return (Kernel("swiglu", swiglu_kernel, arguments, WARPS, 1),)
 
 
 def examples(make: Make) -> Iterator[tuple[Any, ...]]:

@@ -15,8 +15,7 @@ from torch import Tensor
 from reelstep.errors import ConfigError
 from reelstep.kernels.jit import check_launch, jit, tl
 from reelstep.kernels.op import Argument, Kernel, Make, check_rank, define
-
-BLOCK, WARPS = 1024, 4
+from reelstep.kernels.patch_tile import in_tokens, in_video, patch_tile, tile_place
 
 
 def unpatchify(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels_last: bool = False) -> Tensor:
@@ -50,34 +49,43 @@ def fake(tokens: Tensor, grid: list[int], patch: list[int], channels_last: bool)
 
 @jit
 def unpatchify_kernel(
-    out: tl.tensor, tokens: tl.tensor, count: tl.tensor, frames: tl.tensor, rows: tl.tensor, columns: tl.tensor, channels: tl.tensor,
-    t_batch: tl.tensor, t_token: tl.tensor, t_value: tl.tensor, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+    out: tl.tensor, tokens: tl.tensor, frames: tl.tensor, rows: tl.tensor, columns: tl.tensor, t_batch: tl.tensor, t_token: tl.tensor, t_value: tl.tensor,
+    P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, C: tl.constexpr, LAST: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr, RUN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Walks the video in memory order, so that reads are the short runs and writes whole lines. frames, rows, columns: of the video."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    column, row, frame = at % columns, at // columns % rows, at // columns // rows % frames
-    channel, batch = at // columns // rows // frames % channels, at // columns // rows // frames // channels
-    token = (frame // P * (rows // Q) + row // Q) * (columns // R) + column // R
-    place = (frame % P * Q + row % Q) * R + column % R
-    value = place * channels + channel if LAST else channel * (P * Q * R) + place
-    tl.store(out + at, tl.load(tokens + batch * t_batch + token * t_token + value * t_value, mask=inside), mask=inside)
+    """frames, rows, columns: of tokens."""
+    batch, frame, row, column = tile_place(frames, rows, columns, TOKENS)
+    left = columns - column
+    tokens += batch * t_batch + ((frame * rows + row) * columns + column) * t_token
+    source, inside = in_tokens(left, t_token, t_value, P, Q, R, C, LAST, TOKENS, CHANNELS, PLACES, RUN)
+    tile = tl.load(tokens + source, mask=inside)
+    if LAST:
+        tile = tl.permute(tl.reshape(tile, (TOKENS, PLACES, RUN, CHANNELS)), (3, 1, 0, 2))
+    else:
+        tile = tl.permute(tl.reshape(tile, (TOKENS, CHANNELS, PLACES, RUN)), (1, 2, 0, 3))
+    width = tl.cast(columns, tl.int64) * R
+    out += ((batch * C * frames + frame) * P * rows + row) * Q * width + column * R
+    target, inside = in_video(left, frames * P * rows * Q * width, rows * Q * width, width, 1, P, Q, R, C, TOKENS, CHANNELS, PLACES, RUN)
+    tl.store(out + target, tl.reshape(tile, (CHANNELS * PLACES, TOKENS * RUN)), mask=inside)
 
 
 def launch(tokens: Tensor, grid: list[int], patch: list[int], channels_last: bool) -> Tensor:
     check_launch(unpatchify_kernel, tokens)
     out, (p, q, r) = fake(tokens, grid, patch, channels_last), patch
-    if count := out.numel():
-        _, c, *sides = out.shape
-        constants = {"P": p, "Q": q, "R": r, "LAST": channels_last}
-        unpatchify_kernel[(-(-count // BLOCK),)](out, tokens, count, *sides, c, *tokens.stride(), **constants, BLOCK=BLOCK, num_warps=WARPS)
+    if out.numel():
+        b, c = out.shape[:2]
+        tile = patch_tile(c, patch, grid[2])
+        programs = b * grid[0] * grid[1] * -(-grid[2] // tile.tokens)
+        constants = {"P": p, "Q": q, "R": r, "C": c, "LAST": channels_last, **tile.constants}
+        unpatchify_kernel[(programs,)](out, tokens, *grid, *tokens.stride(), **constants, num_warps=tile.warps)
     return out
 
 
 def kernels(arch: int) -> tuple[Kernel, ...]:
-    numbers = ("count", "frames", "rows", "columns", "channels", "t_batch", "t_token")
-    arguments: dict[str, Argument] = {"out": "*fp32", "tokens": "*bf16", **dict.fromkeys(numbers, "i32"), "t_value": 1}
-    return (Kernel("unpatchify", unpatchify_kernel, {**arguments, "P": 1, "Q": 2, "R": 2, "LAST": False, "BLOCK": BLOCK}, WARPS, 1),)
+    tile = patch_tile(16, [1, 2, 2], 48)  # Movie Gen 30B
+    numbers = dict.fromkeys(("frames", "rows", "columns", "t_batch", "t_token"), "i32")
+    constants: dict[str, Argument] = {"P": 1, "Q": 2, "R": 2, "C": 16, "LAST": False, **tile.constants}
+    return (Kernel("unpatchify", unpatchify_kernel, {"out": "*bf16", "tokens": "*bf16", **numbers, "t_value": 1, **constants}, tile.warps, 1),)
 
 
 def examples(make: Make) -> Iterator[tuple[Any, ...]]:
