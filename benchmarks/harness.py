@@ -88,11 +88,16 @@ def show(name: str, rows: Sequence[Row], width: int = 160) -> None:
 
 
 def write(name: str, rows: Sequence[Row], about: Mapping[str, Any], path: Path, extra: Mapping[str, Any] | None = None) -> None:
+    """`save`, and say so."""
+    save(name, rows, about, path, extra)
+    print(f"wrote {path}")
+
+
+def save(name: str, rows: Sequence[Row], about: Mapping[str, Any], path: Path, extra: Mapping[str, Any] | None = None) -> None:
     """{"benchmark", "conditions", "rows", ...} as JSON, which has neither infinity nor NaN: in a row they are written as text."""
     plain = [{k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"benchmark": name, "conditions": about, **(extra or {}), "rows": plain}, indent=1) + "\n")
-    print(f"wrote {path}")
 
 
 def shown(value: object) -> str:

@@ -36,6 +36,13 @@ SECTIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "their videos. Both products of attention count as one layer of `int8`.",
         ("model", "rows", "layers", "quantised", "kept", "median_s", "ratio_to_bfloat16", "rel_l2", "weights_mb", "psnr_db", "video_psnr_db", "video_ssim"),
     ),
+    "gpu_check": (
+        "A GPU against its own ceilings",
+        "`share` is of the copy for what memory bounds, of the large product for the rest; a block's is of the data sheet's peak, as MFU is. Shapes are a "
+        "block's of Movie Gen 30B at 73,728 tokens. Errors are of the values, those of `correctness` against twice the formula's own and one rounding "
+        "(in this run the nearest to its bound is an example without values: 0). After these parts loading an engine ended the process (docs/gpu_check.md).",
+        ("part", "what", "seconds", "rate", "unit", "share", "aim", "error", "allowed", "right", "note"),
+    ),
     "startup": (
         "From a command to its result",
         "Interpreter and imports included. The aim was a first result in under 2 s with engines in the cache.",
@@ -157,7 +164,7 @@ def section(name: str) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in c["versions"].items())
     return (
         f"## {title}\n{words}\n\n{markdown(data['rows'], columns)}\n\n"
-        f"`{c['command']}`.{notes}\n{c['machine']}, {c['cores']} cores, Python {c['python']}, {versions}, commit {c['commit']}, "
+        f"`{c['command']}`.{notes}\n{c.get('gpu', c['machine'])}, {c['cores']} cores, Python {c['python']}, {versions}, commit {c['commit']}, "
         f"seed {c['seed']}, {c['time']}.\n"
     )
 

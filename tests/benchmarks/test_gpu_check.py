@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from subprocess import run
 
@@ -50,7 +53,7 @@ def bench() -> Iterator[Bench]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     made = Bench(CPU, TINY)
-    made.seconds = lambda run, most_s=0.0, warmup=0: made.once(run)  # type: ignore[method-assign]
+    made.seconds = lambda run, most_s=0.0, warmup=0: made.each(run, 1)[0]  # type: ignore[method-assign]
     yield made
     torch.set_num_threads(before)
 
@@ -97,6 +100,8 @@ def test_bounds_hold_one_rounding_and_no_nan() -> None:
     assert bound == pytest.approx(2e-6)
     assert error_and_bound(truth.float(), truth.bfloat16(), truth, 1e-6)[0] == math.inf, "of another dtype"
     assert math.isnan(worst([(0.0, 1.0), (math.nan, 1.0)])[0])
+    assert worst([(0.0, 0.0), (0.3, 1.0), (0.2, 0.25)]) == (0.2, 0.25), "the empty and the exact say least"
+    assert worst([(1e-9, 0.0), (0.9, 1.0)]) == (1e-9, 0.0)
     assert checked("", math.nan, 1.0).right is False
 
 
@@ -151,6 +156,34 @@ def test_a_part_that_fails_or_takes_too_long_keeps_its_rows_and_stops_no_other(b
     assert rows[1]["note"] == "RuntimeError: no such instruction"
     assert "stopped after its 0.1 s" in rows[3]["note"]
     assert wrong(rows) == ["c: value"]
+
+
+def ends_itself(_: Bench) -> Iterator[Finding]:
+    yield Finding("first")
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def raises(_: Bench) -> Iterator[Finding]:
+    yield Finding("first")
+    raise ValueError("no such engine")
+
+
+@pytest.mark.parametrize(("find", "why"), [("ends_itself", "ended by SIGSEGV"), ("raises", "ValueError: no such engine")])
+def test_what_ends_its_process_leaves_its_rows_and_the_other_parts(find: str, why: str, bench: Bench) -> None:
+    there = getattr(import_module("reelstep.tests.benchmarks.test_gpu_check"), find)  # by the name that another process finds it by
+    parts = [Part("a", 60, lambda bench: gpu_check.apart(there, bench.device)), Part("b", 5, lambda _: iter([Finding("second")]))]
+    kept: list[int] = []
+    rows = run_parts(bench, parts, tell=lambda line: None, keep=lambda rows: kept.append(len(rows)))
+    assert [(row["part"], row["what"]) for row in rows] == [("a", "first"), ("a", "failed"), ("b", "second")]
+    assert why in rows[1]["note"]
+    assert kept == [2, 3], "what was found is kept after each part"
+
+
+def test_ops_are_checked_in_processes_of_their_own(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "DTYPES", (torch.float32,))
+    found = list(gpu_check.correctness(bench))
+    assert {row.what for row in found} == {f"{name} float32" for name in OPS}
+    assert all(row.right for row in found)
 
 
 def test_rows_are_written_as_json_without_nan(tmp_path: Path) -> None:
