@@ -11,8 +11,8 @@ from reelstep.compiler.plan import Plan
 from reelstep.compiler.skus import is_gpu
 
 GPU_NOT_RUN = (
-    "Backend 'inductor' has not been run on a GPU: its code is generated and its kernels are compiled for one where there is none; no package was built, "
-    "no output was compared and nothing was timed."
+    "Backend 'inductor' has computed nothing on a GPU yet: on an H100 its packages were built, and loading one ended the process inside PyTorch's loader. "
+    "The kernels that it calls were run and timed there by themselves."
 )
 
 

@@ -1,16 +1,20 @@
 """AOTInductor: C++ generated, compiled by the system's compiler, loaded as a shared library. The portable path.
 
-On a CPU in float32. On a GPU in bfloat16 too, with our Triton kernels as they are and the products' tiles chosen by measuring. One name for both: which
-device it is follows the arch, by `on`.
+On a CPU in float32. On a GPU in bfloat16 too, with our Triton kernels as they are, the products' tiles chosen by measuring, and CUDA graphs. One name for
+both: which device it is follows the arch, by `on`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -33,11 +37,13 @@ from reelstep.errors import CompileError
 from reelstep.kernels import OPS
 from reelstep.parallel.mesh import Mesh
 
+Run = Callable[..., Any]
+
 
 class InductorExecutable(Executable):
     """Outputs lie where the inputs do."""
 
-    def __init__(self, run: Callable[..., Any], signature: Signature, device: str) -> None:
+    def __init__(self, run: Run, signature: Signature, device: str) -> None:
         self.run = run
         self.signature = signature
         self.device = device
@@ -50,12 +56,62 @@ class InductorExecutable(Executable):
         return {edge.name: out.to(given[0].device) for edge, out in zip(self.signature.outputs, outputs, strict=True)}
 
 
+class Replayed(InductorExecutable):
+    """All kernels of a call as one CUDA graph, recorded once for each number of rows: a replay is one launch, where a small network waits for launches."""
+
+    def __init__(self, run: Run, signature: Signature, device: str) -> None:
+        super().__init__(self._replay, signature, device)
+        self.launch = run
+        self.recorded: dict[int, Recording] = {}
+        self.memory = torch.cuda.graph_pool_handle()  # one for all of them: they run one at a time, and what one gave is copied before the next
+        self.free = Lock()
+
+    def open(self, rows: int) -> None:
+        with torch.inference_mode(), self.free:
+            self._recording([edge.zeros(rows, torch.device(self.device)) for edge in self.signature.inputs])
+
+    def _replay(self, *given: Tensor) -> list[Tensor]:
+        with self.free:
+            return self._recording(given)(given)
+
+    def _recording(self, given: Sequence[Tensor]) -> Recording:
+        rows = len(given[0])
+        if rows not in self.recorded:
+            self.recorded[rows] = Recording(self.launch, given, self.memory)
+        return self.recorded[rows]
+
+
+class Recording:
+    """One call as a CUDA graph. It reads and writes memory of its own."""
+
+    def __init__(self, launch: Run, given: Sequence[Tensor], memory: Any) -> None:
+        self.given = [tensor.clone() for tensor in given]
+        aside = torch.cuda.Stream(given[0].device)
+        aside.wait_stream(torch.cuda.current_stream(given[0].device))
+        with torch.cuda.stream(aside):
+            launch(*self.given)  # loads kernels and chooses algorithms, which a recording may not
+        aside.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=memory, stream=aside, capture_error_mode="thread_local"):  # other threads go on as they are
+            found = launch(*self.given)
+        self.outputs = found if isinstance(found, tuple | list) else (found,)
+
+    def __call__(self, given: Sequence[Tensor]) -> list[Tensor]:
+        for mine, theirs in zip(self.given, given, strict=True):
+            mine.copy_(theirs)
+        self.graph.replay()
+        return [out.clone() for out in self.outputs]
+
+
 @dataclass(frozen=True)
 class InductorBackend(Backend):
-    """device: "cpu", or a CUDA device, on which ops of ours that a graph has kept run as they are. autotune: there, measure tiles as it compiles."""
+    """device: "cpu", or a CUDA device, on which ops of ours that a graph has kept run as they are. autotune: there, measure tiles as it compiles.
+    cuda_graphs: there, replay a recording of each call's kernels.
+    """
 
     device: str = "cpu"
     autotune: bool = True
+    cuda_graphs: bool = True
     name: str = "inductor"
     runs: bool = True
 
@@ -108,7 +164,7 @@ class InductorBackend(Backend):
     def _package(self, exported: ExportedProgram, signature: Signature, precision: Precision, path: Path) -> None:
         _check_compiler(signature)
         try:
-            with quiet_torch(), torch.no_grad():
+            with quiet_torch(), quiet_tuning(), torch.no_grad():
                 aoti_compile_and_package(self._lowered(exported, signature, precision), package_path=str(path), inductor_configs=self._options())
         except OSError:
             raise  # a full disk is the caller's to report
@@ -120,11 +176,28 @@ class InductorBackend(Backend):
             exported = mixed_precision(exported, signature)
         return exported if self.device == "cpu" else move_to_device_pass(exported, self.device)
 
-    def _options(self) -> dict[str, bool]:
-        return {} if self.device == "cpu" else {"max_autotune": self.autotune}
+    def _options(self) -> dict[str, Any]:
+        return {} if self.device == "cpu" else {"max_autotune": self.autotune, "autotune_num_choices_displayed": 0}
 
     def _load(self, path: Path, signature: Signature) -> InductorExecutable:
-        return InductorExecutable(aoti_load_package(str(path)), signature, self.device)
+        tuple(OPS.values())  # an engine for a GPU calls them by name, and one that is imported is known to torch
+        replayed = self.device != "cpu" and self.cuda_graphs
+        run = aoti_load_package(str(path), run_single_threaded=replayed)  # its events would be asked whether they are over, which recorded ones are not
+        return (Replayed if replayed else InductorExecutable)(run, signature, self.device)
+
+
+@contextmanager
+def quiet_tuning() -> Iterator[None]:
+    """Inside, tiles that do not fit a GPU, some of which are tried for every product, are not reported as errors, nor float32 kept exact as a warning."""
+    log = logging.getLogger("torch._inductor.select_algorithm")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+            yield
+    finally:
+        log.setLevel(before)
 
 
 def _where(signature: Signature) -> str:

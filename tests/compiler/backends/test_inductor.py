@@ -6,18 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from reelstep.compiler.backends import BACKENDS
-from reelstep.compiler.backends.inductor import InductorBackend
+from reelstep.compiler.backends.inductor import InductorBackend, Replayed
 from reelstep.compiler.capture import capture
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.mixed_precision import mixed_precision
-from reelstep.compiler.program import Profile, Program
+from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS, is_gpu
 from reelstep.engine.models.movie_gen import CONFIG_30B, MovieGenTransformer, denoise_program
@@ -103,9 +108,87 @@ def test_kept_ops_stay_in_a_graph_of_bfloat16_and_take_what_comes() -> None:
         "unpatchify": {(f32,)},
     }, "the residual stream stays float32, and what a product gave is read as it is"
     x, modulation, context = torch.randn(2, 3, 2, 4, 4), torch.randn(2, 7, 64), torch.randn(2, 8, 64)
+    truth = exactly(model, x, modulation, context)
     with torch.no_grad():
-        exact = MovieGenTransformer(CONFIG).double()
-        exact.load_state_dict(model.state_dict())
-        truth = exact(x.double(), modulation.double(), None, context.double())
         found = mixed.module()(x, modulation, context).double()
     assert (found - truth).norm() / truth.norm() < 2**-7, "two roundings of bfloat16"
+
+
+class PretendGraph:
+    """What a CUDA graph does with a launch that tells it how to play itself."""
+
+    recording: ClassVar[list[PretendGraph]] = []
+
+    def __init__(self) -> None:
+        self.played: list[Callable[[], object]] = []
+
+    def replay(self) -> None:
+        for play in self.played:
+            play()
+
+
+@contextmanager
+def recording(graph: PretendGraph, **_: object) -> Iterator[None]:
+    PretendGraph.recording.append(graph)
+    yield
+    PretendGraph.recording.pop()
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
+    answers = {"Stream": lambda _: stream, "current_stream": lambda _: stream, "stream": nullcontext, "graph_pool_handle": lambda: None}
+    for name, answer in {**answers, "CUDAGraph": PretendGraph, "graph": recording}.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+
+
+def test_a_call_is_recorded_once_for_each_number_of_rows_and_then_replayed(pretended: None) -> None:
+    launched: list[int] = []
+
+    def doubles(x: Tensor) -> Tensor:
+        launched.append(len(x))
+        out = torch.empty_like(x)
+
+        def play() -> None:
+            out.copy_(2 * x)
+
+        play()
+        for graph in PretendGraph.recording:
+            graph.played.append(play)
+        return out
+
+    edge, profile = TensorSpec("x", "float32", ("B", "n")), Profile("any", {"n": 3}, 4)
+    signature = Signature.of(Program("p", torch.nn.Identity(), (edge,), (replace(edge, name="y"),), (profile,)), profile)
+    executable = Replayed(doubles, signature, "cpu")
+    executable.open(2)
+    given = [torch.randn(rows, 3) for rows in (2, 1, 2, 1)]
+    found = [executable({"x": x})["y"] for x in given]
+    assert launched == [2, 2, 1, 1], "a number of rows is launched to warm up and to be recorded, and never again"
+    assert all(torch.equal(y, 2 * x) for x, y in zip(given, found, strict=True)), "what was given stays what it was when the next is replayed"
+
+
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_is_the_model_and_a_replay_of_it_the_same_for_any_number_of_rows(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MovieGenTransformer(CONFIG).eval()
+    program = denoise_program(model, 8, (Profile("video", {"F": 2, "H": 4, "W": 4}, 2),))
+    signature, backend = Signature.of(program, program.profiles[0]), InductorBackend(device="cuda", autotune=False)
+    exported, _ = apply_passes(capture(program, program.profiles[0]), keep=backend.keeps("sm90"))
+    replayed = backend.build(lambda: exported, signature, "bfloat16", tmp_path, "key")
+    launched = replace(backend, cuda_graphs=False).build(lambda: pytest.fail("it is in the cache"), signature, "bfloat16", tmp_path, "key")
+    replayed.open(2)
+    kept = []
+    for rows in (1, 2, 1):
+        inputs = {edge.name: torch.randn(rows, *edge.sizes) for edge in signature.inputs}
+        kept.append((replayed(inputs)["velocity"], launched(inputs)["velocity"], exactly(model, *inputs.values())))
+    for found, once, truth in kept:
+        assert torch.equal(found, once)
+        assert (found.double() - truth).norm() / truth.norm() < 2**-7
+
+
+def exactly(model: MovieGenTransformer, x: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
+    """In float64."""
+    exact = MovieGenTransformer(CONFIG).double()
+    exact.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        return exact(x.double(), modulation.double(), None, context.double())
