@@ -5,13 +5,14 @@
 q [N, K] is the weight in few bits, step [N, 1] is float32, a row of W for each output. In "int8" x goes through a grid of 256 numbers whose step and
 zero point were measured on real calls (Jacob et al. 2018, arXiv:1712.05877, equations 1 and 3); a runtime with 8-bit products (OpenVINO's
 low-precision transformations, on VNNI or AMX) moves the steps behind the product and multiplies integers. In "int8-weights" x stays as it is. In
-"fp8" both are E4M3 (Micikevicius et al. 2022, arXiv:2209.05433), every row of x finds its own step as it comes, and the product is torch's own for
-such operands, `_scaled_mm`. In "nvfp4" both are NVFP4 (nvfp4.py), and the product of what they hold stands for Blackwell's own, which torch has on no CPU.
+"fp8" both are E4M3 (Micikevicius et al. 2022, arXiv:2209.05433) and the product is torch's own for such operands, `_scaled_mm`: every row of x finds its
+own step as it comes, once for all layers that read it, and in one pass with a norm of ours that stands right before them. In "nvfp4" both are NVFP4
+(nvfp4.py), and the product of what they hold stands for Blackwell's own, which torch has on no CPU.
 In "int8" attention may go the same way, as two products of integers around a softmax in float32:
 
     softmax(q k^T / sqrt(D)) v  ->  fake_quantise(softmax(fake_quantise(q) fake_quantise(k)^T / sqrt(D))) fake_quantise(v)
 
-Only operators of torch stand in the graph: every backend that knows them runs it.
+Only operators of torch stand in the graph, and the op of ours where its norm was one that the backend keeps: every backend that knows them runs it.
 
 B batch, L tokens, K width in, N width out, D a head's width.
 """
@@ -32,10 +33,12 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from reelstep.compiler.capture import quiet_torch, trace
 from reelstep.compiler.passes.drop_asserts import drop_asserts
+from reelstep.compiler.passes.drop_dead import drop_dead
 from reelstep.compiler.passes.drop_unused_weights import drop_unused_weights
 from reelstep.compiler.passes.nvfp4 import REACH, block_scales, codes_of, pack, through_nvfp4, unpack, values_of
 from reelstep.compiler.passes.quantise_before_moves import MOVES, quantise_before_moves
 from reelstep.compiler.signature import Signature
+from reelstep.kernels import OPS
 from reelstep.kernels.fp8_norm_quantise import LARGEST, SMALLEST
 
 aten = torch.ops.aten
@@ -49,6 +52,7 @@ PARTS = ("q", "step", "whole")
 """Of what is stored: what its buffers are called, before the number of the weight."""
 LINEAR = aten.linear.default
 ATTENTION = aten.scaled_dot_product_attention.default
+NORM, NORM_TO_E4M3 = OPS["rms_modulate"].overload, OPS["fp8_norm_quantise"].overload
 LEAST, MOST = -128, 127  # of int8; weights leave out the least, so that their grid is symmetric
 BINS = 2048
 """Of a range whose numbers are counted: eight to a step of a grid that covers it all."""
@@ -146,12 +150,17 @@ def quantise_weight(weight: Tensor, scheme: Scheme) -> Stored:
     return (exact / step).round().clamp(-MOST, MOST).to(torch.int8), step
 
 
-def e4m3_linear(x: Tensor, weight: Tensor, step: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] in float32, weight [N, K] in E4M3 with its steps [N, 1] -> [..., N]. The product comes in bfloat16, the one type that GPUs give it in."""
-    rows = x.flatten(0, -2)
-    own = rows.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / LARGEST
-    q = (rows / own).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    y: Tensor = torch._scaled_mm(q, weight.t(), scale_a=own, scale_b=step.t(), out_dtype=torch.bfloat16).to(x.dtype).unflatten(0, x.shape[:-1])
+def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., K] as values in E4M3 and a float32 step for each row, [...]."""
+    step = x.abs().amax(-1).clamp_min(SMALLEST) / LARGEST
+    return (x / step[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), step
+
+
+def e4m3_linear(rows: tuple[Tensor, Tensor], weight: Tensor, step: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """rows: of `e4m3_rows`, K wide; weight: [N, K] in E4M3, its steps [N, 1]. Gives [..., N]; GPUs give the product in bfloat16 alone."""
+    values, own = rows
+    product = torch._scaled_mm(values.flatten(0, -2), weight.t(), scale_a=own.flatten()[:, None], scale_b=step.t(), out_dtype=torch.bfloat16)
+    y: Tensor = product.to(dtype).unflatten(0, values.shape[:-1])
     return y if bias is None else y + bias
 
 
@@ -165,26 +174,42 @@ class Quantising(Interpreter):
     def __init__(self, body: GraphModule, scheme: Scheme, layers: Mapping[str, str], weights: Mapping[str, Stored], grids: Mapping[str, Grid]) -> None:
         super().__init__(body)
         self.scheme, self.layers, self.weights, self.grids = scheme, layers, weights, grids
-        self.layer: str | None = None
+        self.rows: dict[Node, tuple[Tensor, Tensor]] = {}
+
+    def run(self, *inputs: Any, **choices: Any) -> Any:
+        self.rows.clear()
+        return super().run(*inputs, **choices)
 
     def run_node(self, n: Node) -> Any:
-        self.layer = self.layers.get(n.name)
+        self.node = n
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.layer is None or self.layer not in self.weights:
+        layer = self._layer(self.node)
+        if layer is None:
+            if self.scheme == "fp8" and target is NORM and any(self._layer(user) for user in self.node.users):
+                self.rows[self.node] = NORM_TO_E4M3(*args)
             return super().call_function(target, args, kwargs)
         if target is ATTENTION:
-            return self._attention(self.layer, *args)
+            return self._attention(layer, *args)
         x, _, *bias = args
-        q, step, *whole = self.weights[self.layer]
+        q, step, *whole = self.weights[layer]
         if self.scheme == "nvfp4":
-            return F.linear(through_nvfp4(x, self.grids[self.layer].largest / REACH), values_of(unpack(q), step, *whole), *bias)
+            return F.linear(through_nvfp4(x, self.grids[layer].largest / REACH), values_of(unpack(q), step, *whole), *bias)
         if self.scheme == "fp8":
-            return e4m3_linear(x, q, step, *bias)
+            source = self.node.args[0]
+            assert isinstance(source, Node), "a layer's input is computed by the graph"
+            if source not in self.rows:
+                self.rows[source] = e4m3_rows(x)
+            return e4m3_linear(self.rows[source], q, step, x.dtype, *bias)
         if self.scheme == "int8":
-            x = self.grids[self.layer].round(x)
+            x = self.grids[layer].round(x)
         return F.linear(x, q.to(torch.float32) * step, *bias)
+
+    def _layer(self, node: Node) -> str | None:
+        """What a node is called that is to be in few bits."""
+        layer = self.layers.get(node.name)
+        return layer if layer in self.weights else None
 
     def _attention(self, layer: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, heads, L, D]. Scores are scaled behind their product, so that it is one of integers."""
@@ -226,7 +251,8 @@ def quantise(exported: ExportedProgram, signature: Signature, scheme: Scheme, ch
     weights: dict[str, Stored] = {name: quantise_weight(state[name], scheme) if name in state else () for name in named}
     with quiet_torch():
         body: Any = exported.module()
-        return quantise_before_moves(drop_unused_weights(drop_asserts(trace(Quantised(body, scheme, layers, weights, grids), signature))))
+        traced = drop_asserts(trace(Quantised(body, scheme, layers, weights, grids), signature))
+        return quantise_before_moves(drop_unused_weights(drop_dead(traced)))  # dead are norms that only layers in fp8 read
 
 
 class Reading(Interpreter, ABC):

@@ -1,6 +1,7 @@
 """Linear layers in 8 bits, beside the same arithmetic in integers and float64."""
 
 import math
+from copy import deepcopy
 
 import numpy as np
 import openvino as ov
@@ -15,11 +16,13 @@ from reelstep.compiler.capture import capture
 from reelstep.compiler.graphs import dump_graph, load_graph, weights_of
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.mixed_precision import mixed_precision
-from reelstep.compiler.passes.quantise import BINS, LINEAR, Counting, Grid, Watching, e4m3_linear, linears, quantise, quantise_weight
+from reelstep.compiler.passes.quantise import BINS, LINEAR, Counting, Grid, Watching, e4m3_linear, e4m3_rows, linears, quantise, quantise_weight
 from reelstep.compiler.passes.quantise_before_moves import FAKE_QUANTISE
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
+from reelstep.kernels import OPS
+from reelstep.kernels.rms_modulate import rms_modulate
 
 SCALED_MM = torch.ops.aten._scaled_mm.default
 
@@ -164,13 +167,58 @@ def test_an_fp8_layer_computes_what_float64_does_with_the_same_rounding():
     x, weight, bias = torch.randn(2, 5, 48) * torch.logspace(-2, 2, 5)[:, None], torch.randn(32, 48), torch.randn(32)
     x[1, 3] = 0.0
     q, step = quantise_weight(weight, "fp8")
-    y = e4m3_linear(x, q, step, bias)
+    y = e4m3_linear(e4m3_rows(x), q, step, torch.float32, bias)
     own = (x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448).numpy()
     rows = rounded_to_e4m3((x / torch.from_numpy(own)).clamp(-448, 448).double().numpy())
     product = (rows @ q.double().numpy().T) * own.astype(np.float64) * step.double().numpy()[:, 0]
     error = np.abs(y.double().numpy() - product - bias.double().numpy())
     room = 2.0**-8 * np.abs(product) + 1e-5 * (np.abs(rows) @ np.abs(q.double().numpy().T)) * own * step.double().numpy()[:, 0] + 1e-6
     assert (error <= room).all(), "half an ulp of bfloat16, and the order of float32 sums"
+
+
+class Modulated(nn.Module):
+    """Layers behind a norm of ours, two and then one, and one behind another layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.Parameter(torch.randn(64))
+        self.a, self.b, self.c = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(64, 64)
+        self.d = nn.Linear(96, 64)
+
+    def forward(self, x):
+        scale, shift = x[:, 0], x[:, 1]
+        y = rms_modulate(x, scale, shift, self.norm)
+        x = x + self.d(self.a(y) * self.b(y))
+        return self.c(rms_modulate(x, shift, scale, self.norm))
+
+
+def test_in_fp8_a_norm_that_the_backend_keeps_gives_rows_in_e4m3_once_for_all_layers_behind_it():
+    torch.manual_seed(0)
+    module = Modulated().eval()
+    edges = (TensorSpec("x", "float32", ("B", 5, 64)),), (TensorSpec("y", "float32", ("B", 5, 64)),)
+    program = Program("p", module, *edges, (Profile("q", {}, 6),))
+    signature, x = Signature.of(program, program.profiles[0]), torch.randn(3, 5, 64)
+
+    def made(keep, chosen):
+        exported, _ = apply_passes(capture(program, program.profiles[0]), keep=keep)
+        graph = quantise(exported, signature, "fp8", chosen, {})
+        called = [str(node.target).removeprefix("reelstep.").removesuffix(".default") for node in graph.graph.nodes]
+        return {name: called.count(name) for name in ("rms_modulate", "fp8_norm_quantise")}, graph.module()(x), graph
+
+    every = [f"{name}.weight" for name in "abcd"]
+    fused, y, graph = made(frozenset(OPS), every)
+    plain, expected, _ = made(frozenset(), every)
+    assert fused == {"rms_modulate": 0, "fp8_norm_quantise": 2}
+    assert plain == {"rms_modulate": 0, "fp8_norm_quantise": 0}
+    assert torch.equal(y, expected), "the op's formula is what stood there"
+    counts, y, _ = made(frozenset(OPS), ["a.weight", "d.weight"])
+    assert counts == {"rms_modulate": 2, "fp8_norm_quantise": 1}, "b and c read the norm as it is"
+    assert torch.equal(y, made(frozenset(), ["a.weight", "d.weight"])[1])
+    mixed = mixed_precision(graph, signature)
+    read = [node.args[0].meta["val"].dtype for node in mixed.graph.nodes if node.target is OPS["fp8_norm_quantise"].overload]
+    assert read == [torch.float32] * 2, "the residual stream is read before it is rounded"
+    truth = deepcopy(module).double()(x.double())
+    assert (mixed.module()(x).double() - truth).norm() / truth.norm() < 0.06
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-weights", "fp8"])
