@@ -59,11 +59,16 @@ ASSUMED = Corrections(
     message_s=Figure(15e-6, "assumed"),
     reserve_bytes=Figure(2e9, "assumed: context, libraries, workspace"),
 )
-PUBLISHED_ATTENTION: Mapping[str, Figure] = {
-    "sm80": Figure(0.73, "published: FlashAttention-2, up to 73 % of an A100's peak forward (Dao 2023, arXiv:2307.08691)"),
-    "sm90": Figure(0.75, "published: FlashAttention-3, up to 740 TFLOP/s or 75 % of an H100's peak in float16 (Shah et al. 2024, arXiv:2407.08608)"),
-}
-"""By arch, of the best kernel in 16 bits; elsewhere ASSUMED."""
+ON_AN_H100 = "measured: gpu_check on an H100, a block of movie-gen-30b at 73,728 tokens (benchmarks/results/gpu_check.json)"
+BY_ARCH: Mapping[str, Corrections] = {
+    "sm80": replace(
+        ASSUMED, attention=Figure(0.73, "published: FlashAttention-2, up to 73 % of an A100's peak forward (Dao 2023, arXiv:2307.08691)")
+    ),
+    "sm90": replace(ASSUMED, product=Figure(0.72, ON_AN_H100), attention=Figure(0.63, ON_AN_H100), bandwidth=Figure(0.9, ON_AN_H100)),
+}  # fmt: skip
+"""In 16 bits. FlashAttention-3 reaches 0.75 of an H100's peak by its authors (Shah et al. 2024, arXiv:2407.08608); cuDNN's, which `auto` takes without it,
+what was measured.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,12 @@ class Device:
 
 
 def device_of(sku: Sku) -> Device:
-    """From the datasheet and what is published and assumed. Raises ConfigError for a SKU without a datasheet: a CPU has to be measured."""
+    """From the datasheet and what is measured, published and assumed. Raises ConfigError for a SKU without a datasheet: a CPU has to be measured."""
     if not sku.peak_flops or sku.bandwidth_bytes_per_s is None:
         raise ConfigError(
             f"no peaks of SKU {sku.name!r} are known; `reelstep bench planner --corrections {sku.name}.json` measures them here, then plan with the same option"
         )
-    known: dict[Precision, Corrections] = {
-        "float32": ASSUMED,
-        "bfloat16": replace(ASSUMED, attention=PUBLISHED_ATTENTION.get(sku.arch, ASSUMED.attention)),
-    }
+    known: dict[Precision, Corrections] = {"float32": ASSUMED, "bfloat16": BY_ARCH.get(sku.arch, ASSUMED)}
     return Device(sku, {precision: known[precision] for precision in FLOAT_BYTES if precision in sku.peak_flops})
 
 

@@ -172,7 +172,7 @@ def test_every_number_that_is_not_measured_is_printed_as_such() -> None:
     for field in fields(Corrections):
         figure: Figure = getattr(H200.corrections["bfloat16"], field.name)
         assert f"{field.name} {figure.value:.4g}  {figure.source}" in text
-        assert figure.source.startswith(("assumed", "published"))
+        assert figure.source.startswith(("assumed", "measured"))
     assert H200.sku.source in text
     best = ranking.choices[0]
     assert f"{best.mesh.world * best.latency_s / 3600 * 2.5:.4g}" in text
