@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from inspect import signature as signature_of
 from typing import Any
 
 import torch
@@ -63,8 +64,10 @@ def dump_graph(exported: ExportedProgram) -> bytes:
     """The graph as canonical JSON. Equal inputs give equal bytes, in any process."""
     from torch._export.serde.serialize import ExportedProgramSerializer, _dataclass_to_dict  # as in `load_graph`
 
-    serialized = ExportedProgramSerializer().serialize(exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False)
-    data: dict[str, Any] = _dataclass_to_dict(serialized.exported_program)
+    serializer = ExportedProgramSerializer()
+    choices = signature_of(serializer.serialize).parameters  # torch 2.11 has none, and copies the weights too
+    left_out = {name: False for name in ("serialize_state_dict", "serialize_constants", "serialize_example_inputs") if name in choices}
+    data: dict[str, Any] = _dataclass_to_dict(serializer.serialize(exported, **left_out).exported_program)
     data["guards_code"] = []  # code would be run by whoever loads it; the edge is checked by the signature
     data["graph_module"]["module_call_graph"] = [entry for entry in data["graph_module"]["module_call_graph"] if entry["fqn"] == ""]
     _strip_metadata(data)
