@@ -161,6 +161,7 @@ def build_bundle(
         progress=progress,
     )
     if stamp is not None:
+        stamp.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # a backend that compiles nothing here has not made it
         replace_file(stamp, bundle.manifest["sha256"].encode())
     return bundle
 

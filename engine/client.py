@@ -25,7 +25,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from reelstep import errors
-from reelstep.engine.request import CHUNK_BYTES, PEFT_FILE, Progress, Queued, read_file
+from reelstep.engine.request import CHUNK_BYTES, PEFT_FILE, SPEC_NAMES, Progress, Queued, read_file
 from reelstep.errors import FieldViolation, InternalError, InvalidRequest, ReelstepError
 from reelstep.protos.reelstep.v1 import lora_pb2
 from reelstep.protos.reelstep.v1 import media_pb2 as pb
@@ -146,7 +146,8 @@ class Options(TypedDict, total=False):
     request_id: str | None  # a UUID
 
 
-SPEC_NAMES = {"scale": "guidance", "guidance": "guidance_rule", "media_type": "output_media_type"}
+OWN_NAMES = {there: here for here, there in SPEC_NAMES.items()}
+"""From GenerationSpec's names."""
 
 
 def build_request(prompt: str, options: Options) -> pb.GenerateRequest:
@@ -163,13 +164,14 @@ def build_request(prompt: str, options: Options) -> pb.GenerateRequest:
     for name, strength in given.pop("lora", {}).items():
         add_lora(request.spec, name, strength)
     for name, value in {"prompt": prompt, **given}.items():
-        set_field(request.spec, SPEC_NAMES.get(name, name), value)
+        set_field(request.spec, name, value, SPEC_NAMES.get(name, name))
     return request
 
 
-def set_field(message: Message, field: str, value: object) -> None:
+def set_field(message: Message, field: str, value: object, there: str = "") -> None:
+    """there: what the message calls the field, if otherwise."""
     try:
-        setattr(message, field, value)
+        setattr(message, there or field, value)
     except UnicodeEncodeError as error:
         raise InvalidRequest([FieldViolation(field, "is not UTF-8 text; send it as UTF-8")]) from error
     except (ValueError, TypeError) as error:
@@ -314,7 +316,7 @@ def from_status(status: status_pb2.Status) -> ReelstepError:
         for kind in (info, bad, retry):
             detail.Unpack(kind)  # fills only the one whose type it is
     if info.reason == "INVALID_REQUEST":
-        return InvalidRequest(FieldViolation(v.field, v.description) for v in bad.field_violations)
+        return InvalidRequest(FieldViolation(OWN_NAMES.get(v.field, v.field), v.description) for v in bad.field_violations)
     if info.reason == "DEADLINE_EXCEEDED":
         return errors.DeadlineExceeded(info.metadata["stage"])
     if info.reason == "OVERLOADED":

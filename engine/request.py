@@ -261,7 +261,7 @@ def check_steps(violations: list[FieldViolation], steps: int, limits: Limits) ->
 
 
 def check_scale(violations: list[FieldViolation], scale: float, limits: Limits) -> None:
-    check(violations, 0 <= scale <= limits.max_scale, "guidance", f"a scale of {scale} is not in 0..{limits.max_scale:g}")  # NaN fails too
+    check(violations, 0 <= scale <= limits.max_scale, "scale", f"{scale} is not in 0..{limits.max_scale:g}")  # NaN fails too
 
 
 def bad_strength(strength: float) -> str:
@@ -312,14 +312,18 @@ class Asked(Protocol):
     def scale(self) -> float | None: ...
 
 
+SPEC_NAMES: Mapping[str, str] = {"scale": "guidance", "guidance": "guidance_rule", "media_type": "output_media_type"}
+"""What GenerationSpec of the API calls the fields that have another name everywhere else."""
+
+
 def parts(asked: Asked) -> dict[str, Any]:
-    """The six choices by the names of their fields in the API."""
+    """The six choices by name."""
     return {
         "solver": asked.solver,
         "schedule": asked.schedule,
         "steps": asked.steps,
-        "guidance": asked.scale,
-        "guidance_rule": asked.guidance,
+        "scale": asked.scale,
+        "guidance": asked.guidance,
         "guidance_options": asked.guidance_options,
     }
 
@@ -398,8 +402,8 @@ def inert(asked: Asked, defaults: Defaults, student: Student) -> list[FieldViola
         "solver": ((defaults.solver,), f"{origin(student)} to be run by {defaults.solver!r}, and no other solver goes the way that it learned"),
         "schedule": ((defaults.schedule,), f"{origin(student)} at times of its own, which belong to the number of steps"),
         "steps": (tuple(student.grids), steps),
-        "guidance": ((1.0,), guidance),
-        "guidance_rule": ((defaults.guidance,), guidance),
+        "scale": ((1.0,), guidance),
+        "guidance": ((defaults.guidance,), guidance),
         "guidance_options": ((), guidance),
     }
     return [
@@ -419,7 +423,7 @@ def check_choice(choice: Fit, limits: Limits, offer: Offer) -> None:
     try:
         offer.check_guidance(choice.guidance, choice.scale, choice.guidance_options)
     except (ConfigError, NotFound) as error:
-        raise InvalidRequest([FieldViolation("guidance_options" if isinstance(error, NotFound) else "guidance", str(error))]) from error
+        raise InvalidRequest([FieldViolation("guidance_options" if isinstance(error, NotFound) else "scale", str(error))]) from error
     for name in (choice.solver, choice.guidance):
         if name in offer.fits:
             check_fit(name, choice, offer.fits[name])

@@ -265,7 +265,7 @@ def check_text(ask: Ask) -> None:
     bad = [FieldViolation(name, "is not UTF-8 text; send it as UTF-8") for name in names if not is_utf8(getattr(ask, name))]
     bad += [FieldViolation("lora", "has a name that is not UTF-8 text; send it as UTF-8") for name in ask.lora if not is_utf8(name)]
     if ask.media_type and ask.media_type not in ENCODERS:
-        bad.append(FieldViolation("output_media_type", f"{ask.media_type[:80]!r} cannot be written; one of: {', '.join(sorted(ENCODERS))}"))
+        bad.append(FieldViolation("media_type", f"{ask.media_type[:80]!r} cannot be written; one of: {', '.join(sorted(ENCODERS))}"))
     if bad:
         raise InvalidRequest(bad)
 
@@ -312,9 +312,10 @@ def check_inert(ask: Ask, defaults: Defaults, student: Student | None) -> None:
 def from_menu(ask: Ask, task: str, served: Served) -> Asked:
     """The entry of the quality that was asked for, of `auto` the cheapest. Raises InvalidRequest where the request also chooses what the entry does, NotFound
     where there is none."""
-    own = parts(ask)
-    if chosen := [name for name, value in own.items() if value not in (None, "", {})]:
-        text = f"{ask.quality[:80]!r} chooses {', '.join(own)} by itself; leave quality out, or else {', '.join(chosen)}"
+    if chosen := [name for name, value in parts(ask).items() if value not in (None, "", {})]:
+        words = {"scale": "the guidance scale", "guidance": "the guidance rule", "guidance_options": "the rule's options"}
+        those = ", ".join(words.get(name, name) for name in chosen)
+        text = f"{ask.quality[:80]!r} chooses solver, schedule, steps and guidance by itself; leave quality out, or else {those}"
         raise InvalidRequest([FieldViolation("quality", text)])
     defaults = served.settings.defaults[task]
     quality = defaults.qualities[0] if ask.quality == AUTO and defaults.menu else ask.quality

@@ -53,7 +53,7 @@ def test_generate_and_sample_take_a_quality_and_print_what_it_chose(
         assert cli.main([*command, "a fox", "-o", out, "--quality", "standard"]) == 0
         assert "fake text_to_video, standard: heun on linear, 5 steps, gate at scale 3\n" in capsys.readouterr().out
         assert cli.main([*command, "a fox", "-o", out, "--quality", "standard", "--guidance-option", "stop=0.5"]) == 2
-        assert "leave quality out, or else guidance_options" in capsys.readouterr().err
+        assert "leave quality out, or else the rule's options" in capsys.readouterr().err
         assert cli.main([*command, "a fox", "-o", out, "--quality", "auto"]) == 0
         assert "fake text_to_video, draft by auto: bns_6 on linear, 6 steps, cfg at scale 2.5\n" in capsys.readouterr().out
 
@@ -94,7 +94,7 @@ def test_count_writes_numbered_files(fake: Served, tmp_path: Path) -> None:
         (["caf\udce9", "-o", "out.mp4"], "prompt: is not UTF-8"),
         (["a fox", "-o", "out.mp4", "--steps", "0"], "steps: 0 is not in 1..100"),
         (["a fox", "-o", "out.mp4", "--steps", "-3"], "steps: -3"),
-        (["a fox", "-o", "out.mp4", "--scale", "nan"], "guidance: a scale of nan"),
+        (["a fox", "-o", "out.mp4", "--scale", "nan"], "scale: nan is not in 0..20"),
         (["a fox", "-o", "out.mp4", "--size", "63x64"], "63x64 was not compiled"),
         (["a fox", "-o", "out.mp4", "--solver", "magic"], "known: bns_6, euler, heun"),
         (["a fox", "-o", "out.mp4", "--quality", "magic"], "it has: draft, standard, best"),
@@ -133,6 +133,15 @@ def test_a_full_disk_leaves_the_old_video(fake: Served, tmp_path: Path, monkeypa
     assert os.listdir(tmp_path) == ["fox.mp4"]
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """A shell has what it runs in the background ignore Ctrl-C, and so would the children of these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_cancels_the_work_and_exits_with_130(fake: Served, tmp_path: Path) -> None:
     before = len(fake.engine.requests)
     command = [sys.executable, "-m", "reelstep", "generate", "endless", "-o", str(tmp_path / "a.mp4"), "--server", fake.address]

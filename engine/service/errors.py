@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2 as details
 from google.rpc import status_pb2
 
 from reelstep import errors
+from reelstep.engine.request import SPEC_NAMES
 
 Code = grpc.StatusCode
 DOMAIN = "reelstep"
@@ -52,6 +53,8 @@ def clip(text: str, size_bytes: int) -> str:
 def to_status(error: errors.ReelstepError) -> status_pb2.Status:
     """The google.rpc.Status of an error. Violations that no longer fit are left out; the message still counts as a whole."""
     code, reason = STATUS[type(error)]
+    if isinstance(error, errors.InvalidRequest):
+        error = errors.InvalidRequest(errors.FieldViolation(SPEC_NAMES.get(v.field, v.field), v.description) for v in error.violations)
     number: int = code.value[0]
     status = status_pb2.Status(code=number, message=clip(str(error), MAX_MESSAGE_BYTES))
     for message in (details.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata_of(error)), *details_of(error)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import google_crc32c
@@ -93,6 +94,11 @@ def is_uuid(text: str) -> bool:
         return False
 
 
+def spec_parts(asked: core.Asked) -> dict[str, Any]:
+    """The six choices by the names of their fields in the API."""
+    return {core.SPEC_NAMES.get(name, name): value for name, value in core.parts(asked).items()}
+
+
 def to_spec(request: core.Request, media_type: str) -> pb.GenerationSpec:
     """The spec that was run, complete but for the picture's bytes; of quality `auto` before it was chosen what that is."""
     return pb.GenerationSpec(
@@ -106,7 +112,7 @@ def to_spec(request: core.Request, media_type: str) -> pb.GenerationSpec:
         frames=request.frames,
         frames_per_second=request.frames_per_second,
         output_media_type=media_type or DEFAULT_MEDIA_TYPE,
-        **({"quality": core.AUTO} if request.auto else core.parts(request)),
+        **({"quality": core.AUTO} if request.auto else spec_parts(request)),
         step_cache=request.step_cache,
         step_cache_options=request.step_cache_options,
         lora=[pb.GenerationSpec.Lora(name=name, strength=strength) for name, strength in request.lora.items()],
@@ -198,7 +204,7 @@ def to_fit(name: str, fit: core.Fit) -> pb.Model.Fit:
     return pb.Model.Fit(
         name=name,
         tasks=fit.tasks,
-        **core.parts(fit),
+        **spec_parts(fit),
     )
 
 
@@ -223,7 +229,7 @@ def to_choice(quality: str, task: str, model: Served) -> pb.Model.Choice:
     choice = core.complete(entry, task, defaults, model)
     return pb.Model.Choice(
         quality=quality,
-        **core.parts(choice),
+        **spec_parts(choice),
         forwards=entry.forwards,
         psnr_db=entry.psnr_db,
         ssim=entry.ssim,

@@ -38,7 +38,7 @@ def test_a_generation_says_which_quality_it_was_and_what_that_chose(fake: Served
         got = client.generate("a fox", quality="auto", timeout=10)
         assert (got.quality, got.auto, got.solver, got.steps) == ("draft", True, "bns_6", 6)
         assert client.generate("a fox").quality == ""
-        with pytest.raises(InvalidRequest, match=r"leave quality out, or else solver, guidance$"):
+        with pytest.raises(InvalidRequest, match=r"leave quality out, or else solver, the guidance scale$"):
             client.generate("a fox", quality="draft", solver="heun", scale=1.0)
         with pytest.raises(NotFound, match="it has: draft, standard, best"):
             client.generate("a fox", quality="ultra")
@@ -114,7 +114,7 @@ def test_errors_are_those_that_the_server_raised(fake: Served) -> None:
 
 @pytest.mark.parametrize(
     ("field", "options"),
-    [("steps", {"steps": -1}), ("count", {"count": 2**40}), ("seed", {"seed": 2**63}), ("guidance", {"scale": "high"})],
+    [("steps", {"steps": -1}), ("count", {"count": 2**40}), ("seed", {"seed": 2**63}), ("scale", {"scale": "high"})],
 )
 def test_what_the_wire_cannot_carry_is_refused_before_it_is_sent(field: str, options: dict[str, object]) -> None:
     with Client("localhost:1") as client, pytest.raises(InvalidRequest) as caught:

@@ -133,11 +133,11 @@ def test_a_request_runs_one_forward_a_step_on_the_grid(toy_student, closed_form,
         ({"solver": "euler"}, "solver", "'euler': .* to be run by 'ddim'"),
         ({"solver": "no such"}, "solver", "'no such': .* to be run by 'ddim'"),
         ({"schedule": "linear"}, "schedule", "'linear': .* times of its own"),
-        ({"guidance": "cfg"}, "guidance_rule", "'cfg': .* at scale 3, so guidance is in its weights and inert here"),
-        ({"guidance": "adaptive", "scale": 1.0}, "guidance_rule", "'adaptive': .* inert here"),
-        ({"scale": 3.0}, "guidance", "3.0: .* inert here"),
-        ({"scale": 0.0}, "guidance", "0.0: .* inert here"),
-        ({"scale": float("nan")}, "guidance", "nan: .* inert here"),
+        ({"guidance": "cfg"}, "guidance", "'cfg': .* at scale 3, so guidance is in its weights and inert here"),
+        ({"guidance": "adaptive", "scale": 1.0}, "guidance", "'adaptive': .* inert here"),
+        ({"scale": 3.0}, "scale", "3.0: .* inert here"),
+        ({"scale": 0.0}, "scale", "0.0: .* inert here"),
+        ({"scale": float("nan")}, "scale", "nan: .* inert here"),
         ({"guidance_options": {"rescale": 0.0}}, "guidance_options", "rescale.*: .* inert here"),
         ({"negative_prompt": "a dog"}, "negative_prompt", "never asks what it steers away from, so this is inert here"),
         ({"negative_prompt": " "}, "negative_prompt", "inert here"),
@@ -156,7 +156,7 @@ def test_what_it_would_not_heed_is_refused_with_the_reason_and_the_way_out(asked
 def test_all_of_it_is_refused_at_once():
     asked = {"solver": "heun", "schedule": "karras", "steps": 8, "scale": 7.5, "guidance": "cfg", "guidance_options": {"rescale": 0.5}}
     found = refused(**asked, negative_prompt="a dog", step_cache="first_block")
-    assert set(found) == {"solver", "schedule", "steps", "guidance", "guidance_rule", "guidance_options", "negative_prompt", "step_cache"}
+    assert set(found) == {"solver", "schedule", "steps", "scale", "guidance", "guidance_options", "negative_prompt", "step_cache"}
 
 
 def test_a_long_name_is_not_repeated_in_full():
@@ -187,7 +187,7 @@ def test_a_menu_of_a_student_names_its_steps_and_nothing_that_is_inert(toy_stude
 
     assert set(menu_tables(with_menu(steps=1))) == {"ddim.grid.1"}
     assert resolve(Ask("a cat", quality="draft"), {SPEC.name: with_menu(steps=1)}).steps == 1
-    for entry, says in (({"steps": 2}, "steps: 2: .* for 1, 3 steps"), ({"guidance": "cfg", "scale": 3.0}, "guidance: 3.0: .*guidance_rule: 'cfg': ")):
+    for entry, says in (({"steps": 2}, "steps: 2: .* for 1, 3 steps"), ({"guidance": "cfg", "scale": 3.0}, "scale: 3.0: .*guidance: 'cfg': ")):
         with pytest.raises(ConfigError, match=f"'draft' in the menu of 'reel-tiny-flash' for text_to_video: {says}"):
             menu_tables(with_menu(**entry))
 

@@ -169,7 +169,7 @@ def test_what_is_fitted_is_offered_with_what_it_holds_for(make_toy):
     assert (request.solver, request.schedule, request.steps, request.scale) == ("euler", "linear", 4, 2.0)
     with pytest.raises(InvalidRequest) as caught:
         resolve(Ask("a cat", guidance="linear_4", solver="bns_2"), {"toy": served})
-    assert {v.field for v in caught.value.violations} == {"guidance_rule"}
+    assert {v.field for v in caught.value.violations} == {"guidance"}
 
 
 def rows_by_program(toy):
@@ -385,7 +385,7 @@ def test_bad_requests_never_reach_a_program(toy):
 def test_all_violations_are_reported_at_once(toy):
     with pytest.raises(InvalidRequest) as caught:
         toy.submit(steps=0, count=0, scale=float("inf"), width=17)
-    assert [v.field for v in caught.value.violations] == ["width", "steps", "count", "guidance"]
+    assert [v.field for v in caught.value.violations] == ["width", "steps", "count", "scale"]
 
 
 def test_a_closed_engine_finishes_what_runs_and_takes_nothing_new(make_toy):

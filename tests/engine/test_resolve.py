@@ -43,26 +43,26 @@ def test_a_quality_leaves_all_that_is_not_sampling_to_the_request() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "asked"),
+    ("those", "asked"),
     [
         ("solver", {"solver": "euler"}),
         ("solver", {"solver": "bns_6"}),  # even what the entry has
         ("schedule", {"schedule": "linear"}),
         ("steps", {"steps": 6}),
         ("steps", {"steps": 0}),
-        ("guidance", {"scale": 2.5}),
-        ("guidance", {"scale": 0.0}),
-        ("guidance_rule", {"guidance": "cfg"}),
-        ("guidance_options", {"guidance_options": {"rescale": 0.0}}),
-        ("steps, guidance", {"steps": 6, "scale": 2.0}),
+        ("the guidance scale", {"scale": 2.5}),
+        ("the guidance scale", {"scale": 0.0}),
+        ("the guidance rule", {"guidance": "cfg"}),
+        ("the rule's options", {"guidance_options": {"rescale": 0.0}}),
+        ("steps, the guidance scale", {"steps": 6, "scale": 2.0}),
     ],
 )
-def test_a_quality_beside_a_choice_of_its_own_is_refused_and_says_what_to_leave_out(field: str, asked: dict[str, object]) -> None:
+def test_a_quality_beside_a_choice_of_its_own_is_refused_and_says_what_to_leave_out(those: str, asked: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         resolved(quality="draft", **asked)
     (violation,) = caught.value.violations
     assert violation.field == "quality"
-    assert violation.description.endswith(f"leave quality out, or else {field}")
+    assert violation.description.endswith(f"leave quality out, or else {those}")
 
 
 def test_a_quality_that_the_menu_lacks_is_refused_with_those_that_it_has_in_order_of_cost() -> None:
@@ -98,7 +98,7 @@ def test_auto_may_become_only_what_the_rest_of_the_request_goes_with() -> None:
 
 
 def test_auto_is_refused_where_any_quality_is_and_once_for_what_is_wrong_with_all_of_the_menu() -> None:
-    with pytest.raises(InvalidRequest, match=r"quality: 'auto' chooses .* leave quality out, or else steps, guidance$"):
+    with pytest.raises(InvalidRequest, match=r"quality: 'auto' chooses .* leave quality out, or else steps, the guidance scale$"):
         resolved(quality="auto", steps=6, scale=2.0)
     with pytest.raises(NotFound, match="'fake' has no quality 'auto' for text_to_image; it has: none;"):
         resolved(quality="auto", frames=1)
@@ -134,7 +134,7 @@ def test_a_fit_that_is_asked_for_leads_over_one_that_is_the_default() -> None:
     model = FakeModel(settings=settings, fits=fits, guidance_rules=rules)
     assert sampling(resolved(model)) == ("bns_6", "linear", 6, "cfg", {"rescale": 0.0}, 2.5)
     assert sampling(resolved(model, guidance="linear_8")) == ("heun", "quadratic", 8, "linear_8", {}, 3.5)
-    with pytest.raises(InvalidRequest, match="guidance_rule: 'linear_8', but 'bns_6' was fitted with 'cfg'"):
+    with pytest.raises(InvalidRequest, match="guidance: 'linear_8', but 'bns_6' was fitted with 'cfg'"):
         resolved(model, solver="bns_6", guidance="linear_8")
 
 

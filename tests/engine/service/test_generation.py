@@ -233,7 +233,7 @@ def test_a_quality_is_refused_beside_a_choice_and_where_the_menu_lacks_it(fake: 
     code, _, violations = refused(channel, request("a fox", quality="draft", steps=0, guidance_rule="cfg"))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert list(violations) == ["quality"]
-    assert violations["quality"].endswith("leave quality out, or else steps, guidance_rule")
+    assert violations["quality"].endswith("leave quality out, or else steps, the guidance rule")
     code, message, _ = refused(channel, request("a fox", quality="ultra"))
     assert code is grpc.StatusCode.NOT_FOUND
     assert "it has: draft, standard, best" in message
