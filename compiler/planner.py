@@ -60,12 +60,11 @@ ASSUMED = Corrections(
     reserve_bytes=Figure(2e9, "assumed: context, libraries, workspace"),
 )
 ON_AN_H100 = "measured: gpu_check on an H100, a block of movie-gen-30b at 73,728 tokens (benchmarks/results/gpu_check.json)"
+ON_AN_A100 = "published: FlashAttention-2, up to 73 % of an A100's peak forward (Dao 2023, arXiv:2307.08691)"
 BY_ARCH: Mapping[str, Corrections] = {
-    "sm80": replace(
-        ASSUMED, attention=Figure(0.73, "published: FlashAttention-2, up to 73 % of an A100's peak forward (Dao 2023, arXiv:2307.08691)")
-    ),
+    "sm80": replace(ASSUMED, attention=Figure(0.73, ON_AN_A100)),
     "sm90": replace(ASSUMED, product=Figure(0.72, ON_AN_H100), attention=Figure(0.63, ON_AN_H100), bandwidth=Figure(0.9, ON_AN_H100)),
-}  # fmt: skip
+}
 """In 16 bits. FlashAttention-3 reaches 0.75 of an H100's peak by its authors (Shah et al. 2024, arXiv:2407.08608); cuDNN's, which `auto` takes without it,
 what was measured.
 """

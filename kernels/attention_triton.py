@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reelstep.kernels.attention_choice import Implementation
-from reelstep.kernels.jit import HAS_TRITON, check_launch, interpreted, jit, tl, triton, unit_rows
+from reelstep.kernels.jit import HAS_TRITON, check_launch, interpreted, jit, power_of_two, tl, triton, unit_rows
 from reelstep.kernels.op import Argument, Kernel
 
 LOG2_E = math.log2(math.e)
@@ -125,7 +125,7 @@ def launch_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, sc
     q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
     if interpreted(attention_kernel) and q.dtype == torch.bfloat16:
         q, k, v = q.float(), k.float(), v.float()  # the interpreter would multiply the integers that hold the bits
-    head = max(16, 1 << (width - 1).bit_length())
+    head = max(16, power_of_two(width))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     arguments = (out, lse, q, k, v, lengths, scale * LOG2_E, queries, keys, n, width, *strides)
     constants = {"HEAD": head, "WHOLE": head == width, "EXACT": q.dtype == torch.float32}

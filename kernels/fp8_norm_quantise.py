@@ -41,14 +41,20 @@ def fp8_norm_quantise(
     return out
 
 
+def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., K] as values in E4M3 and a step for each row, [...], in x's dtype."""
+    step = x.abs().amax(-1).clamp_min(SMALLEST) / LARGEST
+    return (x / step[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), step
+
+
 def reference(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
     gain = None if weight is None else wide(weight)
     y = F.layer_norm(wide(x), x.shape[-1:], gain, None, eps) if centred else F.rms_norm(wide(x), x.shape[-1:], gain, eps)
     if scale is not None and shift is not None:
         scale, shift = (v[:, None] if v.ndim == 2 else v for v in (scale, shift))
         y = y * (1 + wide(scale)) + wide(shift)
-    step = y.abs().amax(-1).clamp_min(SMALLEST) / LARGEST
-    return (y / step[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), step.float()
+    values, step = e4m3_rows(y)
+    return values, step.float()
 
 
 def fake(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None, eps: float, centred: bool) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from reelstep.errors import ConfigError
 
 __all__ = [
-    "HAS_TRITON", "MAX_WIDTH", "RowTile", "as_rows", "check_launch", "interpreted", "jit", "launch_rows", "modulated", "normed", "per_token", "read",
-    "row_tile", "tl", "triton", "unit_rows", "write",
+    "HAS_TRITON", "MAX_WIDTH", "RowTile", "as_rows", "check_launch", "interpreted", "jit", "launch_rows", "modulated", "normed", "per_token",
+    "power_of_two", "read", "row_tile", "tl", "triton", "unit_rows", "write",
 ]  # fmt: skip
 
 try:
@@ -56,6 +56,11 @@ def check_launch(kernel: Any, tensor: Tensor) -> None:
         )
 
 
+def power_of_two(n: int) -> int:
+    """The least that is not below n, as a tile's sides are."""
+    return 1 << (n - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class RowTile:
     """How many rows one program takes, in how many parts of which width, and with how many warps."""
@@ -75,7 +80,7 @@ def row_tile(width: int) -> RowTile:
     if width > MAX_WIDTH:
         raise ConfigError(f"a row of {width} values does not fit the registers of one program; at most {MAX_WIDTH}")
     warps = 8 if width <= MAX_WIDTH // 2 else 16
-    block = min(1 << max(width - 1, 1).bit_length(), 256 * warps)
+    block = min(power_of_two(max(width, 2)), 256 * warps)
     parts = -(-width // block)
     return RowTile(max(1, 4096 // block) if parts == 1 else 1, parts, block, warps)
 

@@ -7,9 +7,11 @@ program, not by scattered addresses. Sizes of a tile are the powers of two above
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
-from reelstep.kernels.jit import jit, tl
+from reelstep.kernels.jit import jit, power_of_two, tl
 
 VALUES = 4096
 """Of a tile, unless one token has more: 16 values a thread at 8 warps."""
@@ -17,30 +19,37 @@ VALUES = 4096
 
 @dataclass(frozen=True)
 class PatchTile:
-    """tokens, channels, places, run: of a program, powers of two."""
+    """tokens: of a program, a power of two. channels, patch: of the video, as they are."""
 
     tokens: int
     channels: int
-    places: int
-    run: int
+    patch: tuple[int, int, int]
+
+    @property
+    def sides(self) -> tuple[int, int, int]:
+        """CHANNELS, PLACES, RUN."""
+        p, q, r = self.patch
+        return power_of_two(self.channels), power_of_two(p * q), power_of_two(r)
 
     @property
     def warps(self) -> int:
-        return min(8, max(1, self.tokens * self.channels * self.places * self.run // 512))
+        return min(8, max(1, self.tokens * prod(self.sides) // 512))
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"TOKENS": self.tokens, "CHANNELS": self.channels, "PLACES": self.places, "RUN": self.run}
+        names = ("P", "Q", "R", "C", "TOKENS", "CHANNELS", "PLACES", "RUN")
+        return dict(zip(names, (*self.patch, self.channels, self.tokens, *self.sides), strict=True))
+
+    def programs(self, batch: int, grid: Sequence[int]) -> int:
+        """grid: tokens along F, H, W."""
+        return batch * grid[0] * grid[1] * -(-grid[2] // self.tokens)
 
 
-def patch_tile(channels: int, patch: list[int], columns: int) -> PatchTile:
+def patch_tile(channels: int, patch: Sequence[int], columns: int) -> PatchTile:
     """columns: tokens of a row of patches."""
-    channels, places, run, columns = (_power_of_two(n) for n in (channels, patch[0] * patch[1], patch[2], columns))
-    return PatchTile(min(columns, max(1, VALUES // (channels * places * run))), channels, places, run)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    p, q, r = patch
+    one = PatchTile(1, channels, (p, q, r))
+    return replace(one, tokens=min(power_of_two(columns), max(1, VALUES // prod(one.sides))))
 
 
 @jit

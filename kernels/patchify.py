@@ -68,17 +68,15 @@ def launch(x: Tensor, patch: list[int], channels_last: bool) -> Tensor:
     if out.numel():
         b, c, f, h, w = x.shape
         grid, tile = (f // p, h // q, w // r), patch_tile(c, patch, w // r)
-        programs = b * grid[0] * grid[1] * -(-grid[2] // tile.tokens)
-        constants = {"P": p, "Q": q, "R": r, "C": c, "LAST": channels_last, **tile.constants}
-        patchify_kernel[(programs,)](out, x, *grid, *x.stride(), **constants, num_warps=tile.warps)
+        patchify_kernel[(tile.programs(b, grid),)](out, x, *grid, *x.stride(), LAST=channels_last, **tile.constants, num_warps=tile.warps)
     return out
 
 
 def kernels(arch: int) -> tuple[Kernel, ...]:
     tile = patch_tile(16, [1, 2, 2], 48)  # Movie Gen 30B
     numbers = dict.fromkeys(("frames", "rows", "columns", "x_batch", "x_channel", "x_frame", "x_row"), "i32")
-    constants: dict[str, Argument] = {"P": 1, "Q": 2, "R": 2, "C": 16, "LAST": False, **tile.constants}
-    return (Kernel("patchify", patchify_kernel, {"out": "*bf16", "x": "*bf16", **numbers, "x_column": 1, **constants}, tile.warps, 1),)
+    arguments: dict[str, Argument] = {"out": "*bf16", "x": "*bf16", **numbers, "x_column": 1, "LAST": False, **tile.constants}
+    return (Kernel("patchify", patchify_kernel, arguments, tile.warps, 1),)
 
 
 def examples(make: Make) -> Iterator[tuple[Any, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelstep.kernels.jit import as_rows, check_launch, jit, tl
+from reelstep.kernels.jit import as_rows, check_launch, jit, power_of_two, tl
 from reelstep.kernels.op import Argument, Kernel, Make, check_shape, define, wide
 
 BLOCK, WARPS = 4096, 8
@@ -47,7 +47,7 @@ def launch(a: Tensor, b: Tensor) -> Tensor:
     out, width = a.new_empty(a.shape), a.shape[-1]
     if out.numel():
         a, b = as_rows(a), as_rows(b)
-        block = min(1 << (width - 1).bit_length(), BLOCK)
+        block = min(power_of_two(width), BLOCK)
         swiglu_kernel[(a.shape[0], -(-width // block))](out, a, b, width, a.stride(0), b.stride(0), BLOCK=block, num_warps=WARPS)
     return out
 

@@ -71,21 +71,19 @@ def unpatchify_kernel(
 
 def launch(tokens: Tensor, grid: list[int], patch: list[int], channels_last: bool) -> Tensor:
     check_launch(unpatchify_kernel, tokens)
-    out, (p, q, r) = fake(tokens, grid, patch, channels_last), patch
+    out = fake(tokens, grid, patch, channels_last)
     if out.numel():
         b, c = out.shape[:2]
         tile = patch_tile(c, patch, grid[2])
-        programs = b * grid[0] * grid[1] * -(-grid[2] // tile.tokens)
-        constants = {"P": p, "Q": q, "R": r, "C": c, "LAST": channels_last, **tile.constants}
-        unpatchify_kernel[(programs,)](out, tokens, *grid, *tokens.stride(), **constants, num_warps=tile.warps)
+        unpatchify_kernel[(tile.programs(b, grid),)](out, tokens, *grid, *tokens.stride(), LAST=channels_last, **tile.constants, num_warps=tile.warps)
     return out
 
 
 def kernels(arch: int) -> tuple[Kernel, ...]:
     tile = patch_tile(16, [1, 2, 2], 48)  # Movie Gen 30B
     numbers = dict.fromkeys(("frames", "rows", "columns", "t_batch", "t_token"), "i32")
-    constants: dict[str, Argument] = {"P": 1, "Q": 2, "R": 2, "C": 16, "LAST": False, **tile.constants}
-    return (Kernel("unpatchify", unpatchify_kernel, {"out": "*bf16", "tokens": "*bf16", **numbers, "t_value": 1, **constants}, tile.warps, 1),)
+    arguments: dict[str, Argument] = {"out": "*bf16", "tokens": "*bf16", **numbers, "t_value": 1, "LAST": False, **tile.constants}
+    return (Kernel("unpatchify", unpatchify_kernel, arguments, tile.warps, 1),)
 
 
 def examples(make: Make) -> Iterator[tuple[Any, ...]]:

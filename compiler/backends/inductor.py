@@ -40,6 +40,11 @@ from reelstep.parallel.mesh import Mesh
 Run = Callable[..., Any]
 
 
+def several(found: Any) -> Sequence[Tensor]:
+    """What a run gave, which of one output is that alone."""
+    return found if isinstance(found, tuple | list) else (found,)
+
+
 class InductorExecutable(Executable):
     """Outputs lie where the inputs do."""
 
@@ -51,8 +56,7 @@ class InductorExecutable(Executable):
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = self.signature.ordered(inputs)
         with torch.inference_mode():
-            found = self.run(*(tensor.to(self.device).contiguous() for tensor in given))
-        outputs = found if isinstance(found, tuple | list) else (found,)
+            outputs = several(self.run(*(tensor.to(self.device).contiguous() for tensor in given)))
         return {edge.name: out.to(given[0].device) for edge, out in zip(self.signature.outputs, outputs, strict=True)}
 
 
@@ -93,8 +97,7 @@ class Recording:
         aside.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=memory, stream=aside, capture_error_mode="thread_local"):  # other threads go on as they are
-            found = launch(*self.given)
-        self.outputs = found if isinstance(found, tuple | list) else (found,)
+            self.outputs = several(launch(*self.given))
 
     def __call__(self, given: Sequence[Tensor]) -> list[Tensor]:
         for mine, theirs in zip(self.given, given, strict=True):
@@ -180,7 +183,8 @@ class InductorBackend(Backend):
         return {} if self.device == "cpu" else {"max_autotune": self.autotune, "autotune_num_choices_displayed": 0}
 
     def _load(self, path: Path, signature: Signature) -> InductorExecutable:
-        tuple(OPS.values())  # an engine for a GPU calls them by name, and one that is imported is known to torch
+        if self.device != "cpu":
+            tuple(OPS.values())  # its engines call them by name, and one that is imported is known to torch
         replayed = self.device != "cpu" and self.cuda_graphs
         run = aoti_load_package(str(path), run_single_threaded=replayed)  # its events would be asked whether they are over, which recorded ones are not
         return (Replayed if replayed else InductorExecutable)(run, signature, self.device)

@@ -39,7 +39,7 @@ from reelstep.compiler.passes.nvfp4 import REACH, block_scales, codes_of, pack, 
 from reelstep.compiler.passes.quantise_before_moves import MOVES, quantise_before_moves
 from reelstep.compiler.signature import Signature
 from reelstep.kernels import OPS
-from reelstep.kernels.fp8_norm_quantise import LARGEST, SMALLEST
+from reelstep.kernels.fp8_norm_quantise import SMALLEST, e4m3_rows
 
 aten = torch.ops.aten
 
@@ -138,22 +138,16 @@ def quantisable(exported: ExportedProgram, scheme: Scheme) -> dict[str, str]:
 def quantise_weight(weight: Tensor, scheme: Scheme) -> Stored:
     """[N, K] as the scheme stores it, so that the largest magnitude of each row is the type's; in NVFP4 that of each block and of the whole."""
     exact = weight.detach().float()
+    if scheme == "fp8":
+        values, steps = e4m3_rows(exact)
+        return values, steps[:, None]
     largest = exact.abs().amax(1, keepdim=True).clamp_min(SMALLEST)
     if scheme == "nvfp4":
         scale = largest.amax() / REACH
         scales = block_scales(exact, scale)
         return pack(codes_of(exact, scales, scale)), scales, scale
-    if scheme == "fp8":
-        step = largest / LARGEST
-        return (exact / step).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), step
     step = largest / MOST
     return (exact / step).round().clamp(-MOST, MOST).to(torch.int8), step
-
-
-def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., K] as values in E4M3 and a float32 step for each row, [...]."""
-    step = x.abs().amax(-1).clamp_min(SMALLEST) / LARGEST
-    return (x / step[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), step
 
 
 def e4m3_linear(rows: tuple[Tensor, Tensor], weight: Tensor, step: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:

@@ -16,12 +16,13 @@ from reelstep.compiler.capture import capture
 from reelstep.compiler.graphs import dump_graph, load_graph, weights_of
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.mixed_precision import mixed_precision
-from reelstep.compiler.passes.quantise import BINS, LINEAR, Counting, Grid, Watching, e4m3_linear, e4m3_rows, linears, quantise, quantise_weight
+from reelstep.compiler.passes.quantise import BINS, LINEAR, Counting, Grid, Watching, e4m3_linear, linears, quantise, quantise_weight
 from reelstep.compiler.passes.quantise_before_moves import FAKE_QUANTISE
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
 from reelstep.kernels import OPS
+from reelstep.kernels.fp8_norm_quantise import e4m3_rows
 from reelstep.kernels.rms_modulate import rms_modulate
 
 SCALED_MM = torch.ops.aten._scaled_mm.default
