@@ -184,9 +184,14 @@ def measure(subject: Subject, cache: Path, seed: int) -> list[Row]:
     precisions = BACKENDS["openvino"].precisions
     contenders = {key: run for key, run in contenders.items() if key[1] in precisions}
     contenders["onnx runtime", "float32"] = onnx_runtime(program, profile, inputs)
+
+    def ours(backend: str, precision: Precision) -> Callable[[], Tensor]:
+        engine = load(bundle, cache, backend, precision)[program.name, profile.name]
+        return lambda: engine(inputs)["velocity"]
+
+    contenders["reelstep, inductor", "float32"] = ours("inductor", "float32")
     for precision in precisions:
-        engine = load(bundle, cache, precision=precision)[program.name, profile.name]
-        contenders["reelstep", precision] = lambda engine=engine: engine(inputs)["velocity"]  # type: ignore[misc]
+        contenders["reelstep", precision] = ours("openvino", precision)
         contenders["raw openvino", precision] = raw_openvino(program, profile, inputs, precision)
     truth = contenders["eager", "float32"]().clone()
     errors = {key: float((run() - truth).norm() / truth.norm()) for key, run in contenders.items()}

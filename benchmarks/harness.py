@@ -115,10 +115,15 @@ class Timing:
     rounds: int
 
 
+SETTLED_S = 0.02
+"""Longer than OpenMP's threads look for work, awake, after a call."""
+
+
 def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, Timing]:
     """Time each contender once per round, so that a machine that slows down slows them all.
 
     Every round has an order of its own (seeded): a contender leaves caches and clocks to the one after it, and no one shall always have the same neighbour.
+    Before each is a pause, in which threads of the last one go to sleep: on two cores one that spins takes half of what the next one has.
     """
     for run in contenders.values():
         for _ in range(warmup):
@@ -127,6 +132,7 @@ def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warm
     shuffler = random.Random(0)
     for _ in range(rounds):
         for name in shuffler.sample(list(contenders), len(contenders)):
+            time.sleep(SETTLED_S)
             began = time.perf_counter()
             contenders[name]()
             seconds[name].append(time.perf_counter() - began)

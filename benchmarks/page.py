@@ -20,7 +20,9 @@ TABLE = ("<!-- written by benchmarks/page.py -->\n", "<!-- end -->")
 SECTIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "engine": (
         "One network call against PyTorch, ONNX Runtime and raw OpenVINO",
-        "All contenders in one process, in turn. `rel_l2` is the error against eager float32. Raw OpenVINO has static shapes and, in bfloat16, "
+        "All contenders in one process, in turn, each after a pause in which the threads of the one before go to sleep. `rel_l2` is the error against "
+        "eager float32. `reelstep` is its default on a CPU, OpenVINO; `reelstep, inductor` the same bundle by AOTInductor. "
+        "Raw OpenVINO has static shapes and, in bfloat16, "
         "the runtime's own precision hint; ours keeps sums and the first and last product in float32. `wan-block` is two blocks of Wan 2.1 1.3B by "
         "diffusers; `reel-tiny` with two rows is what guidance calls. The targets were 2.2x (float32) and 3.5x "
         "(bfloat16) of eager float32 on "

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor import aoti_compile_and_package, aoti_load_package
+from torch._C._aoti import AOTIModelPackageLoader
+from torch._inductor import aoti_compile_and_package
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import ExportedProgram
@@ -27,6 +28,7 @@ from torch.export.passes import move_to_device_pass
 
 from reelstep.compiler.backends import Backend, Executable, Graph
 from reelstep.compiler.capture import quiet_torch
+from reelstep.compiler.passes.cast_weights import cast_weights
 from reelstep.compiler.passes.mixed_precision import mixed_precision
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
@@ -37,12 +39,7 @@ from reelstep.errors import CompileError
 from reelstep.kernels import OPS
 from reelstep.parallel.mesh import Mesh
 
-Run = Callable[..., Any]
-
-
-def several(found: Any) -> Sequence[Tensor]:
-    """What a run gave, which of one output is that alone."""
-    return found if isinstance(found, tuple | list) else (found,)
+Run = Callable[..., Sequence[Tensor]]
 
 
 class InductorExecutable(Executable):
@@ -56,7 +53,7 @@ class InductorExecutable(Executable):
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = self.signature.ordered(inputs)
         with torch.inference_mode():
-            outputs = several(self.run(*(tensor.to(self.device).contiguous() for tensor in given)))
+            outputs = self.run(*(tensor.to(self.device).contiguous() for tensor in given))
         return {edge.name: out.to(given[0].device) for edge, out in zip(self.signature.outputs, outputs, strict=True)}
 
 
@@ -97,7 +94,7 @@ class Recording:
         aside.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=memory, stream=aside, capture_error_mode="thread_local"):  # other threads go on as they are
-            self.outputs = several(launch(*self.given))
+            self.outputs = launch(*self.given)
 
     def __call__(self, given: Sequence[Tensor]) -> list[Tensor]:
         for mine, theirs in zip(self.given, given, strict=True):
@@ -168,7 +165,8 @@ class InductorBackend(Backend):
         _check_compiler(signature)
         try:
             with quiet_torch(), quiet_tuning(), torch.no_grad():
-                aoti_compile_and_package(self._lowered(exported, signature, precision), package_path=str(path), inductor_configs=self._options())
+                lowered = self._lowered(exported, signature, precision)
+                aoti_compile_and_package(lowered, package_path=str(path), inductor_configs=self._options(lowered))
         except OSError:
             raise  # a full disk is the caller's to report
         except Exception as error:  # the generator and the C++ compiler fail in many ways
@@ -176,32 +174,47 @@ class InductorBackend(Backend):
 
     def _lowered(self, exported: ExportedProgram, signature: Signature, precision: Precision) -> ExportedProgram:
         if precision == "bfloat16":
-            exported = mixed_precision(exported, signature)
+            exported = cast_weights(mixed_precision(exported, signature))
         return exported if self.device == "cpu" else move_to_device_pass(exported, self.device)
 
-    def _options(self) -> dict[str, Any]:
-        return {} if self.device == "cpu" else {"max_autotune": self.autotune, "autotune_num_choices_displayed": 0}
+    def _options(self, lowered: ExportedProgram) -> dict[str, Any]:
+        if self.device != "cpu":
+            return {"max_autotune": self.autotune, "autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+        integers = any(weight.dtype is torch.int8 for weight in (*lowered.state_dict.values(), *lowered.constants.values()) if isinstance(weight, Tensor))
+        return {"freezing": not integers}  # weights laid out for the products that read them; those in int8 would be unpacked to float32 for good
 
     def _load(self, path: Path, signature: Signature) -> InductorExecutable:
+        """Not by `aoti_load_package`: it compiles and runs C++ to see which vector instructions this CPU has, in every process, which the path already tells,
+        and tries again what fails, so that the error is lost.
+        """
         if self.device != "cpu":
             tuple(OPS.values())  # its engines call them by name, and one that is imported is known to torch
-        replayed = self.device != "cpu" and self.cuda_graphs
-        run = aoti_load_package(str(path), run_single_threaded=replayed)  # its events would be asked whether they are over, which recorded ones are not
-        return (Replayed if replayed else InductorExecutable)(run, signature, self.device)
+        replayed = self.device != "cpu" and self.cuda_graphs  # then without events: it would ask whether they are over, which recorded ones are not
+        try:
+            package = AOTIModelPackageLoader(str(path), "model", replayed, 1, -1)  # as it was named, for one call at a time, on the current device
+        except RuntimeError as error:
+            raise CompileError(f"{_where(signature)}: its compiled library cannot be loaded: {error}") from error
+        return (Replayed if replayed else InductorExecutable)(lambda *given: package.boxed_run(list(given)), signature, self.device)
 
 
 @contextmanager
 def quiet_tuning() -> Iterator[None]:
-    """Inside, tiles that do not fit a GPU, some of which are tried for every product, are not reported as errors, nor float32 kept exact as a warning."""
-    log = logging.getLogger("torch._inductor.select_algorithm")
-    before = log.level
-    log.setLevel(logging.CRITICAL)
+    """Inside, tiles that do not fit a GPU, some of which are tried for every product, are not reported as errors, nor as warnings those that would read
+    another layout, float32 that is kept exact, and what torch itself uses that is old.
+    """
+    levels = {"select_algorithm": logging.CRITICAL, "scheduler": logging.ERROR}
+    logs = {logging.getLogger(f"torch._inductor.{name}"): level for name, level in levels.items()}
+    before = {log: log.level for log in logs}
+    for log, level in logs.items():
+        log.setLevel(level)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+            for text in ("TensorFloat32 tensor cores", "TypedStorage is deprecated"):
+                warnings.filterwarnings("ignore", text, UserWarning)
             yield
     finally:
-        log.setLevel(before)
+        for log, level in before.items():
+            log.setLevel(level)
 
 
 def _where(signature: Signature) -> str:

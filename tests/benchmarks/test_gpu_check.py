@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
-import os
-import signal
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from subprocess import run
+from threading import Thread
 
 import pytest
 import torch
@@ -160,7 +161,10 @@ def test_a_part_that_fails_or_takes_too_long_keeps_its_rows_and_stops_no_other(b
 
 def ends_itself(_: Bench) -> Iterator[Finding]:
     yield Finding("first")
-    os.kill(os.getpid(), signal.SIGSEGV)
+    print("no more", file=sys.stderr, flush=True)
+    reader = Thread(target=ctypes.string_at, args=(8,))  # where nothing is: not the first thread, as an engine's is not
+    reader.start()
+    reader.join()
 
 
 def raises(_: Bench) -> Iterator[Finding]:
@@ -168,14 +172,14 @@ def raises(_: Bench) -> Iterator[Finding]:
     raise ValueError("no such engine")
 
 
-@pytest.mark.parametrize(("find", "why"), [("ends_itself", "ended by SIGSEGV"), ("raises", "ValueError: no such engine")])
+@pytest.mark.parametrize(("find", "why"), [("ends_itself", "by SIGSEGV in .*_ctypes.*; it said last: no more"), ("raises", "ValueError: no such engine")])
 def test_what_ends_its_process_leaves_its_rows_and_the_other_parts(find: str, why: str, bench: Bench) -> None:
     there = getattr(import_module("reelstep.tests.benchmarks.test_gpu_check"), find)  # by the name that another process finds it by
     parts = [Part("a", 60, lambda bench: gpu_check.apart(there, bench.device)), Part("b", 5, lambda _: iter([Finding("second")]))]
     kept: list[int] = []
     rows = run_parts(bench, parts, tell=lambda line: None, keep=lambda rows: kept.append(len(rows)))
     assert [(row["part"], row["what"]) for row in rows] == [("a", "first"), ("a", "failed"), ("b", "second")]
-    assert why in rows[1]["note"]
+    assert re.search(why, rows[1]["note"])
     assert kept == [2, 3], "what was found is kept after each part"
 
 

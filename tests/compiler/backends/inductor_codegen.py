@@ -128,7 +128,9 @@ def move(exported: ExportedProgram, device: str) -> ExportedProgram:
 
 
 def check(model: str, name: str, precision: Precision, scheme: Scheme | None) -> dict[str, Any]:
-    """Operators of the graph; in the C++ calls of products, and of ops that torch has no C function for; what each kernel uses, as first configured."""
+    """Operators of the graph; casts of weights; in the C++ calls of products, and of ops that torch has no C function for; what each kernel uses, as
+    first configured.
+    """
     spec = MODELS[model]
     program = next(program for program in spec.programs(spec.build()) if program.name == name)
     signature = Signature.of(program, program.profiles[0])
@@ -138,13 +140,16 @@ def check(model: str, name: str, precision: Precision, scheme: Scheme | None) ->
         exported = quantise(exported, signature, scheme, [*linears(exported).values()], {})
     ops = Counter(str(node.target) for node in exported.graph.nodes if node.op == "call_function")
     with pretended_gpu():
+        lowered = backend._lowered(exported, signature, precision)
+        weights = {node for node in lowered.graph.find_nodes(op="placeholder") if node.name not in lowered.graph_signature.user_inputs}
+        casts = sum(node.target is torch.ops.aten.to.dtype and node.args[0] in weights for node in lowered.graph.nodes)
         try:
-            torch._inductor.aoti_compile_and_package(backend._lowered(exported, signature, precision), inductor_configs=backend._options())
+            torch._inductor.aoti_compile_and_package(lowered, inductor_configs=backend._options(lowered))
         except Generated as made:
             used = {kernel: compiled(kernel, source) for kernel, source in made.kernels.items()}
             products = Counter(re.findall(r"aoti_torch_cuda_(\w*mm)_out\(", made.calls))
             others = made.calls.count("aoti_torch_proxy_executor_call_function(")
-    return {"graph": ops, "products": products, "others": others, "kernels": used}
+    return {"graph": ops, "casts": casts, "products": products, "others": others, "kernels": used}
 
 
 def compiled(name: str, source: str) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from reelstep.compiler.backends.inductor import InductorBackend, Replayed
 from reelstep.compiler.capture import capture
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.mixed_precision import mixed_precision
+from reelstep.compiler.passes.quantise import Scheme, linears, quantise
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS, is_gpu
@@ -67,6 +69,7 @@ def test_the_program_that_it_generates_for_a_gpu_has_the_graphs_products_and_our
         graph, made = found[check]["graph"], found[check]
         assert made["products"] == {product: graph[operator]}
         assert made["others"] == sum(count for name, count in graph.items() if name.startswith("reelstep.")) > 0
+        assert made["casts"] == 0, "weights are stored as products read them"
         assert made["kernels"]
         assert {name: uses for name, uses in made["kernels"].items() if not 0 < uses[0] < 255 or uses[1]} == {}, "registers, and bytes that are spilled"
 
@@ -114,6 +117,27 @@ def test_kept_ops_stay_in_a_graph_of_bfloat16_and_take_what_comes() -> None:
     assert (found - truth).norm() / truth.norm() < 2**-7, "two roundings of bfloat16"
 
 
+@pytest.mark.parametrize(("scheme", "weights_bytes"), [(None, 4), ("int8-weights", 1)])
+def test_a_package_for_a_cpu_holds_each_weight_once_as_the_graph_has_it(scheme: Scheme | None, weights_bytes: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    width, layers = 1024, 4
+    edge, net = TensorSpec("x", "float32", ("B", "n", width)), torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(layers)))
+    program = Program("p", net, (edge,), (replace(edge, name="y"),), (Profile("q", {"n": 4}, 3),))
+    signature = Signature.of(program, program.profiles[0])
+    graph, _ = apply_passes(capture(program, program.profiles[0]))
+    if scheme is not None:
+        graph = quantise(graph, signature, scheme, linears(graph).values(), {})
+    x = torch.randn(2, 4, width)
+    with torch.no_grad():
+        truth = graph.module()(x)
+    found = InductorBackend().build(lambda: graph, signature, "float32", tmp_path, "key")({"x": x})["y"]
+    assert torch.allclose(found, truth, atol=1e-5)
+    (package,) = tmp_path.glob("*.pt2")
+    with ZipFile(package) as files:
+        held = max(file.file_size for file in files.infolist())
+    assert held == pytest.approx(layers * width**2 * weights_bytes, abs=2e6), "the library: the weights and 1.5 MB of code"
+
+
 class PretendGraph:
     """What a CUDA graph does with a launch that tells it how to play itself."""
 
@@ -145,7 +169,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_call_is_recorded_once_for_each_number_of_rows_and_then_replayed(pretended: None) -> None:
     launched: list[int] = []
 
-    def doubles(x: Tensor) -> Tensor:
+    def doubles(x: Tensor) -> list[Tensor]:
         launched.append(len(x))
         out = torch.empty_like(x)
 
@@ -155,7 +179,7 @@ def test_a_call_is_recorded_once_for_each_number_of_rows_and_then_replayed(prete
         play()
         for graph in PretendGraph.recording:
             graph.played.append(play)
-        return out
+        return [out]
 
     edge, profile = TensorSpec("x", "float32", ("B", "n")), Profile("any", {"n": 3}, 4)
     signature = Signature.of(Program("p", torch.nn.Identity(), (edge,), (replace(edge, name="y"),), (profile,)), profile)
