@@ -138,6 +138,15 @@ def test_a_package_for_a_cpu_holds_each_weight_once_as_the_graph_has_it(scheme: 
     assert held == pytest.approx(layers * width**2 * weights_bytes, abs=2e6), "the library: the weights and 1.5 MB of code"
 
 
+def test_a_library_that_cannot_be_loaded_is_an_error_with_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InductorBackend, "_package", lambda *given: given[-1].write_bytes(b"no package"))
+    edge, profile = TensorSpec("x", "float32", ("B", "n")), Profile("any", {"n": 3}, 4)
+    program = Program("p", torch.nn.Identity(), (edge,), (replace(edge, name="y"),), (profile,))
+    exported, signature = capture(program, profile), Signature.of(program, profile)
+    with pytest.raises(CompileError, match=r"program 'p' at profile 'any': its compiled library cannot be loaded: .*zip"):
+        InductorBackend().build(lambda: exported, signature, "float32", tmp_path, "key")
+
+
 class PretendGraph:
     """What a CUDA graph does with a launch that tells it how to play itself."""
 
