@@ -28,6 +28,7 @@ from torch.export.passes import move_to_device_pass
 
 from reelstep.compiler.backends import Backend, Executable, Graph
 from reelstep.compiler.capture import quiet_torch
+from reelstep.compiler.graphs import weights_of
 from reelstep.compiler.passes.cast_weights import cast_weights
 from reelstep.compiler.passes.mixed_precision import mixed_precision
 from reelstep.compiler.program import Precision
@@ -180,7 +181,7 @@ class InductorBackend(Backend):
     def _options(self, lowered: ExportedProgram) -> dict[str, Any]:
         if self.device != "cpu":
             return {"max_autotune": self.autotune, "autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
-        integers = any(weight.dtype is torch.int8 for weight in (*lowered.state_dict.values(), *lowered.constants.values()) if isinstance(weight, Tensor))
+        integers = any(weight.dtype is torch.int8 for weight in weights_of(lowered).values())
         return {"freezing": not integers}  # weights laid out for the products that read them; those in int8 would be unpacked to float32 for good
 
     def _load(self, path: Path, signature: Signature) -> InductorExecutable:
@@ -202,8 +203,7 @@ def quiet_tuning() -> Iterator[None]:
     """Inside, tiles that do not fit a GPU, some of which are tried for every product, are not reported as errors, nor as warnings those that would read
     another layout, float32 that is kept exact, and what torch itself uses that is old.
     """
-    levels = {"select_algorithm": logging.CRITICAL, "scheduler": logging.ERROR}
-    logs = {logging.getLogger(f"torch._inductor.{name}"): level for name, level in levels.items()}
+    logs = {logging.getLogger("torch._inductor.select_algorithm"): logging.CRITICAL, logging.getLogger("torch._inductor.scheduler"): logging.ERROR}
     before = {log: log.level for log in logs}
     for log, level in logs.items():
         log.setLevel(level)
