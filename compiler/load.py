@@ -18,6 +18,7 @@ from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS, detect, is_gpu
+from reelstep.compiler.sources import source_hash
 from reelstep.errors import CompileError
 from reelstep.parallel.mesh import GIVEN, Mesh
 
@@ -154,6 +155,6 @@ def check_precision(backend: Backend, precision: Precision) -> None:
 
 
 def engine_key(bundle: Bundle, program: str, profile: str, precision: Precision) -> str:
-    """What an engine depends on besides the backend and the machine: graph, weights, choices, and which weight goes where."""
-    entry = hashlib.sha256(canonical_json(bundle.manifest["programs"][program][profile])).hexdigest()
-    return hashlib.sha256("\n".join([bundle.plan.hash, bundle.weights_hash, program, profile, precision, entry]).encode()).hexdigest()
+    """What an engine depends on besides the backend and the machine: graph, weights, choices, which weight goes where, and the code that makes it of these."""
+    entry, sources = hashlib.sha256(canonical_json(bundle.manifest["programs"][program][profile])).hexdigest(), source_hash("compiler", "kernels")
+    return hashlib.sha256("\n".join([bundle.plan.hash, bundle.weights_hash, program, profile, precision, entry, sources]).encode()).hexdigest()

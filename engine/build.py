@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from reelstep import errors
 from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.compile import build_here, choose_precision, compile_model
@@ -25,6 +24,7 @@ from reelstep.compiler.program import Precision
 from reelstep.compiler.quantisation import Quantisation
 from reelstep.compiler.sharded import plan_ranks
 from reelstep.compiler.skus import SKUS
+from reelstep.compiler.sources import source_hash
 from reelstep.compiler.storage import replace_file
 from reelstep.engine.lora import fuse, read_adapter
 from reelstep.engine.models import MODELS
@@ -168,15 +168,8 @@ def build_bundle(
 
 def stamp_of(cache: Path, asked: Sequence[Any]) -> Path:
     """Where it stands which bundle was made of all this, by these sources and this torch. asked: JSON values."""
-    return cache / f"compiled-{hashlib.sha256(canonical_json([source_hash(), torch.__version__, *asked])).hexdigest()}"
-
-
-def source_hash() -> str:
-    """sha256 over what a bundle is made by: models, passes, backends, kernels, rules."""
-    root, digest = Path(errors.__file__).parent, hashlib.sha256()
-    for path in sorted(path for folder in ("compiler", "engine", "kernels", "parallel") for path in (root / folder).rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
+    sources = source_hash("compiler", "engine", "kernels", "parallel")
+    return cache / f"compiled-{hashlib.sha256(canonical_json([sources, torch.__version__, *asked])).hexdigest()}"
 
 
 def unchanged(out: Path, stamp: Path) -> Bundle | None:

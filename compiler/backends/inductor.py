@@ -10,6 +10,7 @@ import hashlib
 import logging
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -195,7 +196,10 @@ class InductorBackend(Backend):
             package = AOTIModelPackageLoader(str(path), "model", replayed, 1, -1)  # as it was named, for one call at a time, on the current device
         except RuntimeError as error:
             raise CompileError(f"{_where(signature)}: its compiled library cannot be loaded: {error}") from error
-        return (Replayed if replayed else InductorExecutable)(lambda *given: package.boxed_run(list(given)), signature, self.device)
+        held = [package]
+        executable = (Replayed if replayed else InductorExecutable)(lambda *given: held[0].boxed_run(list(given)), signature, self.device)
+        weakref.finalize(executable, held.clear)  # at the latest as the process ends, which may leave objects as they are: a package removes what it unpacked
+        return executable
 
 
 @contextmanager

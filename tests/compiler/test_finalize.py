@@ -97,6 +97,13 @@ def test_engines_of_another_machines_cache_are_not_trusted(portable: Bundle, cac
     assert {*states(finalize(portable, cache)).values()} == {"rebuilt"}
 
 
+def test_engines_that_other_sources_made_are_left_and_made_again(portable: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as edited:
+        edited.setattr(load_module, "source_hash", lambda *folders: "of an edited pass")
+        assert {*states(finalize(portable, cache)).values()} == {"built"}
+    assert {*states(finalize(portable, cache)).values()} == {"cached"}
+
+
 def test_a_finalize_that_was_killed_goes_on_where_it_stopped(portable: Bundle, tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, time\n"

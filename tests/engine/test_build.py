@@ -237,7 +237,7 @@ build.build_bundle("dit-mid", backend="null", precision=None, out=Path("b.reel")
 
 def test_other_sources_make_it_anew(compile_toy, monkeypatch):
     compile_toy()
-    monkeypatch.setattr(build, "source_hash", lambda: "of an edited pass")
+    monkeypatch.setattr(build, "source_hash", lambda *folders: "of an edited pass")
     assert compile_toy()[1]
 
 

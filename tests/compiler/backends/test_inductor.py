@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -145,6 +146,35 @@ def test_a_library_that_cannot_be_loaded_is_an_error_with_its_cause(tmp_path: Pa
     exported, signature = capture(program, profile), Signature.of(program, profile)
     with pytest.raises(CompileError, match=r"program 'p' at profile 'any': its compiled library cannot be loaded: .*zip"):
         InductorBackend().build(lambda: exported, signature, "float32", tmp_path, "key")
+
+
+KEEPS_TO_THE_END = """
+import gc, sys
+from pathlib import Path
+import torch
+from reelstep.compiler.backends.inductor import InductorBackend
+from reelstep.compiler.signature import Edge, Signature
+
+signature = Signature("p", "any", (Edge("x", "float32", (3,)),), (Edge("y", "float32", (3,)),), 4)
+kept = [InductorBackend().build(None, signature, "float32", Path(sys.argv[1]), "key")]
+kept.append(kept)
+gc.freeze()
+print(kept[0]({"x": torch.ones(1, 3)})["y"].sum().item(), len(list(Path(sys.argv[2]).iterdir())))
+"""
+
+
+def test_a_process_that_ends_with_an_engine_leaves_nothing_that_it_unpacked(tmp_path: Path) -> None:
+    edge, profile = TensorSpec("x", "float32", ("B", "n")), Profile("any", {"n": 3}, 4)
+    program = Program("p", torch.nn.Softplus(), (edge,), (replace(edge, name="y"),), (profile,))
+    exported, cache, temporary = capture(program, profile), tmp_path / "cache", tmp_path / "temporary"
+    InductorBackend().build(lambda: exported, Signature.of(program, profile), "float32", cache, "key")
+    temporary.mkdir()
+    command = [sys.executable, "-P", "-c", KEEPS_TO_THE_END, str(cache), str(temporary)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "TMPDIR": str(temporary)}, check=True)
+    total, unpacked = done.stdout.split()
+    assert float(total) == pytest.approx(3 * math.log1p(math.e))
+    assert int(unpacked) > 0
+    assert list(temporary.iterdir()) == []
 
 
 class PretendGraph:
