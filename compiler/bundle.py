@@ -41,6 +41,8 @@ FORMAT = 2
 """Of the directory. A reader takes exactly its own; a change of layout adds one."""
 
 MANIFEST, PLAN, WEIGHTS, CARD, SIGNATURE = "manifest.json", "plan.json", "weights.safetensors", "MODEL_CARD.md", "signature.json"
+FIELDS = ("reelstep", "torch", "model", "version", "plan_hash", "settings", "programs", "meta_weights", "files")
+"""Of a manifest, besides its format and sha256."""
 AGAIN = "run `reelstep compile` again"
 
 
@@ -286,7 +288,8 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def _read_manifest(path: Path) -> bytes:
     file = path / MANIFEST
     if not file.is_file():
-        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}; make one with `reelstep compile`")
+        what = "is not a bundle: it has no manifest.json" if path.exists() else "does not exist"
+        raise BundleError(f"{path} {what}; make one with `reelstep compile`")
     return file.read_bytes()
 
 
@@ -309,6 +312,10 @@ def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
         raise BundleError(f"{path} has bundle format {manifest['format']}, written by reelstep {writer}; reelstep {__version__} reads format {FORMAT}; {AGAIN}")
     if manifest.get("sha256") != _digest(manifest) or data != canonical_json(manifest):
         raise BundleError(f"{file} is damaged: its sha256 is not the one it states; {AGAIN}")
+    if lacks := [name for name in FIELDS if name not in manifest]:
+        raise BundleError(f"{file} does not say: {', '.join(lacks)}; {AGAIN}")
+    if lacks := [name for name, entry in manifest["files"].items() if not {"sha256", "bytes"} <= entry.keys()]:
+        raise BundleError(f"{file} gives no sha256 or size for {', '.join(lacks)}; {AGAIN}")
     return manifest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from reelstep.compiler.bundle import Bundle, Captured, write_bundle
 from reelstep.compiler.capture import capture
 from reelstep.compiler.cost import graph_flops, graph_parameters
 from reelstep.compiler.cubins import with_kernels
-from reelstep.compiler.graphs import dump_graph, ops_of
+from reelstep.compiler.graphs import dump_graph, ops_of, refused
 from reelstep.compiler.load import Progress, axes_of, check_precision, load, on_this_machine, silent
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.plan import Plan, ProgramPlan, Quality, RankPlan
@@ -58,6 +59,9 @@ def compile_model(
     if quantisation is not None:
         quantisation.check(backend, target)
     captured, drafts = capture_all(programs, progress, BACKENDS[backend].keeps(target.arch))
+    for item in captured:  # here, and not by whoever opens the bundle
+        if (why := refused(json.loads(item.graph))) is not None:
+            raise CompileError(f"program {item.signature.program!r} at profile {item.signature.profile!r} {why}")
     quality = None
     if quantisation is not None:
         here = BACKENDS[backend].runs and not is_gpu(target.arch) and on_this_machine(sku)  # requests run on the CPU, also where a GPU is

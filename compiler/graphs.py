@@ -21,11 +21,15 @@ from reelstep.kernels import OPS
 
 WEIGHT_KINDS = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
 
-SAFE_TARGET = re.compile(
-    r"torch\.ops\.(?:aten|prims|reelstep)\.\w+(?:\.\w+)?|torch\.sym_\w+|math\.(?:ceil|floor|trunc|sqrt)"
-    r"|_operator\.(?:add|sub|mul|floordiv|truediv|mod|neg|pow|pos|getitem|eq|ne|lt|le|gt|ge|and_|or_)"
+SAFE_FUNCTION = re.compile(
+    r"torch\.sym_\w+|math\.(?:ceil|floor|trunc|sqrt)|_operator\.(?:add|sub|mul|floordiv|truediv|mod|neg|pow|pos|getitem|eq|ne|lt|le|gt|ge|and_|or_)"
 )
-"""Operators a stored graph may call: the deserialiser would resolve any attribute of torch."""
+OPERATOR = re.compile(r"torch\.ops\.(aten|prims|reelstep)\.(?!(?:new_)?empty)(\w+)\.(\w+)")
+SAFE_ARGUMENT = re.compile(r"(?:Optional|List|\[|\])*(?:Tensor|number|int|SymInt|float|bool|SymBool|Device)\]*")
+SAFE_WORDS = {"approximate", "driver", "implementation", "mode", "ord", "padding", "reduce", "rounding_mode", "side"}
+"""What a stored graph may call: the deserialiser would resolve any attribute of torch. Of operators those that give new values for tensors, numbers and
+choices: no other word, which might name a file, nothing that writes into what it is given, and no memory that nobody wrote. Dtypes and layouts are ints there.
+"""
 
 SAFE_NAME = re.compile(r"(?:[A-Za-z_][\w.]*)?", re.ASCII)
 """Of tensors and arguments: torch writes them into Python source, which it runs."""
@@ -81,10 +85,13 @@ def load_graph(data: bytes, weights: Mapping[str, Tensor], signature: Signature,
     """
     # Not at the top: torch takes longer to import this than a server takes to start when its engines are in the cache, which reads no graph.
     from torch._export.serde.serialize import SerializedArtifact, SerializeError, deserialize
+    from torch._export.verifier import SpecViolationError
 
     try:
         graph = json.loads(data)
-        _check_safe(graph, where)
+        tuple(OPS.values())  # an op that is imported is known to torch
+        if (why := refused(graph)) is not None:
+            raise BundleError(f"{where} {why}")
         specs = graph["graph_module"]["signature"]["input_specs"]
         named = {kind: [spec[kind][field] for spec in specs if kind in spec] for kind, field in WEIGHT_KINDS.items()}
         state = {name: nn.Parameter(weights[name], requires_grad=False) for name in named["parameter"]}
@@ -94,18 +101,18 @@ def load_graph(data: bytes, weights: Mapping[str, Tensor], signature: Signature,
         constants |= {name: tensor for name, tensor in buffers.items() if name not in persistent}
         device = next((tensor.device for tensor in weights.values()), torch.device("cpu"))
         examples = tuple(edge.zeros(min(2, signature.max_batch), device) for edge in signature.inputs)
-        tuple(OPS.values())  # an op that is imported is known to torch
         with quiet_torch():
             artifact = SerializedArtifact(data, {**state, **{n: t for n, t in buffers.items() if n in persistent}}, constants, (examples, {}))  # type: ignore[arg-type]  # deserialize takes what is already loaded as it is
             return deserialize(artifact)
-    except (SerializeError, KeyError, TypeError, ValueError, AssertionError) as error:
+    except (SerializeError, SpecViolationError, KeyError, TypeError, ValueError, AssertionError) as error:
         raise BundleError(f"{where} is not a graph that torch {torch.__version__} reads ({error}); run `reelstep compile` again") from error
 
 
 def _strip_metadata(data: Any) -> None:
-    """Empty every node's metadata: stack traces, source files and object addresses."""
+    """Empty every node's metadata, and the module's: stack traces, source files and object addresses. In tables of values any word may be a tensor's name."""
+    data["graph_module"]["metadata"] = {}
     for item in _dicts(data):
-        if "metadata" in item:
+        if isinstance(item.get("target"), str):
             item["metadata"] = {}
 
 
@@ -123,16 +130,28 @@ def _names(item: dict[str, Any]) -> list[str]:
     return [str(name) for name in (*named, *item.get("forward_arg_names", ()), *(key for table in tables for key in table)) if name is not None]
 
 
-def _check_safe(graph: Any, where: str) -> None:
+def _is_safe(target: str) -> bool:
+    if (named := OPERATOR.fullmatch(target)) is None:
+        return SAFE_FUNCTION.fullmatch(target) is not None
+    namespace, name, overload = named.groups()
+    op = getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
+    if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable:
+        return False
+    return all(SAFE_ARGUMENT.fullmatch(str(each.type)) or (each.name in SAFE_WORDS and "str" in str(each.type)) for each in op._schema.arguments)
+
+
+def refused(graph: Any) -> str | None:
+    """Of a stored graph as JSON values: what of it no graph of ours has, to follow the graph's name; None where all may pass."""
     if graph["guards_code"]:
-        raise BundleError(f"{where} carries code to run; Reelstep writes none and runs none")
+        return "carries code to run; Reelstep writes none and runs none"
     for item in _dicts(graph):
         target, expression = item.get("target"), item.get("expr_str")
         if unsafe := [name for name in _names(item) if not SAFE_NAME.fullmatch(name)]:
-            raise BundleError(f"{where} holds the name {unsafe[0]!r}, which is not a plain identifier")
+            return f"holds the name {unsafe[0]!r}, which is not a plain identifier"
         if unsafe := [spec for key in ("in_spec", "out_spec") if not SAFE_SPEC.fullmatch(spec := str(item.get(key, "")))]:
-            raise BundleError(f"{where} has arguments of the structure {unsafe[0]!r}, which is more than tuples of tensors")
-        if isinstance(target, str) and "inputs" in item and not SAFE_TARGET.fullmatch(target):
-            raise BundleError(f"{where} calls {target!r}, which no graph of Reelstep does")
+            return f"has arguments of the structure {unsafe[0]!r}, which is more than tuples of tensors"
+        if isinstance(target, str) and "inputs" in item and not _is_safe(target):
+            return f"calls {target!r}, and a bundle takes only operators that give new values for tensors and numbers"
         if isinstance(expression, str) and not SAFE_EXPRESSION.fullmatch(expression):
-            raise BundleError(f"{where} holds the size {expression!r}, which is not plain arithmetic")
+            return f"holds the size {expression!r}, which is not plain arithmetic"
+    return None

@@ -120,6 +120,12 @@ def test_another_format_says_who_wrote_it_and_what_to_do(copy: Path) -> None:
         Bundle.open(copy)
 
 
+def test_a_manifest_that_lacks_a_field_says_which(copy: Path) -> None:
+    rewrite_manifest(copy, lambda m: m.pop("programs"))
+    with pytest.raises(BundleError, match=r"manifest\.json does not say: programs; run `reelstep compile` again"):
+        Bundle.open(copy)
+
+
 @pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "solvers/../../outside.json"])
 def test_a_manifest_that_points_outside_is_refused(copy: Path, name: str) -> None:
     (copy.parent / "outside.json").write_text("{}")
@@ -132,6 +138,13 @@ def test_a_manifest_that_points_outside_is_refused(copy: Path, name: str) -> Non
     ("find", "put"),
     [
         ("torch.ops.aten.linear.default", "torch.hub.load"),
+        ("torch.ops.aten.linear.default", "torch.ops.aten.from_file.default"),  # of any file, which with `shared` it writes
+        ("torch.ops.aten.linear.default", "torch.ops.aten.save.default"),
+        ("torch.ops.aten.linear.default", "torch.ops.aten.linear"),  # which of them would be chosen by what it is given
+        ("torch.ops.aten.linear.default", "torch.ops.aten.linear.__init__"),
+        ("torch.ops.aten.mul.Tensor", "torch.ops.aten.mul_.Tensor"),
+        ("torch.ops.aten.mul.Tensor", "torch.ops.aten.mul.out"),
+        ("torch.ops.aten.mul.Tensor", "torch.ops.aten.empty_like.default"),
         ("Symbol('", "__import__('os').system('"),
         ('"guards_code":[]', '"guards_code":["1"]'),
         ('"ids"', "\"ids=__import__('os').abort()\""),  # of an input: torch writes it into the head of a function
@@ -139,7 +152,7 @@ def test_a_manifest_that_points_outside_is_refused(copy: Path, name: str) -> Non
         ('builtins.dict\\", \\"context\\": \\"[]', 'builtins.dict\\", \\"context\\": \\"[\\\\"x=__import__(\'os\').abort()\\\\"]'),
     ],
 )
-def test_a_forged_graph_cannot_run_code(copy: Path, find: str, put: str) -> None:
+def test_a_forged_graph_can_neither_run_code_nor_touch_what_is_not_its_own(copy: Path, find: str, put: str) -> None:
     forge_graph(copy, "denoise.l4.json", find, put)
     with pytest.raises(BundleError, match=r"denoise\.l4\.json"):
         Bundle.open(copy).program("denoise", "l4")

@@ -7,7 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from reelstep.compiler import graphs
 from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.compile import compile_model
+from reelstep.compiler.passes.define_empty import EMPTY_OPS
+from reelstep.compiler.program import Profile, Program, TensorSpec
+from reelstep.errors import CompileError
 
 COMPILER = Path(__file__).resolve().parents[2] / "compiler"
 
@@ -48,3 +56,21 @@ def test_loading_a_bundle_unpickles_nothing_and_starts_no_process(bundle: Bundle
     done = subprocess.run([sys.executable, "-P", "-c", WATCHED, str(bundle.path), str(tmp_path / "cache")], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[]", "1"]
+
+
+def test_every_operator_of_torchs_core_that_is_a_function_may_be_in_a_bundle() -> None:
+    names = {schema.name.removeprefix("aten::") for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::")}
+    packets = [getattr(torch.ops.aten, name) for name in sorted(names)]
+    core = [op for packet in packets for op in (getattr(packet, overload) for overload in packet.overloads()) if torch.Tag.core in op.tags]
+    assert len(core) > 150
+    left_out = {op for op in core if not graphs._is_safe(f"torch.ops.{op}")}
+    assert left_out == {op for op in core if op._schema.is_mutable or op in EMPTY_OPS}
+
+
+def test_a_graph_that_no_bundle_takes_is_not_written_into_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "SAFE_WORDS", frozenset())
+    edges = [(TensorSpec(name, "float32", ("B", 4)),) for name in "xy"]
+    program = Program("p", torch.nn.GELU(approximate="tanh"), *edges, (Profile("any", {}, 3),))
+    with pytest.raises(CompileError, match=r"program 'p' at profile 'any' calls 'torch\.ops\.aten\.gelu\.default', and a bundle takes only"):
+        compile_model(model="m", version="1", settings={}, programs=[program], backend="eager", out=tmp_path / "m.reel", solvers={}, card="")
+    assert not list(tmp_path.iterdir())
