@@ -612,8 +612,8 @@ PARTS = (
 """In the order they run: 525 s in all. What shares are of comes first, and what may end its process last."""
 
 
-class Overran(Exception):
-    """A part's time is up."""
+class Overran(BaseException):
+    """A part's time is up: not for what a part runs to catch, and some of that catches every Exception."""
 
 
 @contextmanager
@@ -643,7 +643,7 @@ def run_parts(
             with at_most(part.budget_s), torch.inference_mode():
                 for finding in part.find(bench):
                     rows.append({"part": part.name, **asdict(finding)})
-        except Exception as error:  # noqa: BLE001  # whatever it is, it is written down, and the other parts run
+        except (Exception, Overran) as error:  # noqa: BLE001  # whatever it is, it is written down, and the other parts run
             rows.append({"part": part.name, **asdict(Finding("failed", note=f"{type(error).__name__}: {str(error).strip()[:400]}"))})
         gc.collect()
         if bench.device.type == "cuda":

@@ -21,7 +21,8 @@ from reelstep.kernels.op import Make, check_rank, check_shape, define, wide
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, scale: float | None = None, implementation: str = AUTO) -> tuple[Tensor, Tensor]:
     """q: [B, N, L, K]; k, v: [B, N, S, K]; lengths: [B] int32, how many of the keys count, None for all. Gives out [B, N, L, K] and lse [B, N, L].
 
-    out is in q's dtype and lies in memory as [B, L, N, K], so that joining the heads is free; lse is float32, natural, -inf (and out 0) for no key.
+    out is in q's dtype and lies in memory as [B, L, N, K], so that joining the heads is free; lse is float32, natural, -inf (and out 0) for no key. Where
+    keys count but the scores of all of them are -inf, "triton" and "reference" say the same, while "sdpa" and "fa3" give the lse of their library: 0 on a CPU.
     scale: K ** -0.5 if None. implementation: a name of ATTENTIONS. Raises ConfigError for shapes, dtypes or a scale that do not fit.
     """
     check_rank("attention", "q", q, "B N L K")
@@ -96,7 +97,7 @@ def examples(make: Make) -> Iterator[tuple[Any, ...]]:
     for b, n, length, keys, width in usual + empty:
         yield make(b, n, length, width), make(b, n, keys, width), make(b, n, keys, width), None, width**-0.5, AUTO
     q, k, v = make(3, 2, 9, 16), make(3, 2, 37, 16), make(3, 2, 37, 16)
-    yield q, k, v, torch.tensor([37, 0, 33], dtype=torch.int32, device=q.device), 0.5, AUTO
+    yield q, k, v, torch.tensor([37, 5, 0, 5, 33, 5], dtype=torch.int32, device=q.device)[::2], 0.5, AUTO
 
 
 def _never(q: Tensor, lengths: Tensor | None) -> None:

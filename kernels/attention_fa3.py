@@ -5,6 +5,7 @@ Its call for caches is the one of its calls that returns lse in every release, t
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -16,8 +17,14 @@ from reelstep.kernels.attention_choice import Implementation
 PACKAGE = "flash_attn_interface"
 
 
+@cache
+def installed() -> bool:
+    """Asked once: every call of `attention` would search all of sys.path for a package that is not there."""
+    return find_spec(PACKAGE) is not None
+
+
 def refuses(q: Tensor, lengths: Tensor | None) -> str | None:
-    if find_spec(PACKAGE) is None:
+    if not installed():
         return f"package {PACKAGE} is not installed"
     if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
         return "it runs on Hopper (sm90) alone"
@@ -30,6 +37,7 @@ def refuses(q: Tensor, lengths: Tensor | None) -> str | None:
 
 def run(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     q_BLNK, k_BSNK, v_BSNK = (x if x.stride(-1) == 1 else x.contiguous() for x in (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
+    lengths = None if lengths is None else lengths.contiguous()
     out, lse, *_ = import_module(PACKAGE).flash_attn_with_kvcache(
         q_BLNK, k_BSNK, v_BSNK, cache_seqlens=lengths, softmax_scale=scale, causal=False, return_softmax_lse=True
     )

@@ -33,8 +33,8 @@ class Tile:
 
 
 # Bytes of shared memory at head dim 128 in half precision: 256 a query, 512 a key and stage. 227 kB are usable on sm90 and sm100 (two stages of 128 keys
-# and 128 queries take 160), 163 on sm80, 99 on sm89 and sm120. The last tile fits head dim 256 everywhere.
-SMALL = Tile(64, 32, 8, 2)
+# and 128 queries take 160), 163 on sm80, 99 on sm89 and sm120. SMALL fits rows of 512 bytes everywhere; TINY fits those of 1 kB, which float32 has at 256.
+SMALL, TINY = Tile(64, 32, 8, 2), Tile(32, 16, 4, 2)
 TILES = {
     80: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 3), SMALL),
     89: (Tile(128, 32, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), SMALL),
@@ -42,7 +42,7 @@ TILES = {
     100: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), SMALL),
     120: (Tile(128, 32, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), SMALL),
 }
-"""By arch; the first is what is compiled ahead, and on a GPU the fastest of them is found once per shape."""
+"""By arch; the first is what is compiled ahead, and on a GPU the fastest is found once for each number of queries and of keys, head dim and dtype."""
 
 INTERPRETED = Tile(64, 64, 4, 1)
 
@@ -80,9 +80,10 @@ def attention_kernel(
 
     scale includes log2(e). HEAD: width, up to a power of two; WHOLE: equal to it; EXACT: products of float32 in float32.
     """
+    # Programs of one head are next to each other, so that its keys are in the cache. All are on one axis of the grid: the others end at 65,535.
+    tile, row = tl.program_id(0) % tl.cdiv(queries, QUERIES), tl.program_id(0) // tl.cdiv(queries, QUERIES)
     # Addresses are one of 64 bits for what a program or a step shares, and 32 bits within its tile: registers are what runs out first here.
-    first = tl.program_id(0).to(tl.int64) * QUERIES
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    first, batch, head = tile.to(tl.int64) * QUERIES, (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     query, key, col = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, HEAD)
     inside = (query < queries - first)[:, None] & (col < width)[None, :]
     q_tile = tl.load(q + batch * q_batch + head * q_head + first * q_token + (query[:, None] * q_token + col[None, :]), mask=inside, other=0.0)
@@ -95,7 +96,8 @@ def attention_kernel(
         length = tl.minimum(tl.load(lengths + batch), keys)
     full = length // KEYS * KEYS
     acc = tl.zeros((QUERIES, HEAD), tl.float32)
-    largest, total = tl.full((QUERIES,), -float("inf"), tl.float32), tl.zeros((QUERIES,), tl.float32)
+    # The least finite number: a score of -inf may come first, and -inf from -inf is NaN.
+    largest, total = tl.full((QUERIES,), -3.4028234663852886e38, tl.float32), tl.zeros((QUERIES,), tl.float32)
     for start in tl.range(0, full, KEYS):
         acc, largest, total = attend(acc, largest, total, q_tile, k + k_within, v + v_within, start + key, col, length, width, scale, False, WHOLE, EXACT)
         k += k_step
@@ -106,13 +108,21 @@ def attention_kernel(
     out += ((batch * queries + first) * heads + head) * width
     tl.store(out + query[:, None] * (heads * width) + col[None, :], (acc / some[:, None]).to(out.dtype.element_ty), mask=inside)
     lse += (batch * heads + head) * queries + first
-    tl.store(lse + query, (largest + tl.math.log2(some)) * 0.6931471805599453, mask=query < queries - first)
+    log = tl.where(total == 0.0, -float("inf"), (largest + tl.math.log2(some)) * 0.6931471805599453)
+    tl.store(lse + query, log, mask=query < queries - first)
+
+
+def tiles(arch: int, row_bytes: int) -> tuple[Tile, ...]:
+    """Worth trying for rows of HEAD values; the last fits every arch."""
+    return (*TILES.get(arch, TILES[80]), *((TINY,) if row_bytes > 512 else ()))
 
 
 @cache
-def _tuned(arch: int) -> Any:
-    """The kernel that measures its tiles the first time it meets a shape and keeps the fastest; those that do not fit the GPU are left out."""
-    configs = [triton.Config({"QUERIES": t.queries, "KEYS": t.keys}, num_warps=t.warps, num_stages=t.stages) for t in TILES.get(arch, TILES[80])]
+def _tuned(arch: int, row_bytes: int) -> Any:
+    """The kernel that measures its tiles on the first tensors of their key and keeps the fastest for all later ones, of any batch, heads and lengths; tiles
+    that do not fit the GPU are left out.
+    """
+    configs = [triton.Config({"QUERIES": t.queries, "KEYS": t.keys}, num_warps=t.warps, num_stages=t.stages) for t in tiles(arch, row_bytes)]
     return triton.autotune(configs, key=["queries", "keys", "width"])(attention_kernel)
 
 
@@ -122,19 +132,22 @@ def launch_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, sc
     out, lse = q.new_empty(b, queries, n, width), q.new_empty(b, n, queries, dtype=torch.float32)
     if out.numel() == 0:
         return out.transpose(1, 2), lse
-    q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
+    q, k, v, lengths = unit_rows(q), unit_rows(k), unit_rows(v), None if lengths is None else lengths.contiguous()
     if interpreted(attention_kernel) and q.dtype == torch.bfloat16:
         q, k, v = q.float(), k.float(), v.float()  # the interpreter would multiply the integers that hold the bits
     head = max(16, power_of_two(width))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     arguments = (out, lse, q, k, v, lengths, scale * LOG2_E, queries, keys, n, width, *strides)
     constants = {"HEAD": head, "WHOLE": head == width, "EXACT": q.dtype == torch.float32}
+
+    def grid(chosen: dict[str, Any]) -> tuple[int]:
+        return (-(-queries // chosen["QUERIES"]) * b * n,)
+
     if interpreted(attention_kernel):
-        tile = INTERPRETED
-        attention_kernel[(-(-queries // tile.queries), b * n)](*arguments, **constants, QUERIES=tile.queries, KEYS=tile.keys)
+        attention_kernel[grid](*arguments, **constants, QUERIES=INTERPRETED.queries, KEYS=INTERPRETED.keys)
     else:
         major, minor = torch.cuda.get_device_capability(q.device)
-        _tuned(10 * major + minor)[lambda chosen: (-(-queries // chosen["QUERIES"]), b * n)](*arguments, **constants)
+        _tuned(10 * major + minor, head * q.element_size())[grid](*arguments, **constants)
     return out.transpose(1, 2), lse
 
 

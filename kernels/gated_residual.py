@@ -56,7 +56,7 @@ def gated_residual_kernel(
 def launch(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     check_launch(gated_residual_kernel, x)
     b, length, d = x.shape
-    out, x, gate, y = x.new_empty(x.shape), unit_rows(x), per_token(gate, length), unit_rows(y)
+    out, x, (gate,), y = x.new_empty(x.shape), unit_rows(x), per_token(length, gate), unit_rows(y)
     strides = (*x.stride()[:2], *gate.stride()[:2], *y.stride()[:2])
     launch_rows(gated_residual_kernel, b * length, d, out, x, gate, y, b * length, length, d, *strides)
     return out

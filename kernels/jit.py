@@ -103,9 +103,13 @@ def as_rows(x: Tensor) -> Tensor:
     return unit_rows(x).reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
 
 
-def per_token(v: Tensor, length: int) -> Tensor:
-    """A vector per batch row [B, D] seen as one per token, [B, L, D], without a copy; one per token stays."""
-    return unit_rows(v if v.ndim == 3 else v[:, None].expand(-1, length, -1))
+def per_token(length: int, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """Vectors per batch row [B, D] seen as one per token, [B, L, D], with the same strides; those per token stay. What has to be copied is so before it is
+    repeated.
+    """
+    alike = len({v.stride() for v in vectors}) == 1
+    rows = (unit_rows(v) if alike else v.contiguous() for v in vectors)
+    return tuple(v if v.ndim == 3 else v[:, None].expand(-1, length, -1) for v in rows)
 
 
 @jit

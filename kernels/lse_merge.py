@@ -19,7 +19,8 @@ from reelstep.kernels.op import Kernel, Make, check_rank, check_shape, define, w
 def lse_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """out: [B, N, L, K]; lse: [B, N, L], natural logarithms, -inf where a query has met no key. Gives both for the union of the keys.
 
-    In out_a's dtype: a ring that keeps it in float32 rounds once, at its end. Raises ConfigError for shapes that do not fit.
+    out is in out_a's dtype: a ring that keeps it in float32 rounds once, at its end. lse is float32, or float64 if one is. Raises ConfigError for shapes
+    that do not fit.
     """
     check_rank("lse_merge", "out_a", out_a, "B N L K")
     check_shape("lse_merge", "out_b", out_b, tuple(out_a.shape))
@@ -40,7 +41,8 @@ def reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tup
 
 
 def fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+    dtype = torch.promote_types(torch.promote_types(lse_a.dtype, lse_b.dtype), torch.float32)
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape, dtype=dtype)
 
 
 @jit
@@ -74,8 +76,9 @@ def launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
     out, lse = fake(out_a, lse_a, out_b, lse_b)
     b, heads, queries, k = out_a.shape
     out_a, out_b, rows = unit_rows(out_a), unit_rows(out_b), b * heads * queries
-    strides = (*out_a.stride()[:3], *out_b.stride()[:3])
-    launch_rows(lse_merge_kernel, rows, k, out, lse, out_a, lse_a.contiguous(), out_b, lse_b.contiguous(), rows, queries, heads, k, *strides)
+    lse_a, lse_b, strides = lse_a.contiguous(), lse_b.contiguous(), (*out_a.stride()[:3], *out_b.stride()[:3])
+    width = max(k, 1)  # heads of no values have lse all the same
+    launch_rows(lse_merge_kernel, rows, width, out, lse, out_a, lse_a, out_b, lse_b, rows, queries, heads, k, *strides)
     return out, lse
 
 
@@ -88,8 +91,9 @@ def kernels(arch: int) -> tuple[Kernel, ...]:
 
 def examples(make: Make) -> Iterator[tuple[Any, ...]]:
     f32 = torch.float32
-    for sizes in ((2, 3, 5, 16), (1, 1, 1, 1), (0, 2, 3, 8), (1, 2, 7, 96)):
+    for sizes in ((2, 3, 5, 16), (1, 1, 1, 1), (0, 2, 3, 8), (1, 2, 3, 0), (1, 2, 7, 96)):
         yield make(*sizes), 4 * make(*sizes[:3], dtype=f32), make(*sizes), 4 * make(*sizes[:3], dtype=f32)
+    yield make(1, 2, 3, 8), 4 * make(1, 2, 3, dtype=torch.bfloat16), make(1, 2, 3, 8), 4 * make(1, 2, 3, dtype=torch.bfloat16)
     none = torch.full_like(make(2, 1, 3, dtype=f32), -torch.inf)
     yield make(2, 1, 3, 8, dtype=f32), make(2, 1, 3, dtype=f32), make(2, 1, 3, 8), none
     yield torch.zeros_like(make(2, 1, 3, 8)), none, torch.zeros_like(make(2, 1, 3, 8)), none

@@ -74,11 +74,17 @@ def define(
     """Register `reelstep::NAME` with the signature of `reference`, which must give new tensors.
 
     fake: the same outputs without values. run: what calls run on every device, for an op that chooses by itself; if None, the reference on a CPU and
-    the kernel on a GPU. The custom op has no autograd; `Op.__call__` does not use it where a derivative is wanted.
+    the kernel on a GPU, and the outputs are contiguous, as `fake` must make them. The custom op has no autograd; `Op.__call__` does not use it where a
+    derivative is wanted.
     """
     from reelstep.kernels.jit import HAS_TRITON  # here: who only reads the table of ops is spared Triton's import
 
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", run or reference, mutates_args=())
+    def formula(*arguments: Any) -> Any:
+        found = reference(*arguments)  # laid out like its inputs, which a compiler that has seen `fake` does not expect
+        return found.contiguous() if isinstance(found, Tensor) else tuple(x.contiguous() for x in found)
+
+    schema = torch.library.infer_schema(reference, mutates_args=())
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", run or formula, mutates_args=(), schema=schema)
     op.register_fake(fake)
     if run is None and HAS_TRITON:
         op.register_kernel("cuda")(launch)

@@ -31,10 +31,12 @@ def qk_norm_rope(
         if weight is not None:
             check_shape("qk_norm_rope", f"{what}_weight", weight, (width,), (heads * width,))
         if cos is not None and sin is not None:
+            if width % 2:
+                raise ConfigError(f"qk_norm_rope: {what} has head dim {width}; a rotation turns pairs, so it must be even")
             check_shape("qk_norm_rope", "cos", cos, (x.shape[1], width // 2))
             check_shape("qk_norm_rope", "sin", sin, tuple(cos.shape))
-    if (cos is None) != (sin is None) or (cos is not None and q.shape[3] % 2):
-        raise ConfigError(f"qk_norm_rope: a rotation needs cos, sin and an even head dim; cos and sin are given or left out together; head dim {q.shape[3]}")
+    if (cos is None) != (sin is None):
+        raise ConfigError("qk_norm_rope: a rotation needs both; cos and sin are given or left out together")
     out: tuple[Tensor, Tensor] = OP(q, k, q_weight, k_weight, cos, sin, eps)
     return out
 

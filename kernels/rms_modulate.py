@@ -62,9 +62,7 @@ def rms_modulate_kernel(
 def launch(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, eps: float, centred: bool) -> Tensor:
     check_launch(rms_modulate_kernel, x)
     b, length, d = x.shape
-    out, x, scale, shift = x.new_empty(x.shape), unit_rows(x), per_token(scale, length), per_token(shift, length)
-    if scale.stride() != shift.stride():
-        scale, shift = scale.contiguous(), shift.contiguous()
+    out, x, (scale, shift) = x.new_empty(x.shape), unit_rows(x), per_token(length, scale, shift)
     gain = None if weight is None else weight.contiguous()
     strides = (*x.stride()[:2], *scale.stride()[:2])
     launch_rows(rms_modulate_kernel, b * length, d, out, x, scale, shift, gain, b * length, length, d, *strides, eps, CENTRED=centred)
@@ -84,6 +82,7 @@ def examples(make: Make) -> Iterator[tuple[Any, ...]]:
         yield make(b, length, d), make(b, d), make(b, d), make(d), 1e-6, False
     yield make(2, 7, 100), make(2, 100), make(2, 100), None, 1e-5, True
     yield make(2, 7, 96), make(2, 7, 96), make(2, 7, 96), None, 1e-6, False
+    yield make(2, 3, 32), make(2, 96)[:, 32:64], make(2, 32), None, 1e-6, False
 
 
 OP = define("rms_modulate", reference=reference, fake=fake, launch=launch, kernels=kernels, examples=examples)

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -144,7 +145,8 @@ def test_a_part_that_fails_or_takes_too_long_keeps_its_rows_and_stops_no_other(b
 
     def sleeps(_: Bench) -> Iterator[Finding]:
         yield Finding("before")
-        time.sleep(30)
+        with suppress(Exception):  # as Triton's autotuner and torch's compiler have it around much of what they run
+            time.sleep(30)
         yield Finding("never")
 
     def wrongs(_: Bench) -> Iterator[Finding]:

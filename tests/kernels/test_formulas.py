@@ -22,7 +22,7 @@ from reelstep.kernels.attention_choice import ATTENTIONS, choose
 from reelstep.kernels.fp8_norm_quantise import fp8_norm_quantise
 from reelstep.kernels.gated_residual import gated_residual
 from reelstep.kernels.gelu_tanh import gelu_tanh
-from reelstep.kernels.jit import MAX_WIDTH, row_tile
+from reelstep.kernels.jit import MAX_WIDTH, per_token, row_tile
 from reelstep.kernels.lse_merge import lse_merge
 from reelstep.kernels.patchify import patchify
 from reelstep.kernels.qk_norm_rope import qk_norm_rope, rotary_3d
@@ -177,6 +177,8 @@ def test_steps_of_a_table_are_those_of_its_sampler() -> None:
         (lambda: swiglu(randn(2, 4), randn(4)), r"b has shape \[4\]; it must be \[2, 4\]"),
         (lambda: qk_norm_rope(randn(1, 2, 2, 4), randn(1, 2, 2, 4), randn(4), randn(8), randn(2, 2)), "cos and sin are given or left out together"),
         (lambda: qk_norm_rope(randn(1, 2, 2, 4), randn(1, 3, 2, 4), None, None, randn(2, 2), randn(2, 2)), r"cos has shape \[2, 2\]; it must be \[3, 2\]"),
+        (lambda: qk_norm_rope(randn(1, 2, 2, 5), randn(1, 2, 2, 4), None, None, randn(2, 2), randn(2, 2)), "q has head dim 5; a rotation turns pairs"),
+        (lambda: qk_norm_rope(randn(1, 2, 2, 4), randn(1, 2, 2, 5), None, None, randn(2, 2), randn(2, 2)), "k has head dim 5; a rotation turns pairs"),
         (lambda: rotary_3d((1, 1, 1), 7), "head dim 7"),
         (lambda: patchify(randn(1, 2, 3, 4, 4), (2, 2, 2)), r"patch \(2, 2, 2\) does not divide F, H, W = \(3, 4, 4\)"),
         (lambda: unpatchify(randn(1, 6, 8), (1, 2, 2), (1, 2, 2)), r"are not \[B, 4, a multiple of 4\]"),
@@ -205,6 +207,28 @@ def test_the_first_attention_that_takes_the_tensors_is_chosen() -> None:
         choose("flash", q, None)
 
 
+def test_a_package_is_looked_for_once_and_not_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    from reelstep.kernels import attention_fa3
+
+    asked, find_spec = [], attention_fa3.find_spec
+    monkeypatch.setattr(attention_fa3, "find_spec", lambda name: (asked.append(name), find_spec(name))[1])
+    for _ in range(3):
+        assert choose("auto", torch.randn(1, 1, 4, 8), None).name == "sdpa"
+    assert len(asked) <= 1
+
+
+def test_vectors_of_a_batch_row_are_not_written_out_for_every_token() -> None:
+    """Whatever they are cut from: a gigabyte each at 73,728 tokens of width 6144."""
+    rows, chunk, turned = torch.randn(2, 8), torch.randn(2, 48).chunk(6, -1)[1], torch.randn(8, 2).mT
+    for pair in ((rows, chunk), (chunk, chunk), (rows, turned), (turned, turned)):
+        found = per_token(1000, *pair)
+        assert {x.stride()[1:] for x in found} == {(0, 1)}
+        assert found[0].stride() == found[1].stride()
+        for seen, vector in zip(found, pair, strict=True):
+            assert torch.equal(seen, vector[:, None].expand(-1, 1000, -1))
+    assert {x.stride()[1:] for x in per_token(1000, rows[:1], chunk[:1])} == {(0, 1)}
+
+
 def test_flash_attention_3_is_chosen_on_hopper_where_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the package shows the layout and the arguments it is called with; the numbers are its own formula's."""
     from reelstep.kernels import attention_fa3
@@ -216,11 +240,12 @@ def test_flash_attention_3_is_chosen_on_hopper_where_its_package_is(monkeypatch:
         ) -> tuple[Tensor, ...]:
             assert not causal
             assert return_softmax_lse
+            assert cache_seqlens.is_contiguous()
             out, lse = attention(*(x.transpose(1, 2) for x in (q, k_cache, v_cache)), cache_seqlens, softmax_scale, "reference")
             return out.transpose(1, 2), lse, torch.empty(0)
 
     q, k, v = (torch.randn(2, 3, n, 16) for n in (5, 7, 7))
-    lengths = torch.tensor([7, 2], dtype=torch.int32)
+    lengths = torch.tensor([7, 5, 2, 5], dtype=torch.int32)[::2]
     monkeypatch.setattr(attention_fa3, "import_module", lambda _: Package)
     for found, exact in zip(attention_fa3.run(q, k, v, lengths, 0.25), attention(q, k, v, lengths, 0.25, "reference"), strict=True):
         assert torch.equal(found, exact)

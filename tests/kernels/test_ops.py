@@ -93,8 +93,9 @@ def test_a_decomposition_is_the_formula(name: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_an_op_is_registered_as_torch_wants_it(name: str) -> None:
     op = OPS[name]
-    for arguments in examples(op, torch.bfloat16, layout="sliced"):
-        torch.library.opcheck(op.overload, arguments, test_utils=("test_schema", "test_faketensor"))
+    for layout in ("sliced", "strided"):
+        for arguments in examples(op, torch.bfloat16, layout=layout):
+            torch.library.opcheck(op.overload, arguments, test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(op.overload, next(examples(op, torch.float32)))
 
 
@@ -103,6 +104,27 @@ def test_an_op_is_registered_as_torch_wants_it(name: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_a_kernel_in_the_interpreter_is_its_formula(name: str, dtype: torch.dtype) -> None:
     compare_kernel(name, dtype, "cpu")
+
+
+def compare_attention_to_hidden_keys(device: str) -> None:
+    """Scores of -inf by keys of -inf: of a first block and not the second, of all of both, and of the keys that a length leaves."""
+    generator = torch.Generator().manual_seed(0)
+    for hidden, lengths in ((10, None), (64, None), (128, None), (64, torch.tensor([64], dtype=torch.int32, device=device))):
+        q, k, v = (torch.randn(1, 1, n, 16, generator=generator).to(device) for n in (64, 128, 128))
+        q[..., -1], k[..., :hidden, -1] = 1, -torch.inf
+        arguments = q, k, v, lengths, 0.25, "triton"
+        op = OPS["attention"]
+        compare(op.launch(*arguments), op.reference(*arguments), op.reference(*doubled(arguments)), f"{hidden} hidden of {lengths}")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_in_the_interpreter in a process of its own")
+def test_attention_passes_over_keys_that_score_minus_infinity_in_the_interpreter() -> None:
+    compare_attention_to_hidden_keys("cpu")
+
+
+@pytest.mark.gpu
+def test_attention_passes_over_keys_that_score_minus_infinity_on_a_gpu() -> None:
+    compare_attention_to_hidden_keys("cuda")
 
 
 @pytest.mark.gpu
@@ -126,7 +148,7 @@ def test_kernels_in_the_interpreter() -> None:
     arguments = ["-m", "pytest", str(Path(__file__).relative_to(root)), "-q", "-k", "in_the_interpreter", "-p", "no:cacheprovider"]
     found = subprocess.run([sys.executable, "-P", *arguments], cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-2000:]
-    assert f"{len(OPS) * len(DTYPES)} passed" in found.stdout
+    assert f"{len(OPS) * len(DTYPES) + 1} passed" in found.stdout
 
 
 @pytest.fixture(autouse=True)
