@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import hmac
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -82,8 +84,7 @@ def whole_directory(target: Path, replaceable: Callable[[Path], bool]) -> Iterat
     something that is not `replaceable` lies at `target`. A process killed between the two renames leaves the old
     directory beside `target`, named `.NAME.old-*`.
     """
-    if target.exists() and not replaceable(target):
-        raise StorageError(f"{target} exists and is not what would be written there; nothing was changed. Remove it or choose another path")
+    check_replaceable(target, replaceable)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
@@ -100,6 +101,12 @@ def whole_directory(target: Path, replaceable: Callable[[Path], bool]) -> Iterat
         raise StorageError(f"cannot write {target}: {error}. What was there before is kept; free some space or choose another path") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> None:
+    """Raises StorageError if something that may not be replaced lies there."""
+    if target.exists() and not replaceable(target):
+        raise StorageError(f"{target} exists and is not what would be written there; nothing was changed. Remove it or choose another path")
 
 
 def _exchange(temporary: Path, target: Path) -> None:
@@ -123,10 +130,14 @@ def sealed(path: Path) -> bool:
     Warns of a file that is not. Raises StorageError for a secret that others could read or have written.
     """
     note = _seal_path(path)
-    kept = path.exists() and note.exists() and hmac.compare_digest(note.read_bytes(), _tag(path))
-    if path.exists() and not kept:
+    if not path.exists():
+        _tell(path, "missing")
+        return False
+    with _turn(path.parent, fcntl.LOCK_SH):
+        kept = note.exists() and hmac.compare_digest(note.read_bytes(), _tag(path))
+    if not kept:
         log.warning("%s is damaged, half written, or was not made here: it is not used and will be made again", path)
-    _tell(path, "kept" if kept else "damaged" if path.exists() else "missing")
+    _tell(path, "kept" if kept else "damaged")
     return kept
 
 
@@ -142,13 +153,28 @@ def seal(path: Path, write: Callable[[Path], object]) -> None:
             _make_secret(path.parent)
             note = folder / "note"
             write_file(note, _tag(temporary, path.parent))
-            temporary.replace(path)
-            note.replace(_seal_path(path))
+            with _turn(path.parent, fcntl.LOCK_EX):
+                temporary.replace(path)
+                note.replace(_seal_path(path))
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error}. Free some space or choose another cache directory") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "Free some space or choose another cache directory" if full else "Choose a cache directory that you can write to"
+        raise StorageError(f"cannot write {path}: {error}. {advice}") from error
     _tell(path, "made")
+
+
+@contextmanager
+def _turn(folder: Path, kind: int) -> Iterator[None]:
+    """A file and its seal are two names: who puts both there does so alone, and nobody compares them meanwhile."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # as in `_locked_directory`; then what was exchanged between two looks is made once more
+            fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -230,7 +256,11 @@ def _make_secret(folder: Path) -> None:
 
 
 def _secret(folder: Path) -> bytes:
-    path = folder / SECRET
+    path, place = folder / SECRET, folder.stat()
+    others_write = place.st_mode & stat.S_IWOTH and not place.st_mode & stat.S_ISVTX  # who can rename what lies there can exchange what was verified
+    if others_write or place.st_uid not in (0, os.geteuid()):
+        text = f"{folder} {'can be written by everybody' if others_write else 'belongs to another user'}, who could put forged code there"
+        raise StorageError(f"{text}. Choose a cache directory of your own{', or `chmod o-w` it' if others_write else ''}")
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
             status, secret = os.fstat(file.fileno()), file.read()

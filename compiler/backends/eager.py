@@ -26,7 +26,7 @@ class EagerExecutable(Executable):
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             found = self.module(*tensors)
         outputs = found if isinstance(found, tuple | list) else (found,)
-        return {edge.name: out.to(TORCH_DTYPES[edge.dtype]) for edge, out in zip(self.signature.outputs, outputs, strict=True)}
+        return {edge.name: out.to(TORCH_DTYPES[edge.dtype], copy=True) for edge, out in zip(self.signature.outputs, outputs, strict=True)}
 
 
 class EagerBackend(Backend):

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch._C._aoti import AOTIModelPackageLoader
 from torch._inductor import aoti_compile_and_package
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.utils import fresh_cache
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
@@ -47,40 +48,46 @@ Run = Callable[..., Sequence[Tensor]]
 class InductorExecutable(Executable):
     """Outputs lie where the inputs do."""
 
-    def __init__(self, run: Run, signature: Signature, device: str) -> None:
-        self.run = run
+    def __init__(self, launch: Run, signature: Signature, device: str) -> None:
+        self.launch = launch
         self.signature = signature
         self.device = device
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = self.signature.ordered(inputs)
         with torch.inference_mode():
-            outputs = self.run(*(tensor.to(self.device).contiguous() for tensor in given))
+            outputs = self.run([tensor.to(self.device).contiguous() for tensor in given])
         return {edge.name: out.to(given[0].device) for edge, out in zip(self.signature.outputs, outputs, strict=True)}
+
+    def run(self, given: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [out.clone() for out in self.launch(*given)]  # it may give an input, or a weight
 
 
 class Replayed(InductorExecutable):
     """All kernels of a call as one CUDA graph, recorded once for each number of rows: a replay is one launch, where a small network waits for launches."""
 
-    def __init__(self, run: Run, signature: Signature, device: str) -> None:
-        super().__init__(self._replay, signature, device)
-        self.launch = run
+    recording: ClassVar = Lock()
+    """One at a time in a process: to begin one waits for the device, which must not be while another is made."""
+
+    def __init__(self, launch: Run, signature: Signature, device: str) -> None:
+        super().__init__(launch, signature, device)
         self.recorded: dict[int, Recording] = {}
         self.memory = torch.cuda.graph_pool_handle()  # one for all of them: they run one at a time, and what one gave is copied before the next
         self.free = Lock()
 
     def open(self, rows: int) -> None:
         with torch.inference_mode(), self.free:
-            self._recording([edge.zeros(rows, torch.device(self.device)) for edge in self.signature.inputs])
+            self._recorded([edge.zeros(rows, torch.device(self.device)) for edge in self.signature.inputs])
 
-    def _replay(self, *given: Tensor) -> list[Tensor]:
+    def run(self, given: Sequence[Tensor]) -> Sequence[Tensor]:
         with self.free:
-            return self._recording(given)(given)
+            return self._recorded(given)(given)
 
-    def _recording(self, given: Sequence[Tensor]) -> Recording:
+    def _recorded(self, given: Sequence[Tensor]) -> Recording:
         rows = len(given[0])
         if rows not in self.recorded:
-            self.recorded[rows] = Recording(self.launch, given, self.memory)
+            with self.recording:
+                self.recorded[rows] = Recording(self.launch, given, self.memory)
         return self.recorded[rows]
 
 
@@ -157,16 +164,17 @@ class InductorBackend(Backend):
         return self._load(path, signature)
 
     def _machine(self) -> list[str]:
-        """What an engine is compiled for."""
+        """What an engine is compiled for: the CPU in any case, which runs what calls the kernels of a GPU."""
+        cpu = [SKU.model, *sorted(SKU.features), str(torch.get_num_threads())]  # compiled for one thread, it stays with one
         if self.device == "cpu":
-            return [SKU.model, *sorted(SKU.features)]
+            return cpu
         found = torch.cuda.get_device_properties(self.device)
-        return [found.name, f"{found.major}.{found.minor}", str(torch.version.cuda), str(self.autotune)]
+        return [*cpu, found.name, f"{found.major}.{found.minor}", str(torch.version.cuda), str(self.autotune)]
 
     def _package(self, exported: ExportedProgram, signature: Signature, precision: Precision, path: Path) -> None:
         _check_compiler(signature)
         try:
-            with quiet_torch(), quiet_tuning(), torch.no_grad():
+            with quiet_torch(), quiet_tuning(), torch.no_grad(), fresh_cache(dir=str(path.parent)):  # sources and a second copy of all weights go with it
                 lowered = self._lowered(exported, signature, precision)
                 aoti_compile_and_package(lowered, package_path=str(path), inductor_configs=self._options(lowered))
         except OSError:
@@ -183,7 +191,9 @@ class InductorBackend(Backend):
         if self.device != "cpu":
             return {"max_autotune": self.autotune, "autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
         integers = any(weight.dtype is torch.int8 for weight in weights_of(lowered).values())
-        return {"freezing": not integers}  # weights laid out for the products that read them; those in int8 would be unpacked to float32 for good
+        # Frozen weights are laid out for the products that read them; those in int8 would be unpacked to float32 for good. Threads are counted when a call
+        # begins: a count from here would be the length of arrays that each thread writes to, and another process, or just another thread, may have more.
+        return {"freezing": not integers, "cpp.dynamic_threads": True}
 
     def _load(self, path: Path, signature: Signature) -> InductorExecutable:
         """Not by `aoti_load_package`: it compiles and runs C++ to see which vector instructions this CPU has, in every process, which the path already tells,
@@ -205,9 +215,10 @@ class InductorBackend(Backend):
 @contextmanager
 def quiet_tuning() -> Iterator[None]:
     """Inside, tiles that do not fit a GPU, some of which are tried for every product, are not reported as errors, nor as warnings those that would read
-    another layout, float32 that is kept exact, and what torch itself uses that is old.
+    another layout, float32 that is kept exact, what torch itself uses that is old, and where the files of a failed build are, which are removed.
     """
-    logs = {logging.getLogger("torch._inductor.select_algorithm"): logging.CRITICAL, logging.getLogger("torch._inductor.scheduler"): logging.ERROR}
+    quiet = {"select_algorithm": logging.CRITICAL, "scheduler": logging.ERROR, "utils": logging.ERROR}
+    logs = {logging.getLogger(f"torch._inductor.{name}"): level for name, level in quiet.items()}
     before = {log: log.level for log in logs}
     for log, level in logs.items():
         log.setLevel(level)

@@ -9,6 +9,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,41 @@ def test_a_secret_that_others_can_read_or_that_is_a_link_is_refused(tmp_path: Pa
     secret.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StorageError, match="cannot read"):
         sealed(path)
+
+
+def test_a_folder_that_anybody_can_write_to_is_refused_unless_only_owners_can_rename_there(tmp_path: Path) -> None:
+    path = put(tmp_path / "cache" / "e.blob")
+    path.parent.chmod(0o777)
+    with pytest.raises(StorageError, match=r"cache can be written by everybody, who could put forged code there\. .* or `chmod o-w` it"):
+        sealed(path)
+    path.parent.chmod(0o1777)
+    assert sealed(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    path = put(tmp_path / "cache" / "e.blob")
+    os.chown(path.parent, 12345, -1)
+    with pytest.raises(StorageError, match=r"cache belongs to another user, who could put forged code there\. Choose a cache directory of your own$"):
+        sealed(path)
+
+
+def test_two_that_build_the_same_leave_one_of_them_whole_and_a_reader_sees_no_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, replace, seen = tmp_path / "e.blob", Path.replace, []
+
+    def slowly(self: Path, target: Path) -> Path:
+        done = replace(self, target)
+        time.sleep(0.05)
+        return done
+
+    monkeypatch.setattr(Path, "replace", slowly)
+    put(path, b"first")
+    with ThreadPoolExecutor(3) as pool:
+        builders = [pool.submit(put, path, data) for data in (b"one", b"another")]
+        while not all(builder.done() for builder in builders):
+            seen.append(sealed(path))
+    assert all(seen)
+    assert sealed(path)
 
 
 def test_writing_replaces_a_file_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import openvino as ov
+import openvino.opset13 as op
 import torch
+from openvino.tools.ovc.logger import get_logger_state, restore_logger_state
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -220,18 +222,30 @@ def _lower(exported: ExportedProgram, signature: Signature, precision: Precision
 
 def _convert(exported: ExportedProgram, signature: Signature, raised: Raised | None) -> ov.Model:
     """The OpenVINO model with our names on its inputs. raised: where its collectives say what went wrong; a model that will be saved has none."""
-    where = f"program {signature.program!r} at profile {signature.profile!r}"
+    where, logging = f"program {signature.program!r} at profile {signature.profile!r}", get_logger_state()
     try:
         with quiet_torch():
             extension = None if raised is None else conversions(raised)
             model: ov.Model = ov.convert_model(exported, extension=extension)
     except Exception as error:  # the frontend raises its own unexported classes
+        restore_logger_state(logging)  # of the whole process, which only a conversion that succeeds puts back
         raise CompileError(f"{where} cannot be converted to OpenVINO: {error}") from error
     for position, name in enumerate(exported.graph_signature.user_inputs):
         port = next((port for port in model.inputs if name in port.get_names()), None)
         if port is not None:
             port.get_tensor().set_names({_tensor_name(position)})
+    _compute_outputs(model)
     return model
+
+
+def _compute_outputs(model: ov.Model) -> None:
+    """An output that is an input, at most in another shape, is one that OpenVINO never writes to memory of ours: it becomes the larger one of it and itself."""
+    for result in model.get_results():
+        source = given = result.input_value(0)
+        while given.get_node().get_type_name() in ("Reshape", "Squeeze", "Unsqueeze", "Convert"):
+            given = given.get_node().input_value(0)
+        if given.get_node().get_type_name() == "Parameter":
+            result.input(0).replace_source_output(op.maximum(source, source).output(0))
 
 
 def _for_batch(model: ov.Model, signature: Signature, rows: int) -> ov.Model:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from reelstep.compiler.backends import BACKENDS, Executable
 from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.compile import compile_model
 from reelstep.compiler.load import load
-from reelstep.compiler.program import Precision, Program
+from reelstep.compiler.program import Precision, Profile, Program, TensorSpec
 from reelstep.errors import CompileError, ConfigError
 
 TOLERANCE: dict[Precision, float] = {
@@ -65,6 +66,32 @@ def test_a_later_call_leaves_earlier_outputs_alone(engine: Executable) -> None:
     engine(sample(3))
     engine({name: tensor.flip(0) for name, tensor in sample(2).items()})
     assert torch.equal(first, kept)
+
+
+class Passing(torch.nn.Module):
+    """Gives what it was given, and what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = torch.nn.Parameter(torch.ones(4))
+
+    def forward(self, metadata: Tensor) -> tuple[Tensor, Tensor]:
+        return metadata, self.held.expand(metadata.shape[0], 4)
+
+
+@pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if backend.runs and name != "tensorrt"])
+def test_outputs_are_in_memory_of_their_own(name: str, tmp_path: Path) -> None:
+    (given, passed, held) = (TensorSpec(each, "float32", ("B", 4)) for each in ("metadata", "passed", "held"))
+    program = Program("p", Passing(), (given,), (passed, held), (Profile("any", {}, 3),))
+    out = tmp_path / "p.reel"
+    compile_model(model="m", version="1", settings={}, programs=[program], backend="null", out=out, solvers={}, card="")
+    engine, x = load(Bundle.open(out), None, name)["p", "any"], torch.zeros(2, 4)
+    with torch.inference_mode():
+        for tensor in engine({"metadata": x}).values():
+            tensor.fill_(7.0)
+    again = engine({"metadata": x})
+    assert torch.equal(again["passed"], torch.zeros(2, 4))
+    assert torch.equal(again["held"], torch.ones(2, 4))
 
 
 def test_inputs_need_not_be_contiguous(engine: Executable) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import ClassVar
 from zipfile import ZipFile
@@ -19,14 +21,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelstep.compiler.backends import BACKENDS
+from reelstep.compiler.backends import BACKENDS, inductor
 from reelstep.compiler.backends.inductor import InductorBackend, Replayed
 from reelstep.compiler.capture import capture
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.mixed_precision import mixed_precision
 from reelstep.compiler.passes.quantise import Scheme, linears, quantise
 from reelstep.compiler.program import Profile, Program, TensorSpec
-from reelstep.compiler.signature import Signature
+from reelstep.compiler.signature import Edge, Signature
 from reelstep.compiler.skus import SKUS, is_gpu
 from reelstep.engine.models.movie_gen import CONFIG_30B, MovieGenTransformer, denoise_program
 from reelstep.errors import CompileError
@@ -148,33 +150,61 @@ def test_a_library_that_cannot_be_loaded_is_an_error_with_its_cause(tmp_path: Pa
         InductorBackend().build(lambda: exported, signature, "float32", tmp_path, "key")
 
 
-KEEPS_TO_THE_END = """
-import gc, sys
+class SumOfSquares(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square().sum((1, 2), keepdim=True)
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of an engine whose sum all threads take part in, and beside it where inductor keeps what it makes, unless it is told otherwise."""
+    folder = tmp_path_factory.mktemp("packaged")
+    cache, elsewhere = folder / "cache", folder / "elsewhere"
+    edges = [(TensorSpec("x", "float32", ("B", 1024, 512)),), (TensorSpec("y", "float32", ("B", 1, 1)),)]
+    program = Program("p", SumOfSquares(), *edges, (Profile("any", {}, 1),))
+    exported = capture(program, program.profiles[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(elsewhere))
+        InductorBackend().build(lambda: exported, Signature.of(program, program.profiles[0]), "float32", cache, "key")
+    return cache
+
+
+OPENED = """
+import gc, os, sys
 from pathlib import Path
 import torch
 from reelstep.compiler.backends.inductor import InductorBackend
 from reelstep.compiler.signature import Edge, Signature
 
-signature = Signature("p", "any", (Edge("x", "float32", (3,)),), (Edge("y", "float32", (3,)),), 4)
+signature = Signature("p", "any", (Edge("x", "float32", (1024, 512)),), (Edge("y", "float32", (1, 1)),), 1)
 kept = [InductorBackend().build(None, signature, "float32", Path(sys.argv[1]), "key")]
 kept.append(kept)
 gc.freeze()
-print(kept[0]({"x": torch.ones(1, 3)})["y"].sum().item(), len(list(Path(sys.argv[2]).iterdir())))
+torch.set_num_threads(int(sys.argv[2]))
+print(kept[0]({"x": torch.ones(1, 1024, 512)})["y"].item(), len(os.listdir(os.environ["TMPDIR"])))
 """
 
 
-def test_a_process_that_ends_with_an_engine_leaves_nothing_that_it_unpacked(tmp_path: Path) -> None:
-    edge, profile = TensorSpec("x", "float32", ("B", "n")), Profile("any", {"n": 3}, 4)
-    program = Program("p", torch.nn.Softplus(), (edge,), (replace(edge, name="y"),), (profile,))
-    exported, cache, temporary = capture(program, profile), tmp_path / "cache", tmp_path / "temporary"
-    InductorBackend().build(lambda: exported, Signature.of(program, profile), "float32", cache, "key")
-    temporary.mkdir()
-    command = [sys.executable, "-P", "-c", KEEPS_TO_THE_END, str(cache), str(temporary)]
+def opened(cache: Path, threads: int, temporary: Path) -> tuple[float, int]:
+    """In a process that finds the engine, has so many threads when it calls it, and ends with it. What it gave, and how much was unpacked then."""
+    command = [sys.executable, "-P", "-c", OPENED, str(cache), str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "TMPDIR": str(temporary)}, check=True)
     total, unpacked = done.stdout.split()
-    assert float(total) == pytest.approx(3 * math.log1p(math.e))
-    assert int(unpacked) > 0
-    assert list(temporary.iterdir()) == []
+    return float(total), int(unpacked)
+
+
+def test_a_build_leaves_the_package_and_nothing_else(packaged: Path) -> None:
+    assert {path.suffix for path in packaged.iterdir()} == {".pt2", ".seal", ".secret"}
+    assert [path.name for path in packaged.parent.iterdir()] == ["cache"]
+
+
+def test_a_process_that_ends_with_an_engine_leaves_nothing_that_it_unpacked(packaged: Path, tmp_path: Path) -> None:
+    assert opened(packaged, torch.get_num_threads(), tmp_path)[1] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_may_be_called_with_more_threads_than_there_were_when_it_was_compiled(packaged: Path, tmp_path: Path) -> None:
+    assert opened(packaged, 4 * torch.get_num_threads(), tmp_path)[0] == 1024 * 512
 
 
 class PretendGraph:
@@ -228,6 +258,23 @@ def test_a_call_is_recorded_once_for_each_number_of_rows_and_then_replayed(prete
     found = [executable({"x": x})["y"] for x in given]
     assert launched == [2, 2, 1, 1], "a number of rows is launched to warm up and to be recorded, and never again"
     assert all(torch.equal(y, 2 * x) for x, y in zip(given, found, strict=True)), "what was given stays what it was when the next is replayed"
+
+
+def test_engines_are_recorded_one_after_the_other(pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, most = Lock(), []
+
+    def record(*_: object) -> Callable[[object], list[Tensor]]:
+        most.append(busy.acquire(blocking=False))
+        time.sleep(0.05)
+        busy.release()
+        return lambda given: []
+
+    monkeypatch.setattr(inductor, "Recording", record)
+    signature = Signature("p", "any", (Edge("x", "float32", (3,)),), (), 1)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(Replayed(list, signature, "cpu").open, 1) for _ in range(4)]:
+            done.result()
+    assert most == [True] * 4
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """Rows side by side on parts of the threads, and attention that reads keys where they lie."""
 
 import itertools
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
@@ -11,6 +12,7 @@ import openvino as ov
 import openvino.opset13 as op
 import pytest
 import torch
+from openvino.tools.ovc import convert_impl
 from torch import nn
 
 from reelstep.compiler.backends import BACKENDS, openvino
@@ -20,6 +22,7 @@ from reelstep.compiler.capture import capture
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.compiler.signature import Signature
+from reelstep.errors import CompileError
 
 BACKEND = BACKENDS["openvino"]
 MAX_BATCH = 7
@@ -62,6 +65,15 @@ def engine(subject):
 
 def x_of(rows, tokens=SMALL // 64):
     return torch.randn(rows, tokens, 64, generator=torch.Generator().manual_seed(rows))
+
+
+def test_a_conversion_that_fails_leaves_the_processs_logging_as_it_was(subject, monkeypatch):
+    exported, signature, _ = subject
+    monkeypatch.setattr(convert_impl, "prepare_ir", {}.__getitem__)
+    before = logging.root.level, logging.root.filters[:], logging.root.handlers[:]
+    with pytest.raises(CompileError, match=r"program 'p' at profile 'q' cannot be converted to OpenVINO: "):
+        BACKEND.build(lambda: exported, signature, "float32", None, "")
+    assert (logging.root.level, logging.root.filters, logging.root.handlers) == before
 
 
 @pytest.mark.parametrize("rows", range(1, MAX_BATCH + 1))
