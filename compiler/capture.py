@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import re
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from reelstep.compiler.program import BATCH, Profile, Program
 from reelstep.compiler.signature import TORCH_DTYPES, Edge, Signature
@@ -18,6 +24,8 @@ from reelstep.errors import CompileError, ConfigError
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """Names of programs, profiles and solvers become file names."""
+
+TORCH = str(Path(torch.__file__).parent)
 
 EXAMPLE_ROWS = 3
 """Sizes 0 and 1 are always specialised by the tracer, and 2 is a common size of other things; 3 keeps the batch apart."""
@@ -44,14 +52,43 @@ def capture(program: Program, profile: Profile) -> ExportedProgram:
     training = [module for module in program.module.modules() if module.training]
     program.module.eval()
     try:
-        with quiet_torch():
+        with quiet_torch(), _without_partial_graph():
             exported = trace(program.module, signature)
     except Exception as error:  # export raises whatever the module's own code raises
-        raise CompileError(f"program {program.name!r} at profile {profile.name!r} cannot be exported: {error}") from error
+        raise CompileError(f"program {program.name!r} at profile {profile.name!r} cannot be exported{_cause(error)}") from error
     finally:
         _restore(training)
     _check_outputs(exported, signature)
     return exported
+
+
+@contextmanager
+def _without_partial_graph() -> Iterator[None]:
+    """Inside, what goes to stderr waits for the end, without the graph up to an error, which export prints, and without its warning about names of its own."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level, said, graph = log.level, io.StringIO(), ""
+    log.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(said):
+            yield
+    except Exception as error:
+        graph = f"{getattr(error, 'partial_fx_graph', '')}\n"
+        raise
+    finally:
+        log.setLevel(level)
+        sys.stderr.write(said.getvalue().replace(graph, "") if graph else said.getvalue())
+
+
+def _cause(error: Exception) -> str:
+    """Where in the module's code, with that line, and the first paragraph of what torch says without its hints for people who debug torch."""
+    theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((TORCH, __file__))]
+    place = f" at {theirs[-1].filename}:{theirs[-1].lineno}, `{theirs[-1].line}`" if theirs else ""
+    text = re.split(r"\n\s*\n", str(error), maxsplit=1)[0]
+    if fixed := re.search(r"You marked B as dynamic but your code specialized it to be a constant \((\d+)\)", text):
+        return f": its code takes {fixed[1]}, the rows that it was traced with, for the only number of rows; take sizes from x.shape, and not by len or int"
+    if isinstance(error, GuardOnDataDependentSymNode):
+        text += ". A graph cannot depend on the values of its tensors: choose by torch.where, or outside of the program"
+    return f"{place}: {text}"
 
 
 def trace(module: nn.Module, signature: Signature) -> ExportedProgram:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -111,7 +112,8 @@ def _figures(op: str, kernel: Kernel, arch: str, folder: Path | None) -> KernelP
     made_of = [triton.__version__, arch, kernel.function.cache_key, dict(kernel.arguments), kernel.warps, kernel.stages]
     file = folder / f"kernel-{op}-{hashlib.sha256(canonical_json(made_of)).hexdigest()}.json"
     if file.is_file():
-        return KernelPlan(**json.loads(file.read_bytes()))
+        with suppress(ValueError, TypeError):  # damaged: measured again
+            return KernelPlan(**json.loads(file.read_bytes()))
     found = _measured(op, kernel.name, arch)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(file, canonical_json(asdict(found)))
@@ -175,8 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(HEADER)
-        for arch in options.arch or SHARED_LIMIT:
-            for cubin in compile_kernels(arch, _named(arch, options.kernel)):
+        for arch, kernels in _chosen(options.arch or [*SHARED_LIMIT], options.kernel).items():
+            for cubin in compile_kernels(arch, kernels):
                 print(cubin, flush=True)
                 if options.out:
                     options.out.mkdir(parents=True, exist_ok=True)
@@ -188,12 +190,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _named(arch: str, names: Sequence[str] | None) -> tuple[Kernel, ...]:
-    known = {kernel.name: kernel for kernel in kernels_for(arch)}
+def _chosen(archs: Sequence[str], names: Sequence[str] | None) -> dict[str, tuple[Kernel, ...]]:
+    """By arch, those of these names that it can run. Raises NotFound for a name that is a kernel's on none of them."""
+    found = {arch: kernels_for(arch) for arch in archs}
+    known = dict.fromkeys(kernel.name for kernels in found.values() for kernel in kernels)
     for name in names or ():
         if name not in known:
-            raise unknown(f"kernel for {arch}", name, known)
-    return tuple(known[name] for name in names or known)
+            raise unknown(f"kernel for {', '.join(archs)}", name, known)
+    return {arch: tuple(kernel for kernel in kernels if not names or kernel.name in names) for arch, kernels in found.items()}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,12 +48,15 @@ def finalize(
 ) -> tuple[Finalized, ...]:  # fmt: skip
     """Build every engine of the bundle that `cache` lacks for this machine. In the order of the plan.
 
-    backend, precision: as for `load`. Raises CompileError if this machine is not what the bundle is for or has too little memory, StorageError if
-    the disk has too little room, both before anything is built; and whatever the backend raises.
+    backend, precision: as for `load`. Raises CompileError if this machine is not what the bundle is for or has too little memory, or for a mesh's bundle, and
+    StorageError if the disk has too little room, all before anything is built; and whatever the backend raises.
     """
+    if bundle.plan.mesh:
+        text = f"was planned for mesh {bundle.plan.mesh_name}: its ranks build their own engines when it is opened, so there is nothing to finalize"
+        raise CompileError(f"{bundle.path} {text}. Open it with `reelstep serve {bundle.path} --mesh {bundle.plan.mesh_name}`")
     chosen, wanted = choose(bundle, backend, precision)
     found: dict[Key, Finalized] = {}
-    missing: dict[Key, bool] = {}
+    missing: dict[Key, Sequence[Path]] = {}
     for done, key in enumerate(bundle.signatures):
         progress(f"look for {key[0]} {key[1]}", done, len(bundle.signatures))
         looked = _look(bundle, key, chosen, wanted, cache)
@@ -68,8 +72,8 @@ def finalize(
     return tuple(found[key] for key in bundle.signatures)
 
 
-def _look(bundle: Bundle, key: Key, chosen: Backend, wanted: Precision, cache: Path) -> Finalized | bool:
-    """The engine in the cache, loaded to see that it can be; else whether a damaged one lies there. A backend that has its engine asks for no graph."""
+def _look(bundle: Bundle, key: Key, chosen: Backend, wanted: Precision, cache: Path) -> Finalized | Sequence[Path]:
+    """The engine in the cache, loaded to see that it can be; else the damaged files that lie there. A backend that has its engine asks for no graph."""
     asked = False
 
     def graph() -> ExportedProgram:
@@ -87,12 +91,15 @@ def _look(bundle: Bundle, key: Key, chosen: Backend, wanted: Precision, cache: P
     if not seals:
         return Finalized(*key, "stateless", 0.0, 0)
     if asked:
-        return any(what == "damaged" for _, what in seals)
+        return [path for path, what in seals if what == "damaged"]
     return Finalized(*key, "cached", time.monotonic() - began, _size([path for path, _ in seals]))
 
 
-def _build(bundle: Bundle, key: Key, chosen: Backend, wanted: Precision, cache: Path, damaged: bool) -> Finalized:
+def _build(bundle: Bundle, key: Key, chosen: Backend, wanted: Precision, cache: Path, damaged: Sequence[Path]) -> Finalized:
     began = time.monotonic()
+    for path in damaged:  # it was warned of
+        with suppress(OSError):
+            path.unlink()
     with watch_seals() as seals:
         build_engine(bundle, key, chosen, wanted, cache)
     made = [path for path, what in seals if what == "made"]

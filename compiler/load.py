@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from reelstep.compiler.backends import BACKENDS, Backend, Executable, Graph
 from reelstep.compiler.bundle import Bundle
-from reelstep.compiler.plan import canonical_json
+from reelstep.compiler.plan import RUN_BY, canonical_json
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS, detect, is_gpu
@@ -89,6 +89,10 @@ def choose(bundle: Bundle, backend: str | None, precision: Precision | None) -> 
     if chosen.runs and name == bundle.plan.backend:
         check_sku(bundle)
     chosen = chosen.on(arch_here(bundle, chosen))
+    schemes = {p.quantised.scheme for p in bundle.plan.programs if p.quantised}
+    for scheme in schemes:
+        if name not in (good := dict.fromkeys((*RUN_BY[scheme], "eager"))):  # which runs whatever PyTorch does
+            raise CompileError(f"{bundle.path} is quantised to {scheme}, of which backend {name!r} makes nothing; use {' or '.join(good)}")
     default = bundle.plan.precision if name == bundle.plan.backend else chosen.default_precision()[0]
     wanted = precision or default
     check_precision(chosen, wanted)
@@ -134,6 +138,12 @@ def check_sku(bundle: Bundle) -> None:
         raise CompileError(f"{text}. Use it on {plan.sku}, or compile one for here: {other}")
 
 
+def able() -> list[str]:
+    """Backends that run on this machine."""
+    here = detect().arch
+    return [name for name, backend in BACKENDS.items() if backend.runs and backend.runs_on(here) and backend.on(here).precisions]
+
+
 def axes_of(mesh: Mesh | None) -> Mapping[str, int]:
     """As a plan has a mesh: the axes of more than one rank. None: one device."""
     return {axis: size for axis in GIVEN if (size := getattr(mesh, axis)) > 1} if mesh else {}
@@ -150,6 +160,8 @@ def check_mesh(bundle: Bundle, mesh: Mesh | None) -> None:
 
 
 def check_precision(backend: Backend, precision: Precision) -> None:
+    if not backend.precisions:
+        raise CompileError(f"backend {backend.name!r} does not run on this machine ({detect().name}); use one of: {', '.join(able())}")
     if precision not in backend.precisions:
         raise CompileError(f"backend {backend.name!r} cannot run {precision} on this machine; it can run {', '.join(backend.precisions)}")
 

@@ -19,6 +19,15 @@ def canonical_json(data: Any, indent: int | None = 1) -> bytes:
     return (json.dumps(data, sort_keys=True, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+RUN_BY: Mapping[str, tuple[str, ...]] = {
+    "int8": ("openvino", "eager", "null"),
+    "int8-weights": ("openvino", "inductor", "eager", "null"),
+    "fp8": ("inductor", "null"),
+    "nvfp4": ("null",),
+}
+"""Backends that make something of a scheme; eager is to look closer at it, and null to plan it. TensorRT has no product with a step for each row."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """A layer that was not quantised, by its weight. error: relative L2 of the program's outputs, had it been the only one that was."""

@@ -8,8 +8,10 @@ which nothing was measured on, run through the engines that will be written and 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, get_args
 
@@ -22,7 +24,7 @@ from reelstep.compiler.graphs import dump_graph, ops_of
 from reelstep.compiler.load import Progress
 from reelstep.compiler.passes.decompose_ops import decompose_ops
 from reelstep.compiler.passes.quantise import Counting, Grid, Quantising, Scheme, Stored, Watching, quantisable, quantise, quantise_weight
-from reelstep.compiler.plan import Kept, ProgramPlan, Quality, Quantised
+from reelstep.compiler.plan import RUN_BY, Kept, ProgramPlan, Quality, Quantised
 from reelstep.compiler.program import Precision
 from reelstep.compiler.skus import SKUS, Sku
 from reelstep.errors import CompileError, ConfigError
@@ -30,14 +32,6 @@ from reelstep.errors import CompileError, ConfigError
 Key = tuple[str, str]
 Engines = Mapping[Key, Executable]
 Calls = Mapping[Key, Sequence[Mapping[str, Tensor]]]
-
-RUN_BY: Mapping[Scheme, tuple[str, ...]] = {
-    "int8": ("openvino", "eager", "null"),
-    "int8-weights": ("openvino", "inductor", "eager", "null"),
-    "fp8": ("inductor", "null"),
-    "nvfp4": ("null",),
-}
-"""Backends that make something of a scheme; eager is to look closer at it, and null to plan it. TensorRT has no product with a step for each row."""
 
 
 class Rate(NamedTuple):
@@ -142,16 +136,20 @@ class Bench:
                 counting.run(*call)
         return counting.counts
 
-    def squares(self, weights: Mapping[str, Stored], grids: Mapping[str, Grid]) -> tuple[float, float]:
-        """Sum of squares of the outputs' error with these layers in few bits, and of the outputs."""
+    @cached_property
+    def size(self) -> float:
+        """Sum of squares of the outputs."""
+        return sum(float(exact.double().square().sum()) for truth in self.truth for exact in truth)
+
+    def squares(self, weights: Mapping[str, Stored], grids: Mapping[str, Grid]) -> float:
+        """Sum of squares of the outputs' error with these layers in few bits."""
         runs = Quantising(self.body, self.scheme, self.layers, weights, grids)
-        error = total = 0.0
+        error = 0.0
         with torch.no_grad():
             for call, truth in zip(self.compared, self.truth, strict=True):
                 for y, exact in zip(tensors_of(runs.run(*call)), truth, strict=True):
                     error += float((y.double() - exact).square().sum())
-                    total += float(exact.double().square().sum())
-        return error, total
+        return error
 
 
 def tensors_of(outputs: Any) -> tuple[Tensor, ...]:
@@ -169,7 +167,11 @@ class Choice:
 
 
 def choose_layers(program: str, benches: Sequence[Bench], asked: Quantisation, told: Callable[[int, int], None]) -> Choice:
-    """For one program over its profiles, which share weights. Raises CompileError if no layer may be quantised within the limit."""
+    """For one program over its profiles, which share weights. Raises CompileError if no layer may be quantised within the limit, or nothing can be measured."""
+    size = sum(bench.size for bench in benches)
+    if not 0 < size < math.inf:  # which NaN is not either
+        gives = "nothing but zeros" if size == 0 else "NaN or infinity"
+        raise CompileError(f"program {program!r} cannot be quantised: in float32 it gives {gives} for the requests' own calls, so there is no error to measure")
     ranges = merged(bench.ranges() for bench in benches) if asked.scheme in RANGED else {}
     if asked.scheme == "int8":
         counts = [bench.counts(ranges) for bench in benches]
@@ -182,8 +184,7 @@ def choose_layers(program: str, benches: Sequence[Bench], asked: Quantisation, t
     }
 
     def error_of(chosen: Collection[str]) -> float:
-        sums = [bench.squares({name: weights[name] for name in chosen}, grids) for bench in benches]
-        return float((sum(error for error, _ in sums) / sum(total for _, total in sums)) ** 0.5)
+        return math.sqrt(sum(bench.squares({name: weights[name] for name in chosen}, grids) for bench in benches) / size)
 
     if weights and (error := error_of(weights)) <= asked.max_error:
         return Choice(tuple(weights), grids, (), error)  # none must be kept, so none need be measured alone

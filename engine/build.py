@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,10 @@ import torch
 from torch import nn
 
 from reelstep.compiler.backends import BACKENDS
-from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.bundle import Bundle, is_bundle
 from reelstep.compiler.compile import build_here, choose_precision, compile_model
 from reelstep.compiler.cubins import compiled_by
-from reelstep.compiler.load import Progress, silent
+from reelstep.compiler.load import Progress, on_this_machine, silent
 from reelstep.compiler.lora import Layout, adapted_too, layers_of
 from reelstep.compiler.part import Part
 from reelstep.compiler.plan import canonical_json
@@ -25,7 +26,7 @@ from reelstep.compiler.quantisation import Quantisation
 from reelstep.compiler.sharded import plan_ranks
 from reelstep.compiler.skus import SKUS
 from reelstep.compiler.sources import source_hash
-from reelstep.compiler.storage import replace_file
+from reelstep.compiler.storage import check_replaceable, replace_file
 from reelstep.engine.lora import fuse, read_adapter
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import Fused, ModelSettings, ModelSpec, hash_weights
@@ -36,8 +37,10 @@ from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.step_cache import CacheOptions
 from reelstep.engine.samplers.tables import SOLVERS
 from reelstep.engine.served import ServedModel, build_table, schedules_of, table_name
-from reelstep.errors import BundleError, ConfigError, InvalidRequest, NotFound
+from reelstep.errors import BundleError, ConfigError, InvalidRequest, NotFound, StorageError
 from reelstep.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
 
 
 def default_tables(settings: ModelSettings) -> dict[str, Table]:
@@ -104,7 +107,8 @@ def build_bundle(
     """
     spec, target = MODELS[name], SKUS[sku]
     mesh = mesh if mesh is not None and mesh.world > 1 else None
-    choice = choose_precision(backend, target, precision, mesh)  # before the work
+    choice = choose_precision(backend, target, precision, mesh)  # before the work, as all that follows
+    check_replaceable(out, is_bundle)
     if step_cache and spec.pieces is None:
         raise ConfigError(f"model {name!r} does not come in the pieces that a step cache needs; compile it without")
     if spec.adaptable is None and (loras or lora_rank is not None):
@@ -119,6 +123,8 @@ def build_bundle(
         raise ConfigError(f"--mesh {mesh} with {other}, whose programs no rank can share; leave one of the two out")
     parts = sharded_parts(spec) if mesh is not None else ()
     module = spec.build()
+    if cache is not None and BACKENDS[backend].runs and on_this_machine(sku) and any(weight.is_meta for weight in module.parameters()):
+        raise ConfigError(f"model {name!r} comes without weights, so backend {backend!r} has no engine to build of it here; plan it with --backend null")
     linears = spec.adaptable(module) if spec.adaptable else {}
     layout = None if lora_rank is None else Layout(lora_rank, layers_of(linears))
     settings, own = replace(spec.settings, lora=layout), spec.fitted
@@ -161,8 +167,11 @@ def build_bundle(
         progress=progress,
     )
     if stamp is not None:
-        stamp.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # a backend that compiles nothing here has not made it
-        replace_file(stamp, bundle.manifest["sha256"].encode())
+        try:
+            stamp.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # a backend that compiles nothing here has not made it
+            replace_file(stamp, bundle.manifest["sha256"].encode())
+        except (OSError, StorageError) as error:
+            log.warning("%s is done, but compiling it again will do all the work again: %s", out, error)
     return bundle
 
 

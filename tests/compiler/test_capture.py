@@ -54,16 +54,22 @@ def test_a_module_stays_in_training_mode() -> None:
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda x: x * (1 if x.sum() > 0 else 2), "'p' at profile 'n4' cannot be exported"),
-        (lambda x: x + torch.zeros(3, 4), "cannot be exported"),
+        (
+            lambda x: x * (1 if x.sum() > 0 else 2),
+            r"'p' at profile 'n4' cannot be exported at \S+test_capture\.py:\d+, `lambda x: .*2\),`: Could not guard .*: choose by torch\.where, or outside",
+        ),
+        (lambda x: x + torch.zeros(3, 4), "cannot be exported: its code takes 3, the rows that it was traced with, for the only number of rows; take sizes"),
+        (lambda x: x.nothing(), r"cannot be exported at \S+test_capture\.py:\d+, `.*x\.nothing\(\).*`: 'FakeTensor' object has no attribute 'nothing'"),
         (lambda x: x.double(), "returns float64"),
         (lambda x: x[:, :2], "declared is y"),
         (lambda x: (x, x), "returns 2 tensors"),
     ],
 )
-def test_what_cannot_be_captured_names_program_profile_and_cause(function: object, words: str) -> None:
-    with pytest.raises(CompileError, match=words):
+def test_what_cannot_be_captured_names_program_profile_line_and_cause(function: object, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CompileError, match=words) as raised:
         capture(program(function), PROFILE)
+    assert "\n" not in str(raised.value)
+    assert capsys.readouterr().err == "", "the error says it all"
 
 
 def test_a_size_without_a_number_and_a_name_that_is_no_file_name_are_refused() -> None:

@@ -167,6 +167,9 @@ def test_a_bundle_in_fp8_has_its_products_beside_our_ops(act: Act, tmp_path: Pat
     assert "aten.linear.default" not in ops
     assert {node.target for node in bundle.program("act", "any").graph.nodes} >= {torch.ops.aten._scaled_mm.default, torch.ops.reelstep.gelu_tanh.default}
     assert {str(tensor.dtype) for tensor in bundle.tensors.values()} == {"torch.float32", "torch.float8_e4m3fn"}
+    with pytest.raises(CompileError, match=r"fp8\.reel is quantised to fp8, of which backend 'openvino' makes nothing; use inductor or null or eager"):
+        load(bundle, None, "openvino")
+    load(bundle, None, "eager")
     with pytest.raises(ConfigError, match=r"fp8 on a100-80g \(sm80\), which multiplies no E4M3"):
         bundle_of(act, "a100-80g", tmp_path / "no.reel", quantised=fp8_limits())
 

@@ -115,6 +115,8 @@ def test_the_command_prints_a_row_for_each_and_writes_the_code(tmp_path: Path, c
     assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == {f"{row[0]}.sm90.cubin": int(row[7]) for row in rows[1:3]}
     assert main(["--arch", "sm80", "--kernel", "fp8_norm_quantise"]) == 1
     assert "unknown kernel for sm80 'fp8_norm_quantise'; known: attention" in capsys.readouterr().err
+    assert main(["--arch", "sm80", "--arch", "sm89", "--kernel", "fp8_norm_quantise"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("fp8")] == ["sm89"], "the only one of them that has E4M3"
 
 
 def planned(*ops: str, sku: str = "h200-sxm") -> Plan:
@@ -145,6 +147,13 @@ def test_kernels_are_compiled_once_for_a_folder(tmp_path: Path, monkeypatch: pyt
     cubins._measured.cache_clear()
     monkeypatch.setattr(cubins, "_compile", lambda *_: pytest.fail("it was compiled again"))
     assert with_kernels(planned("swiglu"), tmp_path) == first
+    (figures,) = tmp_path.iterdir()
+    whole = figures.read_bytes()
+    for damaged in (b"", b"{}"):
+        figures.write_bytes(damaged)
+        with pytest.raises(pytest.fail.Exception, match="compiled again"):
+            with_kernels(planned("swiglu"), tmp_path)
+    figures.write_bytes(whole)
     (kernel,) = OPS["swiglu"].kernels(90)
     monkeypatch.setattr(cubins, "OPS", {"swiglu": replace(OPS["swiglu"], kernels=lambda _: (replace(kernel, warps=2),))})
     with pytest.raises(pytest.fail.Exception, match="compiled again"):

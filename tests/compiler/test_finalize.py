@@ -85,7 +85,7 @@ def test_a_damaged_engine_is_built_again_and_said(portable: Bundle, cache: Path,
     one.write_bytes(b"not an engine")
     done = finalize(portable, cache)
     assert sorted(states(done).values()) == ["cached", "cached", "rebuilt"]
-    assert f"{one} is damaged" in caplog.text
+    assert caplog.text.count(f"{one} is damaged") == 1
     assert "1 built in" in explain(done, cache)
     assert "(what was in the cache was damaged or not made here)" in explain(done, cache)
     assert {*states(finalize(portable, cache)).values()} == {"cached"}
@@ -95,6 +95,13 @@ def test_engines_of_another_machines_cache_are_not_trusted(portable: Bundle, cac
     """Native code runs only if this user sealed it here: a copy of the files without the secret is not enough."""
     (cache / "seal.secret").unlink()
     assert {*states(finalize(portable, cache)).values()} == {"rebuilt"}
+
+
+def test_a_bundle_for_a_mesh_leaves_nothing_to_finalize(portable: Bundle, tmp_path: Path) -> None:
+    meshed = Bundle(portable.path, portable.manifest, replace(portable.plan, mesh={"cp": 3}), None)
+    with pytest.raises(CompileError, match=r"was planned for mesh cp=3: its ranks build their own .* Open it with `reelstep serve \S+toy\.reel --mesh cp=3`"):
+        finalize(meshed, tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
 
 
 def test_engines_that_other_sources_made_are_left_and_made_again(portable: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,6 +267,17 @@ def test_errors_are_measured_on_calls_from_all_over(bundle):
     assert isinstance(Quantising(bench.body, "int8", bench.layers, {}, {}).run(*bench.calls[0]), torch.Tensor)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8-weights"])
+@pytest.mark.parametrize(("value", "words"), [(0.0, "nothing but zeros"), (float("nan"), "NaN or infinity")])
+def test_calls_that_leave_no_error_to_measure_are_refused(scheme, value, words):
+    x, y = ((TensorSpec(name, "float32", ("B", WIDTH)),) for name in "xy")
+    program = Program("denoise", nn.Linear(WIDTH, WIDTH, bias=False), x, y, (Profile("any", {}, 4),))
+    item = Captured(Signature.of(program, program.profiles[0]), capture(program, program.profiles[0]), b"")
+    bench = Bench(item, scheme, [{"x": torch.full((2, WIDTH), value)}])
+    with pytest.raises(CompileError, match=f"program 'denoise' cannot be quantised: in float32 it gives {words} for the requests' own calls"):
+        choose_layers("denoise", [bench], Quantisation(scheme, 0.2, 10.0, Requests()), lambda done, total: None)
+
+
 @pytest.mark.parametrize("scheme", ["int8-weights", "fp8"])
 def test_a_scheme_without_grids_looks_into_no_call_and_its_graph_is_the_same(monkeypatch, scheme):
     looks, run = Counter(), Reading.run

@@ -29,7 +29,7 @@ from reelstep.engine.samplers.schedules import linear
 from reelstep.engine.samplers.step_cache import PIECES
 from reelstep.engine.samplers.tables import SOLVERS
 from reelstep.engine.served import ServedModel, table_name
-from reelstep.errors import ConfigError
+from reelstep.errors import ConfigError, StorageError
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +210,27 @@ def test_what_was_made_of_all_the_same_is_not_made_again(compile_toy):
     assert captured
     assert not captured_again, "and the cache, which this backend puts nothing into, need not have been there"
     assert again.manifest["sha256"] == first.manifest["sha256"]
+
+
+def test_what_lies_at_the_output_and_is_no_bundle_is_refused_before_the_work(compile_toy, tmp_path, monkeypatch):
+    (tmp_path / "toy.reel").write_text("mine")
+    monkeypatch.setattr(build, "compile_model", lambda **_: pytest.fail("it was captured"))
+    with pytest.raises(StorageError, match=r"toy\.reel exists and is not what would be written there"):
+        compile_toy()
+    assert (tmp_path / "toy.reel").read_text() == "mine"
+
+
+def test_a_bundle_is_done_also_where_the_cache_takes_no_note_of_it(compile_toy, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file")
+    bundle, _ = compile_toy()
+    assert bundle.path == tmp_path / "toy.reel"
+    assert "toy.reel is done, but compiling it again will do all the work again" in caplog.text
+
+
+def test_engines_of_a_model_without_weights_are_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "compile_model", lambda **_: pytest.fail("it was captured"))
+    with pytest.raises(ConfigError, match=r"model 'movie-gen-30b' comes without weights, so backend 'openvino' has no engine to build .* --backend null"):
+        build_bundle("movie-gen-30b", backend="openvino", precision=None, out=tmp_path / "mg.reel", cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("choices", [{"seed": 1}, {"precision": "bfloat16"}, {"backend": "eager"}, {"out": Path("other.reel")}, {"cache": Path("other")}])
