@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 USER_ERRORS = (ConfigError, InvalidRequest, UnsupportedRequest, NotFound, AlreadyExists)
+"""Exit status 2."""
 QUANTISE_PROMPTS = 4
 """To measure layers on, and as many to compare with."""
 MAX_ERROR, MIN_PSNR_DB = 0.05, 35.0
@@ -45,11 +46,14 @@ a bundle for another machine:
   reelstep keygen release                           release.key signs, release.pub verifies
   reelstep compile reel-tiny --portable --sign release.key
   reelstep finalize reel-tiny.reel --require-signature release.pub   there: build its native engines
+exit status:
+  0 done; 2 the command or the request is wrong; 1 a bundle, the disk, the machine, a build or a server cannot do it; 130 Ctrl-C
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 2 for a mistake in the command or the request, 130 after Ctrl-C, 1 for all else."""
+    """Exit status: 0; 2 for what is wrong with the command or the request; 1 for what a bundle, the disk, the machine, a build or a server makes of a right
+    one; 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = args.run
     try:
@@ -65,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> int:
     """`main` in a process that ends with it: to take apart all that was imported takes a third of a second, so it is kept from the garbage collector."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before gRPC is imported: its own lines say in other words, and first, what our errors do
     try:
         return main()
     finally:
@@ -441,7 +446,10 @@ def run_compile(args: argparse.Namespace) -> None:
     if args.explain:
         print(bundle.plan.explain())
     print(f"{bundle.path}  {bundle.total_bytes / 1e6:.1f} MB, plan {bundle.plan.hash[:16]}{f', signed by {bundle.signed_by}' if key else ''}")
-    if args.portable or not on_this_machine(args.sku):
+    if bundle.plan.mesh:
+        there = "" if on_this_machine(args.sku) else f" on {args.sku}"
+        print(f"its ranks build their engines when it is opened{there}: `reelstep serve {bundle.path} --mesh {bundle.plan.mesh_name}`")
+    elif args.portable or not on_this_machine(args.sku):
         engines = ", ".join(f"{program} {profile}" for program, profile in bundle.signatures)
         print(f"left to {args.sku}: the engines of {backend} for {engines}; build them there with `reelstep finalize {bundle.path.name}`")
 
@@ -460,9 +468,10 @@ def build_quantisation(args: argparse.Namespace) -> Quantisation | None:
     from reelstep.engine.models import MODELS
     from reelstep.training.fits import choose_prompts
 
+    spec = MODELS[args.model]  # a wrong name has no prompts either
     args.pairs, args.seed = QUANTISE_PROMPTS, 0
     measured, compared = choose_prompts(args)
-    requests = TaskRequests.of(MODELS[args.model], tuple(dict.fromkeys(measured)), tuple(dict.fromkeys(compared)), psnr, ssim)
+    requests = TaskRequests.of(spec, tuple(dict.fromkeys(measured)), tuple(dict.fromkeys(compared)), psnr, ssim, tell_stage)
     max_error = MAX_ERROR if args.max_error is None else args.max_error
     return Quantisation(args.quantise, max_error, MIN_PSNR_DB if args.min_psnr is None else args.min_psnr, requests)
 

@@ -39,10 +39,11 @@ class Later(Executable):
 
     @property
     def made(self) -> Executable:
-        with self._making:
-            if self._made is None:
-                self._made = self._make()
-            return self._made
+        if self._made is None:  # what is there need not wait while another is made
+            with self._making:
+                if self._made is None:
+                    self._made = self._make()
+        return self._made
 
     def open(self, rows: int) -> None:
         self.made.open(rows)

@@ -103,10 +103,14 @@ def read_device(path: Path, sku: Sku) -> Device:
         peaks = {str(dtype): float(rate) for dtype, rate in data["peak_flops"].items()}
         measured = replace(sku, peak_flops=peaks, bandwidth_bytes_per_s=float(data["bandwidth_bytes_per_s"]), source=f"measured: {path}, {data['machine']}")
         return Device(measured, {precision: known[precision] for precision in FLOAT_BYTES if precision in known})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; `reelstep bench planner --corrections {path}` writes it") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:  # the first would print the whole file
+        raise ConfigError(f"{path} is not a JSON file of corrections; `reelstep bench planner --corrections NEWFILE` writes one") from error
+    except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path} does not hold corrections ({error!r}); `reelstep bench planner --corrections {path}` writes them") from error
+        raise ConfigError(f"{path} does not hold corrections ({error!r:.200}); `reelstep bench planner --corrections NEWFILE` writes them") from error
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from reelstep.compiler.load import Progress, silent
 from reelstep.compiler.quantisation import Calls, Engines
 from reelstep.engine.media import encode
 from reelstep.engine.models.spec import ModelSpec
@@ -42,7 +44,8 @@ HELD_OUT_SEED = 1 << 20
 class TaskRequests:
     """Every task of the model with its defaults, once for each prompt. Pictures to animate are made by the model itself.
 
-    prompts: to measure on; held_out: to compare with, from other noise. Raises ConfigError for a prompt in both, or none in one.
+    prompts: to measure on; held_out: to compare with, from other noise. progress: told of each request. Raises ConfigError for a prompt in
+    both, or none in one.
     """
 
     served: ServedModel
@@ -51,6 +54,7 @@ class TaskRequests:
     psnr: Measure
     ssim: Measure
     seed: int = 0
+    progress: Progress = silent
 
     def __post_init__(self) -> None:
         if not self.prompts or not self.held_out:
@@ -59,11 +63,13 @@ class TaskRequests:
             raise ConfigError(f"prompt {both[0]!r} is both measured on and compared with; give others")
 
     @classmethod
-    def of(cls, spec: ModelSpec, prompts: Sequence[str], held_out: Sequence[str], psnr: Measure, ssim: Measure) -> TaskRequests:
+    def of(
+        cls, spec: ModelSpec, prompts: Sequence[str], held_out: Sequence[str], psnr: Measure, ssim: Measure, progress: Progress = silent
+    ) -> TaskRequests:  # fmt: skip
         """Raises ConfigError for a model that does no task."""
         if not spec.settings.tasks:
             raise ConfigError(f"model {spec.name!r} does no task, so no request can measure it; compile it without --quantise")
-        return cls(unfitted(spec), prompts, held_out, psnr, ssim)
+        return cls(unfitted(spec), prompts, held_out, psnr, ssim, progress=progress)
 
     @property
     def identity(self) -> Any:
@@ -93,14 +99,12 @@ class TaskRequests:
 
     def requests(self, prompts: Sequence[str], seed: int, engines: Engines) -> Iterator[Request]:
         models, tasks = {self.served.name: self.served}, self.served.settings.defaults
-        for k, prompt in enumerate(prompts):
-            if "text_to_image" in tasks:
-                yield resolve(Ask(prompt, seed=seed + k, frames=1), models)
-            if "text_to_video" in tasks:
-                yield resolve(Ask(prompt, seed=seed + k, frames=tasks["text_to_video"].frames), models)
-            if "animate_sticker" in tasks and "text_to_image" in tasks:
-                picture = make_picture(self.served, prompt, seed + k, runner_on(engines))
-                yield resolve(Ask(prompt, seed=seed + k, frames=tasks["animate_sticker"].frames, image=picture), models)
+        needs = {"text_to_image": {"text_to_image"}, "text_to_video": {"text_to_video"}, "animate_sticker": {"animate_sticker", "text_to_image"}}
+        able = [task for task, needed in needs.items() if needed <= tasks.keys()]
+        for done, ((k, prompt), task) in enumerate(product(enumerate(prompts), able)):
+            self.progress(f"quantise: {task} of {prompt[:60]!r}", done, len(prompts) * len(able))
+            picture = make_picture(self.served, prompt, seed + k, runner_on(engines)) if task == "animate_sticker" else None
+            yield resolve(Ask(prompt, seed=seed + k, frames=1 if task == "text_to_image" else tasks[task].frames, image=picture), models)
 
     def run(self, request: Request, engines: Engines, hear: Hear = lambda calls: None) -> Media:
         """The result of one request."""

@@ -69,7 +69,7 @@ class Checkpoints:
                 state = whole(json.loads((file.metadata() or {})["state"]), tensors)
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("%s is damaged or of another version (%s): the request begins anew", path, error)
             return None
         log.info("request %s goes on after step %d of %d", request.id, state.step, state.steps)

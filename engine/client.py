@@ -21,10 +21,12 @@ from typing import Any, TypedDict, Unpack
 
 import google_crc32c
 import grpc
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from reelstep import errors
+from reelstep.engine.media_types import NO_PICTURE
 from reelstep.engine.request import CHUNK_BYTES, PEFT_FILE, SPEC_NAMES, Progress, Queued, read_file
 from reelstep.errors import FieldViolation, InternalError, InvalidRequest, ReelstepError
 from reelstep.protos.reelstep.v1 import lora_pb2
@@ -148,16 +150,20 @@ class Options(TypedDict, total=False):
 
 OWN_NAMES = {there: here for here, there in SPEC_NAMES.items()}
 """From GenerationSpec's names."""
+LARGEST: Mapping[int, int] = {FieldDescriptor.CPPTYPE_UINT32: 2**32 - 1, FieldDescriptor.CPPTYPE_INT64: 2**63 - 1}
+"""Whole number that a field of the wire holds, by its type."""
 
 
 def build_request(prompt: str, options: Options) -> pb.GenerateRequest:
-    """The message for a call. Raises InvalidRequest for values that the wire cannot carry, such as a negative number of steps."""
+    """The message for a call. Raises InvalidRequest for values that the wire cannot carry, such as a negative number of steps or a picture of no bytes."""
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     request = pb.GenerateRequest(inline_artifacts=True)
     set_field(request, "request_id", given.pop("request_id", ""))
     set_field(request.preview, "every_steps", given.pop("preview_every", 0))
     if isinstance(image := given.get("image"), Path):
         given["image"] = read_file("image", image)
+    if given.get("image") == b"":  # which the wire cannot tell from no picture, and another task would run
+        raise InvalidRequest([FieldViolation("image", NO_PICTURE)])
     for options_field in ("guidance_options", "step_cache_options"):
         for option, value in given.pop(options_field, {}).items():
             set_option(request.spec, options_field, option, value)
@@ -175,7 +181,9 @@ def set_field(message: Message, field: str, value: object, there: str = "") -> N
     except UnicodeEncodeError as error:
         raise InvalidRequest([FieldViolation(field, "is not UTF-8 text; send it as UTF-8")]) from error
     except (ValueError, TypeError) as error:
-        raise InvalidRequest([FieldViolation(field, f"{value!r:.80} cannot be sent: {error}")]) from error
+        most = LARGEST.get(message.DESCRIPTOR.fields_by_name[there or field].cpp_type)
+        why = f"is not a whole number from 0 to {most}" if most else f"cannot be sent: {error}"
+        raise InvalidRequest([FieldViolation(field, f"{value!r:.80} {why}")]) from error
 
 
 def set_option(spec: pb.GenerationSpec, field: str, option: str, value: Any) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -92,8 +92,8 @@ class Engine:
     At most `max_running` requests hold memory; `max_queued` more may wait for a place, then Overloaded. `on_batch` hears of every batch.
     checkpoints: where states of running requests are kept, and looked for when one starts; those of an engine that closes stay there.
     rows_at_once: of a call that a replica runs at the same time, on parts of its mesh. `release`, which may be called twice, frees what the executor
-    holds once nothing runs on it. opens: called beside a request's first calls with each program and the rows of its calls to come. `load` is that of the last
-    moment.
+    holds once nothing runs on it. opens: called with a program and rows beside a request's first calls, for those to come, and before each batch. `load` is
+    that of the last moment.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Engine:
                 wait = self._request_s * max(1, self.max_queued // 4)
                 raise Overloaded(f"{len(self._admitted)} requests are running or queued, the limit; try again in {wait:.0f} s", retry_after_s=wait)
             self._admitted.add(request.id)
-        self._commands.put(lambda: self._enqueue(Running(request, served, listener, time.monotonic())))
+            self._commands.put(lambda: self._enqueue(Running(request, served, listener, time.monotonic())))  # here: `close` ends whom it finds admitted
 
     def cancel(self, request_id: str) -> None:
         """Stop a request before its next call. Its listener hears Failed(Cancelled). An unknown id is no error: it may just have ended."""
@@ -231,7 +231,10 @@ class Engine:
         try:
             command = self._commands.get(timeout=LOOK_S) if idle else self._commands.get_nowait()
             while True:
-                command()
+                try:
+                    command()
+                except Exception:  # of a listener, say: all other requests go on
+                    log.exception("the engine could not do one thing that it was asked for")
                 command = self._commands.get_nowait()
         except queue.Empty:
             return
@@ -268,6 +271,9 @@ class Engine:
             self._advance(running, None)
         except ReelstepError as error:
             self._fail(running, error)
+        except Exception as error:  # too little memory, say
+            log.exception("request %s could not begin", running.request.id)
+            self._fail(running, InternalError(f"{running.request.task} could not begin: {error}"))
 
     def _open_ahead(self, request: Request, rounds: Sequence[Round]) -> None:
         """What is called after the first round, beside it, as far as that is known. What cannot be opened says so when it is called."""
@@ -301,15 +307,20 @@ class Engine:
 
     def _run(self, batch: list[Ticket], owners: list[Running], calls: list[Call]) -> Callable[[], None]:
         """Perhaps on a worker: the calls, and what the loop has to do about how they ended."""
-        model, program, _ = batch[0].key
-        began = time.monotonic()
+        key, rows = batch[0].key, sum(t.rows for t in batch)
+        model, program, _ = key
         try:
+            if self._opens is not None:  # before the clock starts: it waits for what is being opened beside it too, and none of that is this program's compute
+                self._opens(key, min(rows, self._executor.max_rows[key]))
+            began = time.monotonic()
             outputs = self._executor.run(model, calls)
+        except ReelstepError as error:  # says all there is to say, and reaches whoever waits
+            log.info("program %s of %s failed: %s", program, model, error)
+            return partial(self._batch_failed, owners, error)
         except Exception as error:
             # A device or a program failed: those who wait for it must hear so, and the loop must live.
             log.exception("program %s of %s failed", program, model)
-            reason = error if isinstance(error, ReelstepError) else InternalError(f"program {program!r} failed: {error}")
-            return partial(self._batch_failed, owners, reason)
+            return partial(self._batch_failed, owners, InternalError(f"program {program!r} failed: {error}"))
         return partial(self._batch_done, batch, owners, outputs, time.monotonic() - began)
 
     def _batch_failed(self, owners: list[Running], reason: ReelstepError) -> None:
@@ -344,9 +355,13 @@ class Engine:
         except StopIteration as done:
             self._finish(running, done.value)
             return
+        except ReelstepError as error:
+            log.info("request %s failed: %s", running.request.id, error)
+            self._fail(running, error)
+            return
         except Exception as error:
             log.exception("request %s failed", running.request.id)
-            self._fail(running, error if isinstance(error, ReelstepError) else InternalError(f"{running.request.task} failed: {error}"))
+            self._fail(running, InternalError(f"{running.request.task} failed: {error}"))
             return
         self._report(running)
         self._keep(running)
@@ -493,7 +508,7 @@ def open_engine(
         return warmed_up(make(ranks, release=ranks.close))
     loaded = {bundle.plan.model: load(bundle, cache, backend, precision, progress, later=once) for bundle in opened}
     inline = Inline({bundle.plan.model: runner_of(bundle, loaded[bundle.plan.model]) for bundle in opened})
-    return make(inline, opens=lambda key, rows: loaded[key[0]][key[1:]].open(rows)) if once else warmed_up(make(inline))
+    return make(inline, opens=lru_cache(None)(lambda key, rows: loaded[key[0]][key[1:]].open(rows))) if once else warmed_up(make(inline))
 
 
 def warmed_up(engine: Engine) -> Engine:

@@ -15,15 +15,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from reelstep.engine.media_types import ENCODERS
+from reelstep.engine.media_types import ENCODERS, INPUT_FORMATS, NO_PICTURE
 from reelstep.engine.request import Limits
 from reelstep.errors import FieldViolation, InvalidRequest
 
 Pixels = npt.NDArray[np.uint8]
 
-INPUT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 WHITE = (255, 255, 255)
 GIF_TICKS_PER_S = 100
+
+MAX_SIDE = 16384
+"""Of a picture, which else might be a line of few pixels that takes as long to scale as a photo of many."""
+SCAN, MAX_SCANS = b"\xff\xda", 100
+"""The marker that begins a scan of a JPEG, which goes through the whole picture; progressive ones have about ten."""
 
 
 def bad_image(description: str) -> InvalidRequest:
@@ -40,15 +44,17 @@ def decode_picture(data: bytes, limits: Limits) -> Pixels:
     try:
         with Image.open(BytesIO(data), formats=INPUT_FORMATS) as image:
             width, height = image.size
-            if width * height > limits.max_image_pixels:
-                raise bad_image(f"is {width}x{height}; at most {limits.max_image_pixels} pixels; scale it down")
+            if width * height > limits.max_image_pixels or max(width, height) > MAX_SIDE:
+                raise bad_image(f"is {width}x{height}; at most {limits.max_image_pixels} pixels, and {MAX_SIDE} on a side; scale it down")
+            if image.format == "JPEG" and (scans := data.count(SCAN)) > MAX_SCANS:
+                raise bad_image(f"has {scans} scans; at most {MAX_SCANS}; save it again")
             return to_pixels(image)
     except InvalidRequest:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise bad_image(f"has more than {limits.max_image_pixels} pixels; scale it down") from error
     except UnidentifiedImageError as error:
-        raise bad_image(f"is not a picture that can be read; send one of: {', '.join(INPUT_FORMATS)}") from error
+        raise bad_image(NO_PICTURE) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         raise bad_image(f"is damaged or cut short ({error}); send the whole file") from error
 

@@ -22,6 +22,9 @@ ENCODERS: Registry[Callable[[Any, float], bytes]] = Registry(
 SUFFIXES = {".mp4": "video/mp4", ".webp": "image/webp", ".gif": "image/gif", ".png": "image/png"}
 STILL_TYPES = frozenset({"image/png"})
 """Types that mean one picture unless frames are asked for."""
+INPUT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+NO_PICTURE = f"is not a picture that can be read; send one of: {', '.join(INPUT_FORMATS)}"
+"""Of an image, by whoever finds it out first."""
 
 
 def media_type_of(path: Path) -> str:

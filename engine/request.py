@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -278,7 +278,8 @@ def validate(request: Request, limits: Limits) -> None:
     negative_bytes = len(request.negative_prompt.encode("utf-8", "surrogatepass"))
     check(bad, negative_bytes <= limits.max_prompt_bytes, "negative_prompt", f"is {negative_bytes} bytes; at most {limits.max_prompt_bytes}")
     sizes = ", ".join(f"{w}x{h}" for w, h in limits.sizes)
-    check(bad, (request.width, request.height) in limits.sizes, "width", f"{request.width}x{request.height} was not compiled; one of: {sizes}")
+    wrong = "height" if request.width in {w for w, _ in limits.sizes} else "width"
+    check(bad, (request.width, request.height) in limits.sizes, wrong, f"size {request.width}x{request.height} was not compiled; one of: {sizes}")
     allowed = ", ".join(map(str, limits.frames))
     check(bad, request.frames in limits.frames, "frames", f"{request.frames} was not compiled; one of: {allowed}")
     check_steps(bad, request.steps, limits)
@@ -286,7 +287,7 @@ def validate(request: Request, limits: Limits) -> None:
     check_scale(bad, request.scale, limits)
     check(bad, 0 <= request.seed <= MAX_SEED - request.count, "seed", f"{request.seed} is not in 0..2^63 - count")
     fps = request.frames_per_second
-    check(bad, math.isfinite(fps) and 0 < fps <= 240, "frames_per_second", f"{fps} is not in (0, 240]")
+    check(bad, 0.1 <= fps <= 240, "frames_per_second", f"{fps} is not in 0.1..240")
     check(bad, request.preview_every >= 0, "preview.every_steps", f"{request.preview_every} is negative")
     check(bad, request.priority >= 0, "priority", f"{request.priority} is negative")
     for name, strength in request.lora.items():
@@ -423,10 +424,21 @@ def check_choice(choice: Fit, limits: Limits, offer: Offer) -> None:
     try:
         offer.check_guidance(choice.guidance, choice.scale, choice.guidance_options)
     except (ConfigError, NotFound) as error:
-        raise InvalidRequest([FieldViolation("guidance_options" if isinstance(error, NotFound) else "scale", str(error))]) from error
+        own = offer.guidance_rules[choice.guidance]
+        options = isinstance(error, NotFound) or accepts(offer.check_guidance, choice.guidance, choice.scale, own)
+        raise InvalidRequest([FieldViolation("guidance_options" if options else "scale", str(error))]) from error
     for name in (choice.solver, choice.guidance):
         if name in offer.fits:
             check_fit(name, choice, offer.fits[name])
+
+
+def accepts(checks: Callable[..., None], *arguments: object) -> bool:
+    """Whether a check has nothing against them: with a rule's own options, so it was the given ones that it refused."""
+    try:
+        checks(*arguments)
+    except ConfigError:
+        return False
+    return True
 
 
 def check_fit(name: str, choice: Fit, fit: Fit) -> None:

@@ -21,6 +21,7 @@ from reelstep.engine.request import (
     Offer,
     Request,
     Student,
+    accepts,
     check_choice,
     choose,
     complete,
@@ -190,9 +191,10 @@ def resolve(ask: Ask, models: Mapping[str, Served]) -> Request:
     request = leave_open(ask, task, served) if ask.quality == AUTO else build(ask, task, served)
     if ask.image is None:
         return request
-    from reelstep.engine.media import decode_picture  # here: most requests bring no picture
+    from reelstep.engine.media import decode_picture, fit_picture  # here: most requests bring no picture
 
-    return replace(request, image=decode_picture(ask.image, settings.limits))
+    image = decode_picture(ask.image, settings.limits)
+    return replace(request, image=fit_picture(image, request.width, request.height))  # a request may wait long, and what it holds is small so
 
 
 def build(ask: Ask, task: str, served: Served) -> Request:
@@ -343,7 +345,9 @@ def check_step_cache(request: Request, served: Served) -> None:
     try:
         served.check_step_cache(request)
     except (ConfigError, NotFound) as error:
-        raise InvalidRequest([FieldViolation("step_cache_options" if isinstance(error, NotFound) else "step_cache", str(error))]) from error
+        own = replace(request, step_cache_options=served.step_caches[request.step_cache])
+        options = isinstance(error, NotFound) or accepts(served.check_step_cache, own)
+        raise InvalidRequest([FieldViolation("step_cache_options" if options else "step_cache", str(error))]) from error
 
 
 def choose_lora(ask: Ask, served: Served) -> Mapping[str, float]:

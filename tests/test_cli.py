@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from reelstep import __main__ as cli
+from reelstep.compiler.plan import Plan
 from reelstep.tests.engine.service.fake_engine import FakeEngine, FakeModel
 from reelstep.tests.engine.service.in_process import Served, served, wait_until
 
@@ -93,14 +96,17 @@ def test_count_writes_numbered_files(fake: Served, tmp_path: Path) -> None:
         (["", "-o", "out.mp4"], "prompt: is empty"),
         (["caf\udce9", "-o", "out.mp4"], "prompt: is not UTF-8"),
         (["a fox", "-o", "out.mp4", "--steps", "0"], "steps: 0 is not in 1..100"),
-        (["a fox", "-o", "out.mp4", "--steps", "-3"], "steps: -3"),
+        (["a fox", "-o", "out.mp4", "--steps", "-3"], "steps: -3 is not a whole number from 0 to 4294967295"),
+        (["a fox", "-o", "out.mp4", "--frames", "99999999999"], "frames: 99999999999 is not a whole number from 0 to 4294967295"),
         (["a fox", "-o", "out.mp4", "--scale", "nan"], "scale: nan is not in 0..20"),
-        (["a fox", "-o", "out.mp4", "--size", "63x64"], "63x64 was not compiled"),
+        (["a fox", "-o", "out.mp4", "--size", "63x64"], "width: size 63x64 was not compiled; one of: 64x64, 512x384"),
+        (["a fox", "-o", "out.mp4", "--size", "64x32"], "height: size 64x32 was not compiled; one of: 64x64, 512x384"),
         (["a fox", "-o", "out.mp4", "--solver", "magic"], "known: bns_6, euler, heun"),
         (["a fox", "-o", "out.mp4", "--quality", "magic"], "it has: draft, standard, best"),
         (["a fox", "-o", "out.mp4", "--quality", "draft", "--steps", "3"], "leave quality out, or else steps"),
         (["a fox", "-o", "out.mp4", "--model", "magic"], "known: fake"),
         (["a fox", "-o", "out.mp4", "--image", "none.png"], "cannot read none.png"),
+        (["a fox", "-o", "out.mp4", "--image", os.devnull], "image: is not a picture that can be read; send one of: PNG"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
@@ -112,6 +118,54 @@ def test_a_mistake_is_one_line_and_status_2(
     assert printed[-1].startswith("reelstep: ")
     assert says in printed[-1]
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["compile", "reel-tny"], 2, "unknown model 'reel-tny'; known: "),
+        (["compile", "reel-tny", "--quantise", "int8"], 2, "unknown model 'reel-tny'; known: "),
+        (["keygen", "nowhere/release"], 1, "nowhere/release"),
+        (["inspect", "nothere.reel"], 1, "nothere.reel"),
+    ],
+)
+def test_what_was_asked_wrongly_is_status_2_and_what_is_not_there_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == status
+    assert says in capsys.readouterr().err
+    assert "exit status:\n  0 done; 2 the command or the request is wrong; 1 " in cli.build_parser().format_help()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options", "ends"),
+    [
+        ({"cp": 3}, [], "its ranks build their engines when it is opened: `reelstep serve y.reel --mesh cp=3`\n"),
+        ({"cp": 3}, ["--portable"], "its ranks build their engines when it is opened: `reelstep serve y.reel --mesh cp=3`\n"),
+        ({}, ["--portable"], "build them there with `reelstep finalize y.reel`\n"),
+        ({}, [], "y.reel  1.0 MB, plan 0123456789abcdef\n"),
+    ],
+)
+def test_compile_ends_with_how_what_it_made_gets_its_engines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mesh: dict[str, int], options: list[str], ends: str
+) -> None:
+    plan = Plan("toy", "1", "openvino", "cpu", "avx512", mesh, "float32", "asked for", ())
+    monkeypatch.setattr(Plan, "hash", "0123456789abcdef")
+    bundle = SimpleNamespace(path=Path("y.reel"), total_bytes=10**6, plan=plan, signatures={("denoise", "video"): None})
+    monkeypatch.setattr("reelstep.engine.build.build_bundle", lambda *_, **__: bundle)
+    assert cli.main(["compile", "reel-tiny", *options]) == 0
+    assert capsys.readouterr().out.endswith(ends)
+
+
+def test_a_port_that_is_taken_is_one_line_of_ours() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-P", "-m", "reelstep", "serve", "x.reel", "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/", env=environment)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("reelstep: cannot listen on 127.0.0.1:")
 
 
 def test_no_server_is_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
 
 from reelstep import errors
 from reelstep.compiler.bundle import MANIFEST, SIGNATURE, Bundle
@@ -38,7 +36,7 @@ from reelstep.engine.executors import LOOK_S, RETRY_S
 from reelstep.engine.executors.bundles import Stored, WholeBundles
 from reelstep.engine.executors.on_mesh import ranks_of, world_of
 from reelstep.engine.executors.patience import Allowance
-from reelstep.engine.executors.processes import Processes, Ranks, World, identity_of, serve_rank
+from reelstep.engine.executors.processes import Processes, Ranks, World, identity_of, open_store, serve_rank
 from reelstep.engine.executors.replicas import Scaling
 from reelstep.engine.executors.restarting import Bounds, Restarting
 from reelstep.engine.request import Call
@@ -251,7 +249,7 @@ class FirstRank(Rank):
     def open(self, world: World) -> tuple[str, int]:
         """Rank 0's store, where the others come to."""
         host: str = untyped.util.get_node_ip_address()
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=world.start_s))
+        self._store = open_store(host, world.start_s)
         return host, int(self._store.port)
 
     def start(self, world: World, ranks: Ranks) -> Told:

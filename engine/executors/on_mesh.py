@@ -27,7 +27,7 @@ from reelstep.engine.runner import Runner
 from reelstep.engine.samplers.step_cache import PIECES
 from reelstep.errors import BundleError, ConfigError
 from reelstep.parallel.collectives import Communicator
-from reelstep.parallel.mesh import Mesh, shares
+from reelstep.parallel.mesh import Mesh, divisors, shares
 from reelstep.parallel.rules import RULES, matching
 from reelstep.parallel.shard import counts_of
 
@@ -117,10 +117,12 @@ def check_part(part: Part, mesh: Mesh, model: str) -> None:
     exchanged = [path for path, rule in rules.attention.items() if rule.exchange == "context" and "cp" in {rules.axes[a] for a in rule.keys}]
     attending = set(matching(dict.fromkeys(exchanged, True), [path for path, _ in module.named_modules()]))
     for counted, (logical, count) in counts_of(module, rules).items():
-        axis, what = rules.axes[logical], f"{logical} of {model!r}"
-        own = min(shares(count, mesh.size(axis), f"{what} on mesh {mesh}")) if axis else count
-        if counted.rpartition(".")[0] in attending:
-            shares(own, mesh.ulysses, f"{what} that mesh {mesh} leaves to a rank of tp")
+        axis = rules.axes[logical]
+        own = min(shares(count, mesh.size(axis), f"{logical} of {model!r} on mesh {mesh}")) if axis else count
+        if counted.rpartition(".")[0] in attending and own < mesh.ulysses:
+            ring = next(r for r in divisors(mesh.cp) if mesh.cp // r <= own)
+            text = f"mesh {mesh} leaves {own} of the {count} {logical} of {model!r} to {mesh.ulysses} ranks of cp, which need at least 1 each"
+            raise ConfigError(f"{text}; use ring={ring}, by which fewer ranks share {logical}, or less of cp or tp")
 
 
 def weights_file(bundle: Bundle, spec: ModelSpec, cache: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,10 +112,17 @@ class ShardedModel:
         return build_rank(exported, signature, BACKENDS[self.backend], comm)
 
 
+def open_store(host: str, timeout_s: float) -> TCPStore:
+    """A store that listens at this address and a free port, where one that opens its own socket listens at every address of the machine."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
+        port, timeout = listening.getsockname()[1], timedelta(seconds=timeout_s)
+        return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listening.detach())
+
+
 def start(world: World, ranks: Ranks) -> Processes:
     """A replica on this machine: this process becomes rank 0, the others are started, tested and waiting. Raises as `Processes`."""
     _check_alone()
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=world.start_s))
+    store = open_store("127.0.0.1", world.start_s)
     # From a server that has imported all of this once: a fork of it starts at once, and shares no thread or device with the engine.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -213,7 +221,7 @@ class Processes:
                 _tell(self._store, f"call/{self._calls}", command)
                 outputs = _evaluate(self._comm, runner, command, inputs)
                 self._store.delete_key(f"call/{self._calls - 1}")  # every rank has read it, or this call had not ended
-            except (ReelstepError, RuntimeError) as error:
+            except Exception as error:  # of any kind: the other ranks are at this call, and must not meet the next one
                 self.failure = self._given_up or f"{self._cause() or error} (during {command['where']}); start the replica again"
                 raise Unavailable(self.failure, retry_after_s=RETRY_S) from error
             return outputs

@@ -26,6 +26,8 @@ from reelstep.protos.reelstep.v1 import media_pb2 as pb
 SERVICE = pb.DESCRIPTOR.services_by_name["MediaService"].full_name
 MAX_PAGE = 100
 RETRY_AFTER_S = 1.0
+DELIVERY_S = 30.0
+"""After a request's deadline, by which it is computed, for a client to take what it asked for; one that reads nothing holds it no longer."""
 
 T = TypeVar("T")
 
@@ -80,7 +82,10 @@ class MediaService:
         self._enter(job.request.id)
         try:
             engine.submit(job.request, mailbox.post)
-            await self._watch(job, mailbox, Stream(context))
+            async with asyncio.timeout(job.request.deadline - time.monotonic() + DELIVERY_S):
+                await self._watch(job, mailbox, Stream(context))
+        except TimeoutError:
+            raise DeadlineExceeded("delivering") from None
         finally:
             engine.cancel(job.request.id)
             self._leave(job.request.id)

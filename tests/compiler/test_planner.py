@@ -213,6 +213,20 @@ def test_measured_rates_are_read_back_and_belong_to_their_sku(tmp_path: Path) ->
         read_device(file, SKUS["cpu"])
 
 
+@pytest.mark.parametrize("data", [b"GIF89a" + bytes(range(128, 256)) * 1000, b"a cat"])
+def test_a_file_that_is_no_json_is_refused_in_a_line_without_what_is_in_it(data: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "cat.gif"
+    file.write_bytes(data)
+    with pytest.raises(ConfigError) as caught:
+        read_device(file, SKUS["cpu"])
+    assert str(caught.value) == f"{file} is not a JSON file of corrections; `reelstep bench planner --corrections NEWFILE` writes one"
+
+
+def test_a_file_of_corrections_that_is_not_there_is_named_with_what_writes_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*cpu\.json: No such file or directory; `reelstep bench planner --corrections .*cpu\.json` writes it"):
+        read_device(tmp_path / "cpu.json", SKUS["cpu"])
+
+
 def test_a_cpu_has_to_be_measured_first() -> None:
     with pytest.raises(ConfigError, match=r"reelstep bench planner --corrections cpu\.json"):
         device_of(SKUS["cpu"])

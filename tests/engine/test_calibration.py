@@ -63,6 +63,19 @@ def test_every_step_of_every_task_is_heard_with_both_branches(asked, closed_form
         assert torch.allclose(call["x"], ((1 - t) * noise + t * guided).expand(2, -1, -1, -1, -1), atol=1e-5)
 
 
+def test_every_request_is_told_of_before_it_runs(asked):
+    requests, engines = asked
+    told = []
+    requests = replace(requests, progress=lambda *stage: told.append((*stage, engines["decode", "video"].rows[:])))
+    requests.calls(engines)
+    names = [f"quantise: {task} of {prompt!r}" for prompt in ("a cat", "a dog") for task in ("text_to_image", "text_to_video", "animate_sticker")]
+    assert [stage for *stage, _ in told] == [[name, done, 6] for done, name in enumerate(names)]
+    assert len(told[1][-1]) < len(told[2][-1]), "the video was made between the second and the third"
+    told.clear()
+    requests.compare(engines, engines)
+    assert [(done, total) for _, done, total, _ in told] == [(0, 3), (1, 3), (2, 3)]
+
+
 def test_branches_of_guidance_run_in_one_batch(asked):
     requests, engines = asked
     requests.calls(engines)

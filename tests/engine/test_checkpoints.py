@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from reelstep.engine.checkpoints import Checkpoints
 from reelstep.engine.executors.inline import Inline
@@ -124,10 +125,11 @@ def test_another_request_another_bundle_and_a_damaged_file_begin_anew(engines, r
     closer.join(20)
     (file,) = (tmp_path / "states").glob("*.state")
     kept = file.read_bytes()
+    deep = save({"x": torch.zeros(1)}, {"state": "[" * 100_000})
     assert run(prompt="a dog") == 8
     assert run(identity="b") == 8
     assert file.read_bytes() == kept
-    for data in (kept[:100], b"", kept[:-8], kept.replace(b"GuidanceState", b"OtherStatexxx")):
+    for data in (kept[:100], b"", kept[:-8], kept.replace(b"GuidanceState", b"OtherStatexxx"), deep):
         file.write_bytes(data)
         with caplog.at_level(logging.WARNING):
             assert run() == 8

@@ -1,5 +1,6 @@
 """The loop, on a model whose answer is known."""
 
+import logging
 import threading
 import time
 from dataclasses import replace
@@ -8,13 +9,25 @@ import numpy as np
 import pytest
 import torch
 
+from reelstep.engine import loop
 from reelstep.engine.executors.inline import Inline
 from reelstep.engine.loop import Engine, warm_up
 from reelstep.engine.request import Preview, Progress, Queued
 from reelstep.engine.resolve import Ask, resolve
 from reelstep.engine.runner import Runner
 from reelstep.engine.samplers.step_cache import STEP_CACHES
-from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Overloaded, Unavailable, UnsupportedRequest
+from reelstep.errors import (
+    Cancelled,
+    ConfigError,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    StorageError,
+    Unavailable,
+    UnsupportedRequest,
+)
 from reelstep.tests.engine.conftest import Heard, make_request
 
 
@@ -253,7 +266,7 @@ def test_each_output_of_a_count_is_cached_on_its_own(make_toy):
         ({"steps": 1}, "step_cache", "there are 1; take more steps"),
         ({"steps": 2}, "step_cache", "there are 2; take more steps"),
         ({"solver": "heun", "steps": 1}, "step_cache", "there are 2; take more steps"),
-        ({"step_cache_options": {"threshold": -1.0}}, "step_cache", "is -1.0; 0 to 10"),
+        ({"step_cache_options": {"threshold": -1.0}}, "step_cache_options", "is -1.0; 0 to 10"),
         ({"step_cache_options": {"c1": 1.0}}, "step_cache_options", "known: first, last, threshold"),
         ({"guidance": "linear_4"}, "step_cache", "'linear_4' was fitted to the network's own outputs"),
     ],
@@ -361,6 +374,43 @@ def test_a_program_that_fails_fails_its_requests_only(make_toy, closed_form, cap
     assert isinstance(error, InternalError)
     assert "device lost" in str(error)
     toy.submit().result()
+
+
+def test_an_error_of_ours_is_a_line_in_the_log_and_another_one_has_its_trace(make_toy, caplog):
+    def fails(error):
+        def program(inputs):
+            raise error
+
+        return make_toy({"decode": program}).submit().error()
+
+    caplog.set_level(logging.INFO)
+    assert isinstance(fails(StorageError("the cache is read-only")), StorageError)
+    assert isinstance(fails(RuntimeError("device lost")), InternalError)
+    ours, other = (record for record in caplog.records if record.name == "reelstep.engine.loop")
+    assert (ours.levelno, ours.exc_info, ours.getMessage()) == (logging.INFO, None, "program decode of toy failed: the cache is read-only")
+    assert other.levelno == logging.ERROR
+    assert "RuntimeError: device lost" in other.exc_text
+
+
+def test_a_request_that_cannot_begin_and_a_listener_that_raises_leave_the_engine_at_work(make_toy, monkeypatch):
+    def bad(*_):
+        raise MemoryError("too little")
+
+    toy = make_toy()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "expected_rounds", bad)
+        error = toy.submit().error()
+    assert isinstance(error, InternalError)
+    assert "text_to_video could not begin: too little" in str(error)
+    toy.engine.submit(make_request(), bad)
+    assert toy.submit().result()
+
+
+def test_what_a_pipeline_refuses_is_a_line_in_the_log_too(make_toy, caplog):
+    caplog.set_level(logging.INFO)
+    assert isinstance(make_toy({"decode": lambda inputs: {"video": torch.full((1, 3, 4, 16, 16), float("nan"))}}).submit().error(), InternalError)
+    (record,) = (record for record in caplog.records if record.name == "reelstep.engine.loop")
+    assert record.exc_info is None
 
 
 def test_nan_from_the_decoder_is_an_error_not_a_picture(make_toy):
@@ -528,9 +578,10 @@ def test_what_a_request_will_call_is_opened_beside_its_first_calls(toy):
     opened = []
 
     def opens(key, rows):
-        opened.append((key, rows))
-        if key[1] == "decode":
-            raise OSError("the blob is gone: the call itself will say so")
+        if threading.current_thread().name.startswith("reelstep-batch"):  # else it is before the call itself
+            opened.append((key, rows))
+            if key[1] == "decode":
+                raise OSError("the blob is gone: the call itself will say so")
 
     engine = Engine(toy.engine.models, toy.engine._executor, opens=opens, on_batch=toy.batches.append)
     try:
@@ -542,6 +593,38 @@ def test_what_a_request_will_call_is_opened_beside_its_first_calls(toy):
     assert [(key, rows) for key, rows in opened if key[1] != "decode"] == [(("toy", "denoise", "video"), 2)]
     assert opened[-1] == (("toy", "decode", "video"), 1)
     assert {*opened} <= {(batch.key, batch.rows) for batch in toy.batches}, "nothing is opened that is not called"
+
+
+def test_what_is_opened_first_is_not_counted_as_compute(toy):
+    opened = []
+
+    def opens(key, rows):
+        opened.append((key[1], rows))
+        time.sleep(0.1)
+
+    engine = Engine(toy.engine.models, toy.engine._executor, opens=opens, on_batch=toy.batches.append)
+    try:
+        heard = Heard()
+        engine.submit(make_request(scale=3.0, guidance="cfg", steps=2), heard)
+        usage = heard.result().usage
+    finally:
+        engine.close(0)
+    assert {(batch.key[1], batch.rows) for batch in toy.batches} <= {*opened}
+    assert max(usage.compute_s.values()) < 0.1
+
+
+def test_what_cannot_be_opened_fails_the_call_by_its_own_name(toy):
+    def opens(key, rows):
+        if key[1] == "decode":
+            raise StorageError("the cache is read-only")
+
+    engine = Engine(toy.engine.models, toy.engine._executor, opens=opens)
+    try:
+        heard = Heard()
+        engine.submit(make_request(), heard)
+        assert str(heard.error()) == "the cache is read-only"
+    finally:
+        engine.close(0)
 
 
 def test_a_request_that_is_cancelled_while_its_call_runs_hears_so_at_once_and_the_output_is_dropped(gated):

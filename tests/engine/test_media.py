@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -101,6 +102,17 @@ def test_a_bad_picture_is_an_invalid_request_for_image(data: bytes, says: str) -
     with pytest.raises(InvalidRequest, match=says) as caught:
         decode_picture(data, LIMITS)
     assert [v.field for v in caught.value.violations] == ["image"]
+
+
+def test_a_line_of_few_pixels_and_a_picture_of_many_scans_are_refused_before_they_are_decoded() -> None:
+    wide = replace(LIMITS, max_image_pixels=10**6)
+    with pytest.raises(InvalidRequest, match="is 20000x1; at most 1000000 pixels, and 16384 on a side"):
+        decode_picture(png_header(20_000, 1), wide)
+    photo = saved(noise(40, 40, 3), "JPEG", progressive=True)
+    assert decode_picture(photo, LIMITS).shape == (40, 40, 3)
+    scan = photo[photo.rindex(b"\xff\xda") : -2]
+    with pytest.raises(InvalidRequest, match=r"has \d+ scans; at most 100; save it again"):
+        decode_picture(photo[:-2] + scan * 100 + photo[-2:], LIMITS)
 
 
 def test_a_picture_is_fitted_with_its_aspect_over_white() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from io import BytesIO
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -13,6 +15,7 @@ from reelstep.engine.models.spec import ModelSettings
 from reelstep.engine.request import Choice, Defaults, Fit, Request
 from reelstep.engine.resolve import Ask, resolve
 from reelstep.errors import ConfigError, InvalidRequest, NotFound
+from reelstep.tests.engine.conftest import make_model
 from reelstep.tests.engine.service.fake_engine import IMAGE, MENU, VIDEO, FakeModel, FakeSettings
 
 
@@ -105,6 +108,24 @@ def test_auto_is_refused_where_any_quality_is_and_once_for_what_is_wrong_with_al
     with pytest.raises(InvalidRequest) as caught:
         resolved(quality="auto", count=99)
     assert [violation.field for violation in caught.value.violations] == ["count"]
+
+
+@pytest.mark.parametrize(
+    ("field", "asked"),
+    [
+        ("guidance_options", {"guidance": "adaptive", "guidance_options": {"threshold": math.nan}}),
+        ("guidance_options", {"guidance": "adaptive", "guidance_options": {"treshold": 0.5}}),
+        ("guidance_options", {"guidance": "interval", "guidance_options": {"start": 0.8, "stop": 0.2}}),
+        ("scale", {"guidance": "none", "scale": 3.0}),
+        ("step_cache_options", {"step_cache": "first_block", "step_cache_options": {"threshold": math.nan}, "steps": 20}),
+        ("step_cache_options", {"step_cache": "first_block", "step_cache_options": {"last": 30.0}, "steps": 20}),
+        ("step_cache", {"step_cache": "first_block", "steps": 1}),
+    ],
+)
+def test_what_a_rule_refuses_is_told_of_the_field_that_it_came_in(field: str, asked: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        resolve(Ask("a cat", **asked), {"toy": make_model()})
+    assert [violation.field for violation in caught.value.violations] == [field]
 
 
 def picture() -> bytes:

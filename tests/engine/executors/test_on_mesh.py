@@ -103,9 +103,9 @@ def other_weights() -> small_model.Small:
 @pytest.mark.parametrize(
     ("registered", "mesh", "error", "words"),
     [
-        (SPEC, "cp=4", ConfigError, r"3 heads of 'small' that mesh cp=4 leaves to a rank of tp cannot be split over 4 ranks"),
+        (SPEC, "cp=4", ConfigError, r"mesh cp=4 leaves 3 of the 3 heads of 'small' to 4 ranks of cp, which need at least 1 each; use ring=2, by"),
         (SPEC, "tp=4", ConfigError, r"3 heads of 'small' on mesh tp=4 cannot be split over 4 ranks.*use at most 3 ranks"),
-        (SPEC, "cp=2,tp=2", ConfigError, r"1 heads of 'small' that mesh cp=2,tp=2 leaves to a rank of tp cannot be split over 2 ranks"),
+        (SPEC, "cp=2,tp=2", ConfigError, r"cp=2,tp=2 leaves 1 of the 3 heads of 'small' to 2 ranks of cp, which need at least 1 each; use ring=2, by"),
         (replace(SPEC, version="7"), "cp=2", BundleError, r"has version 1 of 'small', and this package shards version 7; run `reelstep compile` again"),
         (replace(SPEC, sharding=()), "cp=2", ConfigError, r"'small' does not say how it is sharded; those that do: none\. Serve it without a mesh"),
         (replace(SPEC, build=other_weights), "cp=2", BundleError, r"has other weights in 'denoise' than this package's 'small'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ import rank_programs
 from rank_programs import Sums
 
 from reelstep.compiler.part import Part
-from reelstep.engine.executors.processes import Processes, ShardedModel, World, start
+from reelstep.engine.executors.processes import Processes, ShardedModel, World, open_store, start
 from reelstep.engine.request import Call
 from reelstep.errors import BundleError, ConfigError, NotFound, Unavailable
 from reelstep.parallel.mesh import Mesh
@@ -46,6 +47,13 @@ def sharded(tmp_path: Path) -> Iterator[tuple[Processes, torch.nn.Module]]:
     replica = start(world("cfg=2,cp=2"), ShardedModel("small", file, (part,), "eager"))
     yield replica, module.double()
     replica.close()
+
+
+def test_the_store_where_ranks_meet_listens_at_its_own_address_alone() -> None:
+    store = open_store("127.0.0.1", 5.0)
+    socket.create_connection(("127.0.0.1", store.port), 5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", store.port), 5)
 
 
 def test_guidance_branches_on_halves_of_the_mesh_give_one_devices_numbers_and_bad_inputs_harm_nothing(sharded: Any) -> None:

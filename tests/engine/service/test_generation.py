@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from reelstep.engine.media import fit_picture
 from reelstep.engine.models.spec import Distilled
-from reelstep.engine.service import messages
+from reelstep.engine.service import generation, messages
 from reelstep.engine.service.generation import SERVICE
 from reelstep.protos.reelstep.v1 import media_pb2 as pb
 from reelstep.tests.engine.service.fake_engine import FakeEngine, FakeModel, FakeSettings
@@ -66,6 +67,13 @@ def test_a_large_artifact_reaches_a_client_with_default_limits_in_checked_pieces
     assert [c.offset for c in chunks] == [256 * 1024 * i for i in range(len(chunks))]
     assert [c.last for c in chunks] == [False] * (len(chunks) - 1) + [True]
     assert max(r.ByteSize() for r in responses) < MIB
+
+
+def test_a_result_that_nobody_takes_is_held_no_longer_than_its_time(channel: grpc.Channel, fake: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "DELIVERY_S", -9.5)  # half a second for all of it, computing included
+    code, text, _ = refused(channel, request("an endless fox"), timeout=10)
+    assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "deadline exceeded while delivering" in text
 
 
 def test_events_are_numbered_without_gaps_and_end_with_the_finished_job(channel: grpc.Channel) -> None:
@@ -362,7 +370,7 @@ def test_the_work_stops_when_the_client_leaves(fake: Served, leave: str) -> None
     channel.close()
 
 
-def test_a_picture_reaches_the_engine_decoded_and_chooses_the_task(fake: Served, channel: grpc.Channel) -> None:
+def test_a_picture_reaches_the_engine_decoded_and_fitted_and_chooses_the_task(fake: Served, channel: grpc.Channel) -> None:
     from io import BytesIO
 
     from PIL import Image
@@ -375,7 +383,7 @@ def test_a_picture_reaches_the_engine_decoded_and_chooses_the_task(fake: Served,
     assert job.spec.image == b""
     image = fake.engine.requests[-1].image
     assert image is not None
-    assert np.array_equal(image, pixels)
+    assert np.array_equal(image, fit_picture(pixels, 64, 64))
 
 
 def test_the_service_answers_every_method_that_the_proto_has_and_nothing_else(channel: grpc.Channel) -> None:
