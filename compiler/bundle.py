@@ -288,7 +288,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def _read_manifest(path: Path) -> bytes:
     file = path / MANIFEST
     if not file.is_file():
-        what = "is not a bundle: it has no manifest.json" if path.exists() else "does not exist"
+        what = f"is not a bundle: it has no {MANIFEST}" if path.exists() else "does not exist"
         raise BundleError(f"{path} {what}; make one with `reelstep compile`")
     return file.read_bytes()
 

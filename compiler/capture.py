@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
@@ -63,19 +63,30 @@ def capture(program: Program, profile: Profile) -> ExportedProgram:
 
 
 @contextmanager
+def log_levels(levels: Mapping[str, int]) -> Iterator[None]:
+    """Inside, these loggers say nothing below these levels."""
+    logs = {logging.getLogger(name): level for name, level in levels.items()}
+    before = {log: log.level for log in logs}
+    for log, level in logs.items():
+        log.setLevel(level)
+    try:
+        yield
+    finally:
+        for log, level in before.items():
+            log.setLevel(level)
+
+
+@contextmanager
 def _without_partial_graph() -> Iterator[None]:
     """Inside, what goes to stderr waits for the end, without the graph up to an error, which export prints, and without its warning about names of its own."""
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level, said, graph = log.level, io.StringIO(), ""
-    log.setLevel(logging.ERROR)
+    said, graph = io.StringIO(), ""
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(said), log_levels({"torch.fx.experimental.symbolic_shapes": logging.ERROR}):
             yield
     except Exception as error:
         graph = f"{getattr(error, 'partial_fx_graph', '')}\n"
         raise
     finally:
-        log.setLevel(level)
         sys.stderr.write(said.getvalue().replace(graph, "") if graph else said.getvalue())
 
 

@@ -29,7 +29,7 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from reelstep.compiler.backends import Backend, Executable, Graph
-from reelstep.compiler.capture import quiet_torch
+from reelstep.compiler.capture import log_levels, quiet_torch
 from reelstep.compiler.graphs import weights_of
 from reelstep.compiler.passes.cast_weights import cast_weights
 from reelstep.compiler.passes.mixed_precision import mixed_precision
@@ -218,18 +218,10 @@ def quiet_tuning() -> Iterator[None]:
     another layout, float32 that is kept exact, what torch itself uses that is old, and where the files of a failed build are, which are removed.
     """
     quiet = {"select_algorithm": logging.CRITICAL, "scheduler": logging.ERROR, "utils": logging.ERROR}
-    logs = {logging.getLogger(f"torch._inductor.{name}"): level for name, level in quiet.items()}
-    before = {log: log.level for log in logs}
-    for log, level in logs.items():
-        log.setLevel(level)
-    try:
-        with warnings.catch_warnings():
-            for text in ("TensorFloat32 tensor cores", "TypedStorage is deprecated"):
-                warnings.filterwarnings("ignore", text, UserWarning)
-            yield
-    finally:
-        for log, level in before.items():
-            log.setLevel(level)
+    with log_levels({f"torch._inductor.{name}": level for name, level in quiet.items()}), warnings.catch_warnings():
+        for text in ("TensorFloat32 tensor cores", "TypedStorage is deprecated"):
+            warnings.filterwarnings("ignore", text, UserWarning)
+        yield
 
 
 def _where(signature: Signature) -> str:
