@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import json
 import os
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from reelstep.compiler.program import Precision
     from reelstep.compiler.quantisation import Quantisation
     from reelstep.compiler.signing import PublicKey
-    from reelstep.engine.client import Artifact, ClientEvent, Generation, Lora, Options
+    from reelstep.engine.client import Lora, Options
     from reelstep.engine.executors.replicas import Elsewhere
     from reelstep.engine.models.spec import ModelSettings
     from reelstep.engine.request import Event, Request
     from reelstep.engine.resolve import Ask, Engine, Served
+    from reelstep.engine.result import Artifact, ClientEvent, Generation
 
 T = TypeVar("T")
 USER_ERRORS = (ConfigError, InvalidRequest, UnsupportedRequest, NotFound, AlreadyExists)
@@ -68,12 +70,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> int:
-    """`main` in a process that ends with it: to take apart all that was imported takes a third of a second, so it is kept from the garbage collector."""
+    """`main` in a process that ends with it."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before gRPC is imported: its own lines say in other words, and first, what our errors do
+    ended: list[int] = []
+    atexit.register(leave, ended)  # first, so that it runs last: threads have ended by then, and all that anybody registered has run
+    ended.append(main())
+    return ended[0]
+
+
+def leave(ended: Sequence[int]) -> None:
+    """End the process with this status at once: to take apart all that was imported takes a quarter of a second. Without one, `main` did not return."""
     try:
-        return main()
-    finally:
-        gc.freeze()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # a pipe that nobody reads any more: Python says so
+        return
+    if ended:
+        os._exit(ended[0])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -502,6 +515,8 @@ def run_keygen(args: argparse.Namespace) -> None:
 
 
 def trusted_keys(args: argparse.Namespace) -> list[PublicKey]:
+    if not args.require_signature:
+        return []
     from reelstep.compiler.signing import read_public_key
 
     return [read_public_key(path) for path in args.require_signature]
@@ -686,7 +701,6 @@ def load_engine(
     loras: dict[str, Path],
     elsewhere: Elsewhere | None = None,
     checkpoints: tuple[Path, int] | None = None,
-    once: bool = False,
 ) -> Engine:
     with all_kept():
         from reelstep.engine.loop import open_engine
@@ -705,7 +719,6 @@ def load_engine(
         loras=loras,
         elsewhere=elsewhere,
         checkpoints=checkpoints,
-        once=once,
     )
 
 
@@ -785,13 +798,28 @@ def check_out(path: Path) -> str:
 
 
 def run_sample(args: argparse.Namespace) -> None:
+    from reelstep.parallel.mesh import Mesh
+
     strengths = by_name([(file.stem, strength) for file, strength in args.lora])
-    ask = build_ask(args, strengths)
-    engine = load_engine(args, [args.bundle], 1, 0, {file.stem: file for file, _ in args.lora}, once=True)
+    ask, loras = build_ask(args, strengths), {file.stem: file for file, _ in args.lora}
+    on_mesh = Mesh.parse(args.mesh or "").world > 1
+    engine = load_engine(args, [args.bundle], 1, 0, loras) if on_mesh else open_for(args, ask, loras)
     try:
         report(args, follow(run_local(engine, ask)))
     finally:
         engine.close(0.0)
+
+
+def open_for(args: argparse.Namespace, ask: Ask, loras: dict[str, Path]) -> Engine:
+    """An engine for this one request."""
+    from reelstep.engine.ahead import open_ahead
+
+    ahead = open_ahead(
+        args.bundle, ask, cache=cache_dir(args), backend=args.backend, precision=PRECISIONS.get(args.precision), progress=tell_stage, trusted=trusted_keys(args)
+    )
+    with all_kept():
+        from reelstep.engine.loop import open_once
+    return open_once(ahead, loras)
 
 
 def build_ask(args: argparse.Namespace, lora: dict[str, float]) -> Ask:
@@ -835,9 +863,9 @@ def run_local(engine: Engine, ask: Ask) -> Iterator[ClientEvent]:
 
 def as_client_events(request: Request, ask: Ask, events: queue.SimpleQueue[Event]) -> Iterator[ClientEvent]:
     """What a client would see of a request that runs. Imports come here, while it does."""
-    from reelstep.engine.client import Artifact, Cost, Generation
     from reelstep.engine.media import encode
     from reelstep.engine.request import AUTO, Failed, Finished, Preview
+    from reelstep.engine.result import Artifact, Cost, Generation
 
     while not isinstance(event := events.get(), Finished):
         if isinstance(event, Failed):
@@ -861,8 +889,8 @@ def follow(events: Iterator[ClientEvent]) -> Generation:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-    from reelstep.engine.client import Generation
     from reelstep.engine.request import Progress, Queued
+    from reelstep.engine.result import Generation
 
     with Bar(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("waiting", total=None)

@@ -25,7 +25,7 @@ from reelstep.benchmarks.steps import ssim
 from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.compile import compile_model
-from reelstep.compiler.load import load
+from reelstep.compiler.load import load_later
 from reelstep.compiler.passes.quantise import Scheme
 from reelstep.compiler.program import Program
 from reelstep.compiler.quantisation import Calls, Engines, Quantisation, Requests
@@ -98,7 +98,7 @@ def measure(subject: Subject, max_error: float, cache: Path, seed: int) -> list[
     for scheme in SCHEMES:
         asked = Quantisation(scheme, max_error, 1.0, subject.requests)
         bundles[scheme] = compiled(out=cache / f"bench-{subject.name}-{scheme}.reel", quantisation=asked)
-    engines = {name: load(bundle, cache, precision="float32" if name == "float32" else None, later=True) for name, bundle in bundles.items()}
+    engines = {name: load_later(bundle, cache, precision="float32" if name == "float32" else None) for name, bundle in bundles.items()}
     exact = engines["float32"]
     qualities = {name: quality(subject, exact, made) for name, made in engines.items()}
     rows: list[Row] = []

@@ -17,25 +17,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.export import ExportedProgram
+from typing import TYPE_CHECKING, Any
 
 from reelstep import __version__
-from reelstep.compiler.capture import SAFE_NAME
-from reelstep.compiler.graphs import element_bytes, load_graph, weights_of
 from reelstep.compiler.plan import Plan, canonical_json
 from reelstep.compiler.signature import Signature
-from reelstep.compiler.signing import PrivateKey, PublicKey, check_signature, check_trusted, sign
-from reelstep.compiler.storage import replace_file, sha256_file, sync, whole_directory, write_file
-from reelstep.errors import BundleError, ConfigError, StorageError, unknown
+from reelstep.compiler.storage import replace_file, sha256_file, sync
+from reelstep.errors import BundleError, unknown
+
+if TYPE_CHECKING:  # a bundle is opened without torch, and without cryptography one that nobody signed, and nobody must have signed
+    from torch import Tensor
+    from torch.export import ExportedProgram
+
+    from reelstep.compiler.signing import PrivateKey, PublicKey
 
 FORMAT = 2
 """Of the directory. A reader takes exactly its own; a change of layout adds one."""
@@ -46,62 +42,14 @@ FIELDS = ("reelstep", "torch", "model", "version", "plan_hash", "settings", "pro
 AGAIN = "run `reelstep compile` again"
 
 
-@dataclass(frozen=True)
-class Captured:
-    """One program at one profile after the passes, and what was chosen for it."""
-
-    signature: Signature
-    exported: ExportedProgram
-    graph: bytes  # dump_graph(exported)
-
-    @property
-    def file(self) -> str:
-        return f"programs/{self.signature.program}.{self.signature.profile}.json"
-
-
-def write_bundle(
-    out: Path,
-    *,
-    plan: Plan,
-    captured: tuple[Captured, ...],
-    settings: Mapping[str, Any],
-    solvers: Mapping[str, Any],
-    fitted: Mapping[str, Any],
-    card: str,
-) -> None:
-    """Write the directory `out`, replacing a bundle that is there.
-
-    Raises ConfigError for a solver name that cannot be a file name, StorageError if the disk fails or is full (the old
-    bundle is then untouched) or if `out` is something else than a bundle.
-    """
-    for name in (*solvers, *fitted):
-        if not SAFE_NAME.fullmatch(name):
-            raise ConfigError(f"{name!r} cannot name a solver; use letters, digits, '_', '-' and '.'")
-    names, tensors = _share_weights(captured)
-    contents = {PLAN: canonical_json(plan.to_json()), CARD: card.encode()}
-    contents |= {f"solvers/{name}.json": canonical_json(table) for name, table in solvers.items()}
-    contents |= {f"fitted/{name}.json": canonical_json(artifact) for name, artifact in fitted.items()}
-    contents |= {item.file: item.graph for item in captured}
-    with whole_directory(out, replaceable=is_bundle) as folder:
-        for file, data in contents.items():
-            (folder / file).parent.mkdir(exist_ok=True)
-            write_file(folder / file, data)
-        has_weights = not any(tensor.is_meta for tensor in tensors.values())
-        if has_weights:
-            _write_weights(folder / WEIGHTS, tensors)
-        files = sorted([*contents, WEIGHTS] if has_weights else contents)
-        manifest = _manifest(plan, captured, settings, names, {} if has_weights else tensors)
-        manifest["files"] = {file: {"sha256": sha256_file(folder / file), "bytes": (folder / file).stat().st_size} for file in files}
-        manifest["sha256"] = _digest(manifest)
-        write_file(folder / MANIFEST, canonical_json(manifest))
-
-
 def is_bundle(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
 def sign_bundle(path: Path, key: PrivateKey) -> Bundle:
     """Verify the bundle and sign its manifest, in place of a good signature before. Raises BundleError, StorageError."""
+    from reelstep.compiler.signing import sign
+
     replace_file(path / SIGNATURE, sign(canonical_json(Bundle.open(path).manifest), key))
     sync(path)
     return Bundle.open(path, (key.public,))
@@ -124,8 +72,7 @@ class Bundle:
         looked at before anything else.
         """
         data = _read_manifest(path)
-        signed_by = _signer(path, data)
-        check_trusted(signed_by, trusted, str(path))
+        signed_by = _signer(path, data, trusted)
         manifest = _parse_manifest(path, data)
         graphs = [entry["file"] for profiles in manifest["programs"].values() for entry in profiles.values()]
         for name in (PLAN, CARD, *graphs):
@@ -190,6 +137,9 @@ class Bundle:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Every distinct weight, mapped from the file, so that all programs and profiles share one copy."""
+        import torch
+        from safetensors import safe_open
+
         if not self.has_weights:
             return {name: torch.empty(t["shape"], dtype=getattr(torch, t["dtype"]), device="meta") for name, t in self.manifest["meta_weights"].items()}
         with safe_open(self.path / WEIGHTS, "pt", device="cpu") as file:
@@ -197,11 +147,15 @@ class Bundle:
 
     def weights_bytes(self, name: str, profile: str, float_bytes: int) -> int:
         """Of what the program reads, with this many bytes for a floating number, but one in 8 bits: no engine of it is smaller."""
+        from reelstep.compiler.graphs import element_bytes
+
         used = {stored: self.tensors[stored] for stored in self.manifest["programs"][name][profile]["weights"].values()}
         return sum(t.numel() * element_bytes(t, float_bytes) for t in used.values())
 
     def program(self, name: str, profile: str) -> ExportedProgram:
         """The graph with its weights. Raises NotFound for an unknown program or profile."""
+        from reelstep.compiler.graphs import load_graph
+
         if name not in self.manifest["programs"]:
             raise unknown("program", name, self.manifest["programs"])
         profiles = self.manifest["programs"][name]
@@ -213,75 +167,8 @@ class Bundle:
         return load_graph(file.read_bytes(), weights, self.signatures[name, profile], str(file))
 
 
-def _share_weights(captured: tuple[Captured, ...]) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
-    """For each captured program the stored name of every weight, and the distinct tensors by stored name.
-
-    Weights are one if their bytes are: programs that wrap the same module name its parameters differently.
-    """
-    stored_by_content: dict[str, str] = {}
-    digests: dict[tuple[Any, ...], str] = {}
-    tensors: dict[str, Tensor] = {}
-    names = []
-    for item in captured:
-        own = {}
-        for qualified, tensor in sorted(weights_of(item.exported).items()):
-            place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-            if place not in digests:
-                digests[place] = _content(tensor, place)
-            content = digests[place]
-            if content not in stored_by_content:
-                stored = qualified if qualified not in tensors else f"{item.signature.program}.{item.signature.profile}/{qualified}"
-                stored_by_content[content] = stored
-                tensors[stored] = tensor.detach()
-            own[qualified] = stored_by_content[content]
-        names.append(own)
-    return names, tensors
-
-
-def _content(tensor: Tensor, place: tuple[Any, ...]) -> str:
-    """sha256 of a tensor's dtype, shape and bytes. Meta tensors have no bytes and are one if their storage is."""
-    if tensor.is_meta:
-        return f"meta {place}"
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file({name: tensor.contiguous().clone() if _shares(tensor) else tensor for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        raise StorageError(f"cannot write {path}: {error}. What was there before is kept; free some space or choose another path") from error
-    path.chmod(0o644)
-    sync(path)
-
-
-def _shares(tensor: Tensor) -> bool:
-    """Whether the tensor is a view of a larger storage, which the file format refuses."""
-    return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-
-
-def _manifest(
-    plan: Plan, captured: tuple[Captured, ...], settings: Mapping[str, Any], names: list[dict[str, str]], meta: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    programs: dict[str, dict[str, Any]] = {}
-    for item, own in zip(captured, names, strict=True):
-        entry = {"file": item.file, "signature": item.signature.to_json(), "weights": own}
-        programs.setdefault(item.signature.program, {})[item.signature.profile] = entry
-    return {
-        "format": FORMAT,
-        "reelstep": __version__,
-        "torch": str(torch.__version__),
-        "model": plan.model,
-        "version": plan.version,
-        "plan_hash": plan.hash,
-        "settings": dict(settings),
-        "programs": programs,
-        "meta_weights": {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in meta.items()},
-    }
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
+def digest(manifest: Mapping[str, Any]) -> str:
+    """Of all that a manifest says, hex."""
     return hashlib.sha256(canonical_json({key: value for key, value in manifest.items() if key != "sha256"})).hexdigest()
 
 
@@ -293,10 +180,17 @@ def _read_manifest(path: Path) -> bytes:
     return file.read_bytes()
 
 
-def _signer(path: Path, manifest: bytes) -> PublicKey | None:
-    """Who signed the manifest; None where nobody did. Raises BundleError for a signature that does not hold."""
+def _signer(path: Path, manifest: bytes, trusted: Sequence[PublicKey]) -> PublicKey | None:
+    """Who signed the manifest; None where nobody did. Raises BundleError for a signature that does not hold, or is of none of the `trusted`, if any."""
     file = path / SIGNATURE
-    return check_signature(manifest, file.read_bytes(), str(file)) if file.is_file() else None
+    signed = file.is_file()
+    if not signed and not trusted:
+        return None
+    from reelstep.compiler.signing import check_signature, check_trusted
+
+    signer = check_signature(manifest, file.read_bytes(), str(file)) if signed else None
+    check_trusted(signer, trusted, str(path))
+    return signer
 
 
 def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
@@ -310,7 +204,7 @@ def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         writer = manifest.get("reelstep", "an unknown version")
         raise BundleError(f"{path} has bundle format {manifest['format']}, written by reelstep {writer}; reelstep {__version__} reads format {FORMAT}; {AGAIN}")
-    if manifest.get("sha256") != _digest(manifest) or data != canonical_json(manifest):
+    if manifest.get("sha256") != digest(manifest) or data != canonical_json(manifest):
         raise BundleError(f"{file} is damaged: its sha256 is not the one it states; {AGAIN}")
     if lacks := [name for name in FIELDS if name not in manifest]:
         raise BundleError(f"{file} does not say: {', '.join(lacks)}; {AGAIN}")

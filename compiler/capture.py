@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from reelstep.compiler.program import BATCH, Profile, Program
-from reelstep.compiler.signature import TORCH_DTYPES, Edge, Signature
+from reelstep.compiler.signature import Edge, Signature, torch_dtype
 from reelstep.errors import CompileError, ConfigError
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -92,6 +91,8 @@ def _without_partial_graph() -> Iterator[None]:
 
 def _cause(error: Exception) -> str:
     """Where in the module's code, with that line, and the first paragraph of what torch says without its hints for people who debug torch."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # here: it brings sympy, a third of a second
+
     theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((TORCH, __file__))]
     place = f" at {theirs[-1].filename}:{theirs[-1].lineno}, `{theirs[-1].line}`" if theirs else ""
     text = re.split(r"\n\s*\n", str(error), maxsplit=1)[0]
@@ -140,4 +141,4 @@ def _check_outputs(exported: ExportedProgram, signature: Signature) -> None:
 
 def _fits(value: Tensor, edge: Edge, max_batch: int) -> bool:
     dynamic = isinstance(value.shape[0], torch.SymInt) if max_batch > 1 else value.shape[0] == 1
-    return value.dtype is TORCH_DTYPES[edge.dtype] and tuple(value.shape[1:]) == edge.sizes and dynamic
+    return value.dtype is torch_dtype(edge.dtype) and tuple(value.shape[1:]) == edge.sizes and dynamic

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reelstep.compiler.backends import BACKENDS
-from reelstep.compiler.bundle import Bundle, Captured, write_bundle
+from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.capture import capture
 from reelstep.compiler.cost import graph_flops, graph_parameters
 from reelstep.compiler.cubins import with_kernels
@@ -24,6 +24,7 @@ from reelstep.compiler.program import Precision, Profile, Program
 from reelstep.compiler.quantisation import Quantisation, quantise_programs
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS, Sku, is_gpu
+from reelstep.compiler.write_bundle import Captured, write_bundle
 from reelstep.errors import CompileError, ConfigError
 from reelstep.parallel.mesh import Mesh
 

@@ -8,9 +8,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from threading import Lock
-
-from torch import Tensor
-from torch.export import ExportedProgram
+from typing import TYPE_CHECKING
 
 from reelstep.compiler.backends import BACKENDS, Backend, Executable, Graph
 from reelstep.compiler.bundle import Bundle
@@ -22,8 +20,12 @@ from reelstep.compiler.sources import source_hash
 from reelstep.errors import CompileError
 from reelstep.parallel.mesh import GIVEN, Mesh
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.export import ExportedProgram
+
 Progress = Callable[[str, int, int], None]
-"""Called with what begins, how many steps are done, and how many there are; 0 where nobody knows, as of what is opened only if it is called."""
+"""Called with what begins, how many steps are done, and how many there are; 0 where nobody knows, as of what is made only if it is called."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -31,11 +33,19 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 class Later(Executable):
-    """An executable that is made when it is first called, or ahead of that. making: held meanwhile; graphs are traced by one thread at a time."""
+    """An executable that is made when it is first called, or ahead of that. find: where it need not be made. making: held meanwhile; graphs are traced by one
+    thread at a time."""
 
-    def __init__(self, signature: Signature, make: Callable[[], Executable], making: Lock) -> None:
-        self.signature, self._make, self._making = signature, make, making
+    def __init__(self, signature: Signature, make: Callable[[], Executable], find: Callable[[], Executable | None], making: Lock) -> None:
+        self.signature, self._make, self._find, self._making = signature, make, find, making
         self._made: Executable | None = None
+
+    @property
+    def found(self) -> bool:
+        """Whether it is made, or can be without work."""
+        with self._making:
+            self._made = self._made or self._find()
+        return self._made is not None
 
     @property
     def made(self) -> Executable:
@@ -53,34 +63,56 @@ class Later(Executable):
 
 
 def load(
-    bundle: Bundle,
-    cache: Path | None,
-    backend: str | None = None,
-    precision: Precision | None = None,
-    progress: Progress = silent,
-    later: bool = False,
+    bundle: Bundle, cache: Path | None, backend: str | None = None, precision: Precision | None = None, progress: Progress = silent
 ) -> Mapping[tuple[str, str], Executable]:
     """An executable for every (program, profile) of the bundle; what `finalize` has not left in the cache is built now.
 
     backend, precision: the plan's if None; with another backend, that one's default precision. Programs that the plan keeps
-    in float32 stay there. later: each when it is first called, for who will not call them all. Raises NotFound for an unknown backend, CompileError if
-    this machine cannot run the choice or the bundle is for a mesh.
+    in float32 stay there. Raises NotFound for an unknown backend, CompileError if this machine cannot run the choice or the bundle is for a mesh.
     """
+    chosen, wanted = choose_alone(bundle, backend, precision)
+    engines = {}
+    for done, key in enumerate(bundle.signatures):
+        progress(f"{chosen.name}: {key[0]} {key[1]}", done, len(bundle.signatures))
+        engines[key] = build_engine(bundle, key, chosen, wanted, cache)
+    progress(f"{chosen.name}: ready", len(engines), len(engines))
+    return engines
+
+
+def load_later(
+    bundle: Bundle, cache: Path | None, backend: str | None = None, precision: Precision | None = None, progress: Progress = silent
+) -> Mapping[tuple[str, str], Later]:
+    """As `load`, but each is made when it is first called, for who will not call them all. Progress is of those that were not found in the cache before."""
+    chosen, wanted = choose_alone(bundle, backend, precision)
+    making, done = Lock(), count()
+
+    def make(key: tuple[str, str]) -> Executable:
+        progress(f"{chosen.name}: {key[0]} {key[1]}", next(done), 0)
+        return build_engine(bundle, key, chosen, wanted, cache)
+
+    def find(key: tuple[str, str]) -> Executable | None:
+        try:
+            return build_engine(bundle, key, chosen, wanted, cache, graph=_not_read)
+        except NotInCacheError:
+            return None
+
+    return {key: Later(signature, partial(make, key), partial(find, key), making) for key, signature in bundle.signatures.items()}
+
+
+class NotInCacheError(Exception):
+    """A backend asked for the graph."""
+
+
+def _not_read() -> ExportedProgram:
+    raise NotInCacheError
+
+
+def choose_alone(bundle: Bundle, backend: str | None, precision: Precision | None) -> tuple[Backend, Precision]:
+    """As `choose`, on one device. Raises CompileError for a bundle for a mesh too, unless nothing is computed."""
     chosen, wanted = choose(bundle, backend, precision)
     if chosen.runs:
         check_mesh(bundle, None)
-    keys, done = list(bundle.signatures), count()
-
-    def make(key: tuple[str, str]) -> Executable:
-        progress(f"{chosen.name}: {key[0]} {key[1]}", next(done), 0 if later else len(keys))
-        return build_engine(bundle, key, chosen, wanted, cache)
-
-    if later:
-        making = Lock()
-        return {key: Later(bundle.signatures[key], partial(make, key), making) for key in keys}
-    engines = {key: make(key) for key in keys}
-    progress(f"{chosen.name}: ready", len(keys), len(keys))
-    return engines
+    return chosen, wanted
 
 
 def choose(bundle: Bundle, backend: str | None, precision: Precision | None) -> tuple[Backend, Precision]:
@@ -109,9 +141,10 @@ def build_engine(
     own, keep = bundle.plan.program(*key).own_precision(wanted), chosen.keeps(arch_here(bundle, chosen))
 
     def read() -> ExportedProgram:  # ops that were kept for the plan's backend, another may not run
+        exported = (graph or partial(bundle.program, *key))()
         from reelstep.compiler.passes.decompose_ops import decompose_ops  # here: an engine from the cache is not read, and start-up is spared all passes
 
-        return decompose_ops((graph or partial(bundle.program, *key))(), keep)
+        return decompose_ops(exported, keep)
 
     return chosen.build(read, bundle.signatures[key], own, cache, engine_key(bundle, *key, own))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from reelstep.errors import ConfigError
 from reelstep.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BATCH = "B"
 """The one size that stays dynamic: a compiled program takes any number of rows up to its profile's `max_batch`."""

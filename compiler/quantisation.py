@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from reelstep.compiler.backends import BACKENDS, Executable
-from reelstep.compiler.bundle import Captured
 from reelstep.compiler.graphs import dump_graph, ops_of
 from reelstep.compiler.load import Progress
 from reelstep.compiler.passes.decompose_ops import decompose_ops
@@ -27,6 +26,7 @@ from reelstep.compiler.passes.quantise import Counting, Grid, Quantising, Scheme
 from reelstep.compiler.plan import RUN_BY, Kept, ProgramPlan, Quality, Quantised
 from reelstep.compiler.program import Precision
 from reelstep.compiler.skus import SKUS, Sku
+from reelstep.compiler.write_bundle import Captured
 from reelstep.errors import CompileError, ConfigError
 
 Key = tuple[str, str]

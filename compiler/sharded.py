@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from reelstep.compiler.bundle import Captured
 from reelstep.compiler.compile import capture_all
 from reelstep.compiler.cost import shape_of
 from reelstep.compiler.graphs import element_bytes, weights_of
@@ -27,6 +26,7 @@ from reelstep.compiler.part import Part
 from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, RING
 from reelstep.compiler.plan import ProgramPlan, RankPlan, Sent
 from reelstep.compiler.program import FLOAT_BYTES, Precision, Program
+from reelstep.compiler.write_bundle import Captured
 from reelstep.parallel.collectives import GROUP, Communicator
 from reelstep.parallel.context import Attended
 from reelstep.parallel.mesh import Axis, Mesh, shares

@@ -7,15 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from reelstep.compiler.program import BATCH, DType, Profile, Program, TensorSpec
 from reelstep.errors import ConfigError
 
-TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "int64": torch.int64}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@cache
+def torch_dtype(name: DType) -> torch.dtype:
+    import torch  # here: a bundle is opened while it is not imported yet
+
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,9 @@ class Edge:
         return f"{self.name}: {self.dtype} [{', '.join([BATCH, *map(str, self.sizes)])}]"
 
     def zeros(self, rows: int, device: torch.device | str = "cpu") -> Tensor:
-        return torch.zeros((rows, *self.sizes), dtype=TORCH_DTYPES[self.dtype], device=device)
+        import torch
+
+        return torch.zeros((rows, *self.sizes), dtype=torch_dtype(self.dtype), device=device)
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Signature:
             first = tensors[0]
             rows = first.shape[0] if first is not None and first.dim() else 0
             if 1 <= rows <= self.max_batch and all(
-                tensor is not None and tensor.dtype is TORCH_DTYPES[edge.dtype] and tensor.shape == (rows, *edge.sizes)
+                tensor is not None and tensor.dtype is torch_dtype(edge.dtype) and tensor.shape == (rows, *edge.sizes)
                 for tensor, edge in zip(tensors, self.inputs, strict=True)
             ):
                 return tensors  # type: ignore[return-value]  # the line above showed that none is None
@@ -78,7 +88,7 @@ class Signature:
         return f"program {self.program!r} at profile {self.profile!r}: {'; '.join(faults)}. It takes {takes}, with {BATCH} from 1 to {self.max_batch}"
 
     def _fits(self, edge: Edge, tensor: Tensor) -> bool:
-        if tensor.dtype is not TORCH_DTYPES[edge.dtype] or tensor.dim() == 0:
+        if tensor.dtype is not torch_dtype(edge.dtype) or tensor.dim() == 0:
             return False
         return tensor.shape[1:] == edge.sizes and 1 <= len(tensor) <= self.max_batch
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -28,6 +27,7 @@ from google.rpc import error_details_pb2, status_pb2
 from reelstep import errors
 from reelstep.engine.media_types import NO_PICTURE
 from reelstep.engine.request import CHUNK_BYTES, PEFT_FILE, SPEC_NAMES, Progress, Queued, read_file
+from reelstep.engine.result import Artifact, ClientEvent, Cost, Generation, PreviewFile
 from reelstep.errors import FieldViolation, InternalError, InvalidRequest, ReelstepError
 from reelstep.protos.reelstep.v1 import lora_pb2
 from reelstep.protos.reelstep.v1 import media_pb2 as pb
@@ -58,67 +58,8 @@ PLAIN: Mapping[str, type[ReelstepError]] = {
 """Errors that are their message, by the reason in ErrorInfo. The others carry more and are rebuilt in `from_status`."""
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """One output file."""
-
-    name: str
-    media_type: str
-    data: bytes
-    width: int
-    height: int
-    frames: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class PreviewFile:
-    """How the first output looks now."""
-
-    step: int
-    media_type: str
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a result took. Seconds; see proto Usage for what NFE, forwards and cached count."""
-
-    nfe: int
-    forwards: int
-    cached: int
-    queue_s: float
-    compute_s: Mapping[str, float]  # by program
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished request: its files, what it cost and the choices that were made for it."""
-
-    id: str
-    model: str
-    task: str
-    solver: str
-    schedule: str
-    steps: int
-    guidance: str
-    scale: float
-    quality: str  # that was asked for, or that `auto` came to, and chose the above; empty for none
-    step_cache: str  # empty for none
-    artifacts: tuple[Artifact, ...]
-    usage: Cost
-    lora: Mapping[str, float] = field(default_factory=dict)  # strengths by name
-    auto: bool = False  # quality `auto` was asked for
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(a.seed for a in self.artifacts)
-
-
 Lora = pb.Model.Lora
 """An adapter that a server has loaded: name, rank, layers, sha256 of its file."""
-ClientEvent = Queued | Progress | PreviewFile | Artifact | Generation
-"""What a stream yields; a Generation is the last."""
 
 
 class Options(TypedDict, total=False):

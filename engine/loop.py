@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from reelstep.compiler.load import Progress as LoadProgress
 from reelstep.compiler.load import load, silent
 from reelstep.compiler.lora import SUFFIX
 from reelstep.compiler.program import Precision
-from reelstep.compiler.signing import PublicKey
+from reelstep.engine.ahead import Ahead
 from reelstep.engine.checkpoints import Checkpoints
 from reelstep.engine.executors import LOOK_S, RETRY_S, Executor
 from reelstep.engine.executors.bundles import runner_of
@@ -43,6 +44,9 @@ from reelstep.engine.scheduler import Key, Round, Scheduler, Ticket, first_in_ti
 from reelstep.engine.served import ServedModel, read_loras
 from reelstep.errors import Cancelled, ConfigError, DeadlineExceeded, InternalError, Overloaded, ReelstepError, Unavailable, UnsupportedRequest, unknown
 from reelstep.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from reelstep.compiler.signing import PublicKey
 
 log = logging.getLogger(__name__)
 
@@ -463,12 +467,10 @@ def open_engine(
     loras: Mapping[str, Path] | None = None,
     elsewhere: Elsewhere | None = None,
     checkpoints: tuple[Path, int] | None = None,
-    once: bool = False,
     allowance: Allowance | None = None,
 ) -> Engine:
     """Load bundles and run each once, so that the first request meets warm engines. trusted: if any, one of these must have signed each bundle.
 
-    once: for a single request, which is done sooner if only what it calls is opened, beside its first calls, and nothing is run before.
     mesh: of ranks that share one bundle's model, in float32: on this machine, or as `elsewhere` says, whose replicas then run all that there is.
     loras: files by the names that requests use, of the only bundle. checkpoints: a directory for states of running requests, and every how many steps
     one is kept. allowance: how long a call on a mesh may take; `elsewhere` brings its own. Raises BundleError, CompileError, NotFound (backend), or
@@ -506,9 +508,14 @@ def open_engine(
         ranks = open_on_mesh(opened[0], mesh, cache, backend, allowance or Allowance())
         progress(f"ranks of mesh {mesh}: ready", 1, 1)
         return warmed_up(make(ranks, release=ranks.close))
-    loaded = {bundle.plan.model: load(bundle, cache, backend, precision, progress, later=once) for bundle in opened}
-    inline = Inline({bundle.plan.model: runner_of(bundle, loaded[bundle.plan.model]) for bundle in opened})
-    return make(inline, opens=lru_cache(None)(lambda key, rows: loaded[key[0]][key[1:]].open(rows))) if once else warmed_up(make(inline))
+    return warmed_up(make(Inline({bundle.plan.model: runner_of(bundle, load(bundle, cache, backend, precision, progress)) for bundle in opened})))
+
+
+def open_once(ahead: Ahead, loras: Mapping[str, Path]) -> Engine:
+    """For a single request, which is done sooner if only what it calls is opened, and nothing is run before. loras: as of `open_engine`, which raises too."""
+    model = ServedModel.of(ahead.bundle, loras)
+    opens = lru_cache(None)(lambda key, rows: ahead.engines[key[1:]].open(rows))
+    return Engine({model.name: model}, Inline({model.name: runner_of(ahead.bundle, ahead.engines)}), max_running=1, max_queued=0, opens=opens)
 
 
 def warmed_up(engine: Engine) -> Engine:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from reelstep.errors import ConfigError
-from reelstep.parallel.collectives import Communicator
 from reelstep.parallel.mesh import Axis, bounds, shares
 from reelstep.parallel.rules import Axes, Rules, axis_of
+
+if TYPE_CHECKING:  # one device is spared torch's collectives
+    from reelstep.parallel.collectives import Communicator
 
 
 @dataclass(frozen=True)

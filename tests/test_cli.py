@@ -50,7 +50,7 @@ def test_generate_writes_the_file_and_prints_seed_and_cost(fake: Served, tmp_pat
 def test_generate_and_sample_take_a_quality_and_print_what_it_chose(
     fake: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "load_engine", lambda *_, **__: FakeEngine())
+    monkeypatch.setattr(cli, "open_for", lambda *_: FakeEngine())
     out = str(tmp_path / "fox.webp")
     for command in (["generate", "--server", fake.address], ["sample", "fake.reel"]):
         assert cli.main([*command, "a fox", "-o", out, "--quality", "standard"]) == 0
@@ -64,7 +64,7 @@ def test_generate_and_sample_take_a_quality_and_print_what_it_chose(
 def test_generate_and_sample_take_a_step_cache_and_print_what_it_skipped(
     fake: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "load_engine", lambda *_, **__: FakeEngine())
+    monkeypatch.setattr(cli, "open_for", lambda *_: FakeEngine())
     out = str(tmp_path / "fox.webp")
     for command in (["generate", "--server", fake.address], ["sample", "fake.reel"]):
         assert cli.main([*command, "a fox", "-o", out, "--steps", "6", "--step-cache", "skip", "--step-cache-option", "threshold=0.5"]) == 0
@@ -210,8 +210,31 @@ def test_ctrl_c_cancels_the_work_and_exits_with_130(fake: Served, tmp_path: Path
     assert os.listdir(tmp_path) == []
 
 
+ENDING = """
+import atexit, sys, threading, time
+import reelstep.__main__ as cli
+
+class Imported:
+    def __del__(self):
+        print("taken apart")
+
+def main():
+    atexit.register(print, "what was registered")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("a thread"))).start()
+    return 3
+
+cli.kept, cli.main = Imported(), main
+sys.exit(cli.command())
+"""
+
+
+def test_a_command_ends_after_threads_and_what_was_registered_and_takes_nothing_apart() -> None:
+    done = subprocess.run([sys.executable, "-P", "-c", ENDING], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "a thread\nwhat was registered\n", "")
+
+
 def test_sample_makes_what_the_server_makes(fake: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load_engine", lambda *_, **__: FakeEngine())
+    monkeypatch.setattr(cli, "open_for", lambda *_: FakeEngine())
     assert cli.main(["sample", "fake.bundle", "a fox", "-o", str(tmp_path / "local.png"), "--seed", "9"]) == 0
     assert generate(fake, "a fox", "-o", str(tmp_path / "served.png"), "--seed", "9") == 0
     assert (tmp_path / "local.png").read_bytes() == (tmp_path / "served.png").read_bytes()

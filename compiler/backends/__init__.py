@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
-from torch._ops import OpOverload
-from torch.export import ExportedProgram
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
 from reelstep.parallel.mesh import Mesh
 from reelstep.registry import Registry
 
-Graph = Callable[[], ExportedProgram]
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch._ops import OpOverload
+    from torch.export import ExportedProgram
+
+Graph: TypeAlias = "Callable[[], ExportedProgram]"
 """Reads the graph: seconds of work, so a backend that finds its engine in the cache does not ask."""
 
 
@@ -44,8 +45,11 @@ class Backend(Protocol):
     """False for a backend that computes nothing."""
     own_threads: bool = False
     """Whether it computes on a CPU with threads of its own and not with torch's, which then compete: they wait actively after each operator."""
-    collectives: frozenset[OpOverload] = frozenset()
-    """Those that it runs inside a graph, over this process's links: a graph without others needs no cut at them."""
+
+    @property
+    def collectives(self) -> frozenset[OpOverload]:
+        """Those that it runs inside a graph, over this process's links: a graph without others needs no cut at them."""
+        return frozenset()
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from reelstep.compiler.backends import Backend, Executable, Graph
 from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.program import Precision
-from reelstep.compiler.signature import TORCH_DTYPES, Signature
+from reelstep.compiler.signature import Signature, torch_dtype
 from reelstep.compiler.skus import is_gpu
 
 
@@ -26,7 +26,7 @@ class EagerExecutable(Executable):
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             found = self.module(*tensors)
         outputs = found if isinstance(found, tuple | list) else (found,)
-        return {edge.name: out.to(TORCH_DTYPES[edge.dtype], copy=True) for edge, out in zip(self.signature.outputs, outputs, strict=True)}
+        return {edge.name: out.to(torch_dtype(edge.dtype), copy=True) for edge, out in zip(self.signature.outputs, outputs, strict=True)}
 
 
 class EagerBackend(Backend):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch.fx.node import map_arg
 
 from reelstep.compiler.backends import Backend, Executable
 from reelstep.compiler.capture import quiet_torch, trace
-from reelstep.compiler.signature import TORCH_DTYPES, Edge, Signature
+from reelstep.compiler.program import DType
+from reelstep.compiler.signature import Edge, Signature, torch_dtype
 from reelstep.errors import CompileError
 from reelstep.parallel.collectives import Communicator, c10d
 from reelstep.parallel.context import ring_attention
@@ -30,7 +31,7 @@ RING: OpOverload = ring_attention._opoverload
 COLLECTIVES = frozenset(
     {c10d.all_reduce.default, c10d.all_gather_into_tensor.default, c10d.all_to_all_single.default, c10d.reduce_scatter_tensor.default, RING}
 )
-DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+DTYPES: dict[torch.dtype, DType] = {torch_dtype(name): name for name in get_args(DType)}
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def _edge(node: Node, raised: bool, signature: Signature) -> Edge:
             f"program {signature.program!r} at profile {signature.profile!r}: value {node.name!r} crosses a collective as {value.dtype}; "
             f"pieces pass {', '.join(DTYPES.values())}"
         )
-    return Edge(node.name, DTYPES[value.dtype], tuple(value.shape if raised else value.shape[1:]))  # type: ignore[arg-type]  # the keys of TORCH_DTYPES
+    return Edge(node.name, DTYPES[value.dtype], tuple(value.shape if raised else value.shape[1:]))
 
 
 def _collective(node: Node, aliases: Mapping[Node, Node], signature: Signature) -> Collective:

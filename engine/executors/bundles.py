@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reelstep.compiler.bundle import MANIFEST, Bundle
 from reelstep.compiler.load import load
@@ -13,7 +14,9 @@ from reelstep.compiler.program import Precision
 from reelstep.compiler.storage import whole_directory
 from reelstep.engine.runner import Executable, Runner
 from reelstep.errors import BundleError
-from reelstep.parallel.collectives import Communicator
+
+if TYPE_CHECKING:  # one device is spared torch's collectives
+    from reelstep.parallel.collectives import Communicator
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from reelstep.compiler import quantisation
-from reelstep.compiler.bundle import Bundle, Captured
+from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.capture import capture
 from reelstep.compiler.compile import compile_model
 from reelstep.compiler.describe import describe, describe_json
@@ -21,6 +21,7 @@ from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.compiler.quantisation import RANGED, Bench, Quantisation, choose_layers, fits
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
+from reelstep.compiler.write_bundle import Captured
 from reelstep.errors import CompileError, ConfigError
 
 WIDTH = 32

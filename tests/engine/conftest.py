@@ -13,11 +13,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from reelstep.compiler.program import Profile, Program, TensorSpec
+from reelstep.engine import build
+from reelstep.engine.build import build_bundle
 from reelstep.engine.executors.inline import Inline
 from reelstep.engine.loop import BatchRecord, Engine
-from reelstep.engine.models.spec import ModelSettings
+from reelstep.engine.models.spec import ModelSettings, ModelSpec
 from reelstep.engine.request import Defaults, Event, Failed, Finished, Fit, Limits, Request
 from reelstep.engine.runner import Runner
 from reelstep.engine.samplers.fitted import Fitted, RuleOptions
@@ -207,3 +210,24 @@ def request_for():
 def closed_form():
     """Settings, programs and targets of the toy model."""
     return SETTINGS, PROGRAMS, (TARGET, NULL_TARGET)
+
+
+@pytest.fixture
+def compile_toy(monkeypatch, tmp_path, closed_form):
+    """Compiles a model of one linear map with a cache, and says whether anything was captured for it."""
+    settings, _, _ = closed_form
+    captured = []
+    whole = build.compile_model
+    monkeypatch.setattr(build, "compile_model", lambda **choices: captured.append(1) or whole(**choices))
+
+    def compiled(seed=0, **choices):
+        torch.manual_seed(seed)
+        module = nn.Linear(3, 3)
+        edges = (TensorSpec("x", "float32", ("B", 3)),), (TensorSpec("velocity", "float32", ("B", 3)),)
+        programs = (Program("denoise", module, *edges, (Profile("video", {}, 2),)),)
+        monkeypatch.setattr(build, "MODELS", {"toy": ModelSpec("toy", "1", settings, lambda: module, lambda _: programs, None)})
+        captured.clear()
+        asked = {"backend": "null", "precision": None, "out": tmp_path / "toy.reel", "cache": tmp_path / "cache"} | choices
+        return build_bundle("toy", **asked), bool(captured)
+
+    return compiled

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from reelstep.compiler.bundle import Bundle
-from reelstep.compiler.load import load
+from reelstep.compiler.load import load, load_later
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.engine import build
 from reelstep.engine.build import build_bundle, default_tables
@@ -183,27 +183,6 @@ def test_the_shipped_weights_are_within_their_size_and_finite():
     assert all(bool(torch.isfinite(p).all()) for p in MODELS["reel-tiny"].build().parameters())
 
 
-@pytest.fixture
-def compile_toy(monkeypatch, tmp_path, closed_form):
-    """Compiles a model of one linear map with a cache, and says whether anything was captured for it."""
-    settings, _, _ = closed_form
-    captured = []
-    whole = build.compile_model
-    monkeypatch.setattr(build, "compile_model", lambda **choices: captured.append(1) or whole(**choices))
-
-    def compiled(seed=0, **choices):
-        torch.manual_seed(seed)
-        module = nn.Linear(3, 3)
-        edges = (TensorSpec("x", "float32", ("B", 3)),), (TensorSpec("velocity", "float32", ("B", 3)),)
-        programs = (Program("denoise", module, *edges, (Profile("video", {}, 2),)),)
-        monkeypatch.setattr(build, "MODELS", {"toy": ModelSpec("toy", "1", settings, lambda: module, lambda _: programs, None)})
-        captured.clear()
-        asked = {"backend": "null", "precision": None, "out": tmp_path / "toy.reel", "cache": tmp_path / "cache"} | choices
-        return build_bundle("toy", **asked), bool(captured)
-
-    return compiled
-
-
 def test_what_was_made_of_all_the_same_is_not_made_again(compile_toy):
     first, captured = compile_toy()
     again, captured_again = compile_toy()
@@ -279,7 +258,7 @@ def test_what_lies_there_must_be_what_was_made(compile_toy, tmp_path, harm):
 def test_engines_that_are_opened_later_are_made_once_when_they_are_called(compile_toy, tmp_path):
     bundle, _ = compile_toy(backend="eager", precision="float32")
     told = []
-    engine = load(bundle, tmp_path / "cache", progress=lambda stage, done, total: told.append((stage, done, total)), later=True)["denoise", "video"]
+    engine = load_later(bundle, tmp_path / "cache", progress=lambda stage, done, total: told.append((stage, done, total)))["denoise", "video"]
     assert not told
     x = torch.randn(2, 3)
     torch.manual_seed(0)
@@ -292,7 +271,7 @@ def test_engines_that_are_opened_later_are_made_once_when_they_are_called(compil
 def test_engines_that_are_opened_ahead_are_made_once_too(compile_toy, tmp_path):
     bundle, _ = compile_toy(backend="eager", precision="float32")
     told = []
-    engine = load(bundle, tmp_path / "cache", progress=lambda *stage: told.append(stage), later=True)["denoise", "video"]
+    engine = load_later(bundle, tmp_path / "cache", progress=lambda *stage: told.append(stage))["denoise", "video"]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(4):
             pool.submit(engine.open, 2)

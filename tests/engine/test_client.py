@@ -11,7 +11,8 @@ from pathlib import Path
 import google_crc32c
 import pytest
 
-from reelstep.engine.client import Artifact, Assembler, AsyncClient, Client, Generation, PreviewFile
+from reelstep.engine.client import Assembler, AsyncClient, Client
+from reelstep.engine.result import Artifact, Generation, PreviewFile
 from reelstep.errors import DeadlineExceeded, InternalError, InvalidRequest, NotFound, Overloaded, Unavailable
 from reelstep.protos.reelstep.v1 import media_pb2 as pb
 from reelstep.tests.engine.service.in_process import Served, served, wait_until

@@ -12,25 +12,23 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import openvino as ov
-import openvino.opset13 as op
-import torch
-from openvino.tools.ovc.logger import get_logger_state, restore_logger_state
-from torch import Tensor
-from torch.export import ExportedProgram
 
 from reelstep.compiler.backends import Backend, Executable, Graph
-from reelstep.compiler.backends.openvino.attention import read_keys_in_place
-from reelstep.compiler.backends.openvino.collectives import RUNS, Raised, conversions, has_collectives
-from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.program import Precision
-from reelstep.compiler.signature import TORCH_DTYPES, Signature
+from reelstep.compiler.signature import Signature, torch_dtype
 from reelstep.compiler.skus import is_gpu
 from reelstep.compiler.skus.cpu import SKU
 from reelstep.compiler.storage import seal, sealed, write_file
 from reelstep.errors import CompileError
+
+if TYPE_CHECKING:  # an engine is taken from the cache without torch
+    from torch import Tensor
+    from torch._ops import OpOverload
+
+    from reelstep.compiler.backends.openvino.collectives import Raised
 
 DEVICE = "CPU"
 LANES = 2
@@ -58,12 +56,17 @@ def variants_of(signature: Signature, meets: bool) -> tuple[Variant, ...]:
     return ALONE, Variant(signature.max_batch, 1) if meets or SKU.units < LANES or numbers < SMALL else Variant(1, LANES)
 
 
+def tensor_name(position: int) -> str:
+    """Of an input, in an engine."""
+    return f"reelstep_input_{position}"
+
+
 class Bound:
     """An infer request of a compiled variant."""
 
     def __init__(self, compiled: ov.CompiledModel, signature: Signature) -> None:
         self.request = compiled.create_infer_request()
-        ports = [next((i for i, port in enumerate(compiled.inputs) if _tensor_name(k) in port.names), None) for k in range(len(signature.inputs))]
+        ports = [next((i for i, port in enumerate(compiled.inputs) if tensor_name(k) in port.names), None) for k in range(len(signature.inputs))]
         self.ports = [(position, index) for position, index in enumerate(ports) if index is not None]  # an input that nothing reads has none
 
     def bind(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> ov.InferRequest:
@@ -78,10 +81,10 @@ class Bound:
 class OpenVinoExecutable(Executable):
     """A program's variants, each opened when it is first called.
 
-    raised: where collectives in it say what went wrong.
+    raised: where collectives in it say what went wrong; None where it has none.
     """
 
-    def __init__(self, variants: Mapping[Variant, Callable[[], ov.CompiledModel]], signature: Signature, raised: Raised) -> None:
+    def __init__(self, variants: Mapping[Variant, Callable[[], ov.CompiledModel]], signature: Signature, raised: Raised | None = None) -> None:
         self.variants, self.signature, self.raised = variants, signature, raised
         *_, self.many = variants
         self._opened: dict[Variant, list[Bound]] = {}
@@ -109,13 +112,15 @@ class OpenVinoExecutable(Executable):
             return self._opened[variant]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        import torch
+
         tensors = [tensor.detach().contiguous() for tensor in self.signature.ordered(inputs)]
         rows = len(tensors[0])
-        outputs = {edge.name: torch.empty((rows, *edge.sizes), dtype=TORCH_DTYPES[edge.dtype]) for edge in self.signature.outputs}
+        outputs = {edge.name: torch.empty((rows, *edge.sizes), dtype=torch_dtype(edge.dtype)) for edge in self.signature.outputs}
         try:
             self._run(tensors, list(outputs.values()), rows)
         except RuntimeError as error:
-            raise self.raised.take() or error from None
+            raise (self.raised and self.raised.take()) or error from None
         return outputs
 
     def _run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], rows: int) -> None:
@@ -145,7 +150,12 @@ class OpenVinoBackend(Backend):
     name = "openvino"
     runs = True
     own_threads = True
-    collectives = frozenset(RUNS.values())
+
+    @property
+    def collectives(self) -> frozenset[OpOverload]:
+        from reelstep.compiler.backends.openvino.collectives import RUNS  # here: one device is spared torch's own
+
+        return frozenset(RUNS.values())
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -164,10 +174,14 @@ class OpenVinoBackend(Backend):
             raise CompileError(f"backend 'openvino' cannot run {precision} on {SKU.model}; it can run {', '.join(self.precisions)}")
         core = ov.Core()
         if cache is None:
+            exported = graph()
+            from reelstep.compiler.backends.openvino.collectives import Raised, has_collectives
+            from reelstep.compiler.backends.openvino.convert import for_batch, lower
+
             raised = Raised()
-            model = _lower(graph(), signature, precision, raised)
+            model = lower(exported, signature, precision, raised)
             variants = variants_of(signature, has_collectives(model))
-            compiled = {rows: core.compile_model(_for_batch(model, signature, rows), DEVICE, _options(ALONE)) for rows, _ in variants}
+            compiled = {rows: core.compile_model(for_batch(model, signature, rows), DEVICE, _options(ALONE)) for rows, _ in variants}
             ready = {v: partial(_given, compiled[v.rows]) if v.lanes == 1 else partial(_again, core, compiled[v.rows], _options(v)) for v in variants}
             return OpenVinoExecutable(ready, signature, raised)
         machine = "\n".join([key, precision, ov.__version__, SKU.model, str(SKU.units), *sorted(SKU.features)])
@@ -175,11 +189,14 @@ class OpenVinoBackend(Backend):
         variants = variants_of(signature, meets=False)
         paths = {rows: cache / f"{name}-rows{rows}.blob" for rows, _ in variants}
         if not all(map(sealed, paths.values())):
-            model = _lower(graph(), signature, precision)
+            exported = graph()
+            from reelstep.compiler.backends.openvino.convert import for_batch, lower  # here: an engine from the cache needs neither it nor the passes
+
+            model = lower(exported, signature, precision)
             for rows, path in paths.items():
-                made = core.compile_model(_for_batch(model, signature, rows), DEVICE, _options(ALONE))
+                made = core.compile_model(for_batch(model, signature, rows), DEVICE, _options(ALONE))
                 seal(path, partial(_save, made))
-        return OpenVinoExecutable({v: partial(_open, core, paths[v.rows], _options(v)) for v in variants}, signature, Raised())
+        return OpenVinoExecutable({v: partial(_open, core, paths[v.rows], _options(v)) for v in variants}, signature)
 
 
 def _options(variant: Variant) -> dict[str, Any]:
@@ -208,54 +225,6 @@ def _save(compiled: ov.CompiledModel, path: Path) -> None:
 def _export(compiled: ov.CompiledModel) -> bytes:
     stream: Any = compiled.export_model()
     return bytes(stream) if not hasattr(stream, "getvalue") else bytes(stream.getvalue())
-
-
-def _tensor_name(position: int) -> str:
-    return f"reelstep_input_{position}"
-
-
-def _lower(exported: ExportedProgram, signature: Signature, precision: Precision, raised: Raised | None = None) -> ov.Model:
-    from reelstep.compiler.passes.mixed_precision import mixed_precision  # here: an engine from the cache needs no passes
-
-    return _convert(mixed_precision(exported, signature) if precision == "bfloat16" else exported, signature, raised)
-
-
-def _convert(exported: ExportedProgram, signature: Signature, raised: Raised | None) -> ov.Model:
-    """The OpenVINO model with our names on its inputs. raised: where its collectives say what went wrong; a model that will be saved has none."""
-    where, logging = f"program {signature.program!r} at profile {signature.profile!r}", get_logger_state()
-    try:
-        with quiet_torch():
-            extension = None if raised is None else conversions(raised)
-            model: ov.Model = ov.convert_model(exported, extension=extension)
-    except Exception as error:  # the frontend raises its own unexported classes
-        restore_logger_state(logging)  # of the whole process, which only a conversion that succeeds puts back
-        raise CompileError(f"{where} cannot be converted to OpenVINO: {error}") from error
-    for position, name in enumerate(exported.graph_signature.user_inputs):
-        port = next((port for port in model.inputs if name in port.get_names()), None)
-        if port is not None:
-            port.get_tensor().set_names({_tensor_name(position)})
-    _compute_outputs(model)
-    return model
-
-
-def _compute_outputs(model: ov.Model) -> None:
-    """An output that is an input, at most in another shape, is one that OpenVINO never writes to memory of ours: it becomes the larger one of it and itself."""
-    for result in model.get_results():
-        source = given = result.input_value(0)
-        while given.get_node().get_type_name() in ("Reshape", "Squeeze", "Unsqueeze", "Convert"):
-            given = given.get_node().input_value(0)
-        if given.get_node().get_type_name() == "Parameter":
-            result.input(0).replace_source_output(op.maximum(source, source).output(0))
-
-
-def _for_batch(model: ov.Model, signature: Signature, rows: int) -> ov.Model:
-    """The model for up to `rows` rows; for one row every shape is static."""
-    sizes = {_tensor_name(position): edge.sizes for position, edge in enumerate(signature.inputs)}
-    batch = ov.Dimension(1, rows) if rows > 1 else 1
-    made: ov.Model = model.clone()
-    made.reshape({port: ov.PartialShape([batch, *sizes[port.get_any_name()]]) for port in made.inputs})
-    read_keys_in_place(made)
-    return made
 
 
 BACKEND = OpenVinoBackend()

@@ -21,7 +21,7 @@ from torch_tensorrt.logging import TRT_LOGGER
 from reelstep.compiler.backends import Executable
 from reelstep.compiler.backends.tensorrt.build import row_ranges
 from reelstep.compiler.backends.tensorrt.records import Records
-from reelstep.compiler.signature import TORCH_DTYPES, Edge, Signature
+from reelstep.compiler.signature import Edge, Signature, torch_dtype
 from reelstep.errors import CompileError, InternalError, Unavailable
 
 TRT_DTYPES = {
@@ -176,7 +176,7 @@ class TensorRtExecutable(Executable):
 
     def _allocate(self) -> dict[str, Tensor]:
         """Room for the most rows of every edge, and for the contexts' activations."""
-        sizes = {name: ((self.signature.max_batch, *edge.sizes), TORCH_DTYPES[edge.dtype]) for name, edge in self._edges().items()}
+        sizes = {name: ((self.signature.max_batch, *edge.sizes), torch_dtype(edge.dtype)) for name, edge in self._edges().items()}
         sizes[WORKSPACE] = ((self.engine.device_memory_size_v2,), torch.uint8)
         try:
             return {name: torch.empty(shape, dtype=dtype, device=self.device) for name, (shape, dtype) in sizes.items()}
@@ -191,7 +191,7 @@ class TensorRtExecutable(Executable):
         """The plan's edges are those of the signature: a plan is a file, and files get mixed up."""
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         for name, edge in self._edges().items():
-            if name not in names or self.engine.get_tensor_dtype(name) != TRT_DTYPES[TORCH_DTYPES[edge.dtype]]:
+            if name not in names or self.engine.get_tensor_dtype(name) != TRT_DTYPES[torch_dtype(edge.dtype)]:
                 raise CompileError(f"{self.where}: the plan has no {edge.dtype} tensor {name!r} for {edge}; it has {', '.join(names)}")
 
     def _context(self, index: int) -> trt.IExecutionContext:

@@ -26,7 +26,7 @@ from reelstep.compiler.backends.tensorrt.records import Records
 from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.passes.mixed_precision import mixed_precision
 from reelstep.compiler.program import Precision
-from reelstep.compiler.signature import TORCH_DTYPES, Signature
+from reelstep.compiler.signature import Signature, torch_dtype
 from reelstep.errors import CompileError
 
 PART = "_run_on_acc"
@@ -141,6 +141,6 @@ def _spec(signature: Signature, position: int) -> torch_tensorrt.Input:
     """An input with a dynamic batch, or of one row."""
     edge, rows = signature.inputs[position], signature.max_batch
     if rows == 1:
-        return torch_tensorrt.Input(shape=(1, *edge.sizes), dtype=TORCH_DTYPES[edge.dtype])
+        return torch_tensorrt.Input(shape=(1, *edge.sizes), dtype=torch_dtype(edge.dtype))
     shapes = {"min_shape": (1, *edge.sizes), "opt_shape": (rows, *edge.sizes), "max_shape": (rows, *edge.sizes)}
-    return torch_tensorrt.Input(**shapes, dtype=TORCH_DTYPES[edge.dtype])
+    return torch_tensorrt.Input(**shapes, dtype=torch_dtype(edge.dtype))

@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from reelstep.compiler.backends import BACKENDS
-from reelstep.compiler.backends.openvino import _for_batch, _lower
+from reelstep.compiler.backends.openvino.convert import for_batch, lower
 from reelstep.compiler.capture import capture
 from reelstep.compiler.graphs import dump_graph, load_graph, weights_of
 from reelstep.compiler.passes import apply_passes
@@ -275,7 +275,7 @@ def test_openvino_multiplies_integers_and_agrees(precision):
     x = torch.randn(1, 64, 16)
     grids = grids_of(exported, x)
     made = quantise(exported, signature, "int8", list(grids), grids)
-    model = _for_batch(_lower(made, signature, precision), signature, 1)
+    model = for_batch(lower(made, signature, precision), signature, 1)
     compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     exact, y = made.module()(x).detach(), torch.from_numpy(compiled(x.numpy())[0])
     infos = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]

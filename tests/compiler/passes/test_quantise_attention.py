@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from reelstep.compiler.backends import BACKENDS
-from reelstep.compiler.backends.openvino import _for_batch, _lower
+from reelstep.compiler.backends.openvino.convert import for_batch, lower
 from reelstep.compiler.capture import capture
 from reelstep.compiler.graphs import dump_graph, load_graph, weights_of
 from reelstep.compiler.passes import apply_passes
@@ -145,7 +145,7 @@ def test_openvino_runs_it_as_one_node_of_integers_that_moves_no_keys(precision):
     x = x_of(1)
     grids = grids_of(exported, x)
     made = quantise(exported, signature, "int8", [*quantisable(exported, "int8").values()], grids)
-    compiled = ov.Core().compile_model(_for_batch(_lower(made, signature, precision), signature, 1), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = ov.Core().compile_model(for_batch(lower(made, signature, precision), signature, 1), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     nodes = [{key: value.astype(str) for key, value in op.get_rt_info().items()} for op in compiled.get_runtime_model().get_ops()]
     attention = [node for node in nodes if "Softmax" in node["originalLayersNames"]]
     assert [(node["layerType"], node["outputPrecisions"]) for node in attention] == [("Subgraph", "u8")]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from reelstep.compiler.backends import BACKENDS
-from reelstep.compiler.backends.openvino import _for_batch, _lower
+from reelstep.compiler.backends.openvino.convert import for_batch, lower
 from reelstep.compiler.capture import capture
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes import quantise as quantise_module
@@ -90,7 +90,7 @@ def test_the_layer_behind_a_moved_rounding_reads_float32_in_a_bfloat16_plan():
 @pytest.mark.skipif("bfloat16" not in BACKENDS["openvino"].precisions, reason="a CPU without bfloat16, in which attention is one node")
 def test_openvinos_attention_writes_integers_and_the_layer_reads_them():
     made, signature, x = quantised()
-    model = _for_batch(_lower(made, signature, "bfloat16"), signature, 1)
+    model = for_batch(lower(made, signature, "bfloat16"), signature, 1)
     compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     nodes = [{key: value.astype(str) for key, value in op.get_rt_info().items()} for op in compiled.get_runtime_model().get_ops()]
     attention = [node for node in nodes if "Softmax" in node["originalLayersNames"]]

@@ -76,12 +76,11 @@ def test_generate_and_sample_take_loras_and_print_them(
 ) -> None:
     loaded: list[dict[str, Path]] = []
 
-    def load_engine(args: object, bundles: object, running: int, queued: int, loras: dict[str, Path], once: bool) -> FakeEngine:
-        assert once
+    def open_for(args: object, ask: object, loras: dict[str, Path]) -> FakeEngine:
         loaded.append(loras)
         return FakeEngine()
 
-    monkeypatch.setattr(cli, "load_engine", load_engine)
+    monkeypatch.setattr(cli, "open_for", open_for)
     out = str(tmp_path / "fox.webp")
     for command, name in ((["generate", "--server", fake.address], "neon"), (["sample", "fake.reel"], "styles/neon.safetensors")):
         assert cli.main([*command, "a fox", "-o", out, "--lora", f"{name}=0.5"]) == 0

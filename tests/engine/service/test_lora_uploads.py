@@ -27,11 +27,12 @@ from torch import Tensor
 from reelstep import __main__ as cli
 from reelstep.compiler.lora import Layer, Layout
 from reelstep.engine.checkpoints import Checkpoints
-from reelstep.engine.client import AsyncClient, Client, Generation, from_error
+from reelstep.engine.client import AsyncClient, Client, from_error
 from reelstep.engine.executors.inline import Inline
 from reelstep.engine.loop import Engine, warmed_up
 from reelstep.engine.lora import BASE
 from reelstep.engine.request import CHUNK_BYTES, PEFT_FILE, Defaults
+from reelstep.engine.result import Generation
 from reelstep.engine.runner import Runner
 from reelstep.engine.served import ServedModel, read_loras
 from reelstep.engine.service import lora as service

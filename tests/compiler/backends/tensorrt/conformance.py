@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import stub
@@ -39,9 +39,9 @@ from reelstep.compiler.backends.tensorrt.records import Progress, Records  # noq
 from reelstep.compiler.capture import capture  # noqa: E402
 from reelstep.compiler.part import Part  # noqa: E402
 from reelstep.compiler.passes import apply_passes  # noqa: E402
-from reelstep.compiler.program import Precision, Profile, Program, TensorSpec  # noqa: E402
+from reelstep.compiler.program import DType, Precision, Profile, Program, TensorSpec  # noqa: E402
 from reelstep.compiler.sharded import rank_programs  # noqa: E402
-from reelstep.compiler.signature import TORCH_DTYPES, Signature  # noqa: E402
+from reelstep.compiler.signature import Signature, torch_dtype  # noqa: E402
 from reelstep.engine.build import sharded_parts  # noqa: E402
 from reelstep.engine.models import MODELS, movie_gen  # noqa: E402
 from reelstep.errors import Cancelled, CompileError  # noqa: E402
@@ -426,6 +426,6 @@ CHECKS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    names = {str(dtype) for dtype in TORCH_DTYPES.values()}
+    names = {str(torch_dtype(name)) for name in get_args(DType)}
     assert names <= {str(dtype) for dtype in engine.TRT_DTYPES}
     print(json.dumps({check: CHECKS[check.split(":")[0]](*check.split(":")[1:]) for check in sys.argv[2:]}))
