@@ -358,7 +358,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:
-    shares = "ranks that share one bundle's model, such as cp=2,tp=1; in float32, and on this machine if there are no replicas (one process)"
+    shares = (
+        "ranks that share one bundle's model, such as cp=2,tp=1; in float32 unless the bundle was planned for a mesh, and on this machine if there are no "
+        "replicas (one process)"
+    )
     parser.add_argument("--mesh", metavar="AXIS=N,...", help=shares)
 
 

@@ -411,6 +411,7 @@ def apart(find: Callable[[Bench], Iterator[Finding]], device: torch.device) -> I
     found, sent = context.Pipe(duplex=False)
     with TemporaryDirectory() as folder:
         said = Path(folder) / "stderr"
+        said.touch()  # it may end before it writes there
         process = context.Process(target=_send, args=(find, device, sent, said), daemon=True)
         process.start()
         sent.close()
@@ -675,6 +676,11 @@ def wrong(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{row['part']}: {row['what']}" for row in rows if row["right"] is False]
 
 
+def unfinished(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Parts that ended early, so that not all of what they check is known to be right."""
+    return [row["part"] for row in rows if row["what"] == "failed"]
+
+
 def main(argv: Sequence[str]) -> None:
     options = parser("gpu_check", __doc__ or "")
     options.add_argument("--parts", nargs="+", metavar="PART", choices=[part.name for part in PARTS], help="only these (default: all)")
@@ -697,6 +703,9 @@ def main(argv: Sequence[str]) -> None:
     if found := wrong(rows):
         print(f"gpu_check: {len(found)} wrong: {'; '.join(found)}", file=sys.stderr)
         raise SystemExit(1)
+    if ended := unfinished(rows):
+        print(f"gpu_check: nothing was found wrong, but not all was checked; these parts failed: {', '.join(ended)}", file=sys.stderr)
+        raise SystemExit(3)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 from reelstep.compiler.plan import KernelPlan, Plan, canonical_json
 from reelstep.compiler.storage import replace_file
-from reelstep.errors import CompileError, ReelstepError, unknown
+from reelstep.errors import CompileError, ReelstepError, StorageError, unknown
 from reelstep.kernels import OPS
 from reelstep.kernels.jit import HAS_TRITON, interpreted, triton
 from reelstep.kernels.op import NAMESPACE, Kernel
@@ -115,7 +115,10 @@ def _figures(op: str, kernel: Kernel, arch: str, folder: Path | None) -> KernelP
         with suppress(ValueError, TypeError):  # damaged: measured again
             return KernelPlan(**json.loads(file.read_bytes()))
     found = _measured(op, kernel.name, arch)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the cache directory {folder}: {error.strerror}; choose another with --cache") from error
     replace_file(file, canonical_json(asdict(found)))
     return found
 

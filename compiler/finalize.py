@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from reelstep.compiler.backends import Backend
 from reelstep.compiler.bundle import Bundle
-from reelstep.compiler.load import Progress, build_engine, choose, silent
+from reelstep.compiler.load import Progress, build_engine, choose, silent, telling
 from reelstep.compiler.program import FLOAT_BYTES, Precision
 from reelstep.compiler.skus import SKUS
 from reelstep.compiler.storage import watch_seals
@@ -49,7 +49,7 @@ def finalize(
     """Build every engine of the bundle that `cache` lacks for this machine. In the order of the plan.
 
     backend, precision: as for `load`. Raises CompileError if this machine is not what the bundle is for or has too little memory, or for a mesh's bundle, and
-    StorageError if the disk has too little room, all before anything is built; and whatever the backend raises.
+    StorageError if the disk has too little room (where engines hold their weights), all before anything is built; and whatever the backend raises.
     """
     if bundle.plan.mesh:
         text = f"was planned for mesh {bundle.plan.mesh_name}: its ranks build their own engines when it is opened, so there is nothing to finalize"
@@ -64,10 +64,12 @@ def finalize(
             found[key] = looked
         else:
             missing[key] = looked
-    _check_room(bundle, list(missing), wanted, cache)
+    if not chosen.weights_apart:
+        _check_room(bundle, list(missing), wanted, cache)
     for done, (key, damaged) in enumerate(missing.items()):
-        progress(f"{chosen.name}: build {key[0]} {key[1]}", done, len(missing))
-        found[key] = _build(bundle, key, chosen, wanted, cache, damaged)
+        stage = f"{chosen.name}: build {key[0]} {key[1]}"
+        progress(stage, done, len(missing))
+        found[key] = _build(bundle, key, telling(chosen, progress, stage, done, len(missing)), wanted, cache, damaged)
     progress(f"{chosen.name}: ready", len(missing), len(missing))
     return tuple(found[key] for key in bundle.signatures)
 

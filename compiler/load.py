@@ -73,8 +73,9 @@ def load(
     chosen, wanted = choose_alone(bundle, backend, precision)
     engines = {}
     for done, key in enumerate(bundle.signatures):
-        progress(f"{chosen.name}: {key[0]} {key[1]}", done, len(bundle.signatures))
-        engines[key] = build_engine(bundle, key, chosen, wanted, cache)
+        stage = f"{chosen.name}: {key[0]} {key[1]}"
+        progress(stage, done, len(bundle.signatures))
+        engines[key] = build_engine(bundle, key, telling(chosen, progress, stage, done, len(bundle.signatures)), wanted, cache)
     progress(f"{chosen.name}: ready", len(engines), len(engines))
     return engines
 
@@ -87,8 +88,9 @@ def load_later(
     making, done = Lock(), count()
 
     def make(key: tuple[str, str]) -> Executable:
-        progress(f"{chosen.name}: {key[0]} {key[1]}", next(done), 0)
-        return build_engine(bundle, key, chosen, wanted, cache)
+        stage, before = f"{chosen.name}: {key[0]} {key[1]}", next(done)
+        progress(stage, before, 0)
+        return build_engine(bundle, key, telling(chosen, progress, stage, before, 0), wanted, cache)
 
     def find(key: tuple[str, str]) -> Executable | None:
         try:
@@ -105,6 +107,11 @@ class NotInCacheError(Exception):
 
 def _not_read() -> ExportedProgram:
     raise NotInCacheError
+
+
+def telling(backend: Backend, progress: Progress, stage: str, done: int, total: int) -> Backend:
+    """The backend, which tells of the phases of a build as they begin: of their steps there may be thousands."""
+    return backend.watched(lambda phase, step, _: None if step else progress(f"{stage}: {phase}", done, total))
 
 
 def choose_alone(bundle: Bundle, backend: str | None, precision: Precision | None) -> tuple[Backend, Precision]:

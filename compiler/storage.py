@@ -27,6 +27,9 @@ SECRET, SECRET_BYTES = "seal.secret", 32
 UNFINISHED = ".new-"
 """Begins the names of directories that engines are built in, beside where they will lie."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of a disk, as an OSError says it."""
+
 Seal = Literal["kept", "damaged", "missing", "made"]
 
 _watched: ContextVar[list[tuple[Path, Seal]] | None] = ContextVar("watched", default=None)
@@ -134,7 +137,12 @@ def sealed(path: Path) -> bool:
         _tell(path, "missing")
         return False
     with _turn(path.parent, fcntl.LOCK_SH):
-        kept = note.exists() and hmac.compare_digest(note.read_bytes(), _tag(path))
+        try:
+            kept = note.exists() and hmac.compare_digest(note.read_bytes(), _tag(path))
+        except StorageError:  # which is an OSError
+            raise
+        except OSError:  # one of both was removed meanwhile, is no file, or is on a disk that fails
+            kept = False
     if not kept:
         log.warning("%s is damaged, half written, or was not made here: it is not used and will be made again", path)
     _tell(path, "kept" if kept else "damaged")
@@ -159,8 +167,7 @@ def seal(path: Path, write: Callable[[Path], object]) -> None:
     except StorageError:
         raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "Free some space or choose another cache directory" if full else "Choose a cache directory that you can write to"
+        advice = "Free some space or choose another cache directory" if error.errno in FULL else "Choose a cache directory that you can write to"
         raise StorageError(f"cannot write {path}: {error}. {advice}") from error
     _tell(path, "made")
 

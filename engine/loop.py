@@ -471,7 +471,8 @@ def open_engine(
 ) -> Engine:
     """Load bundles and run each once, so that the first request meets warm engines. trusted: if any, one of these must have signed each bundle.
 
-    mesh: of ranks that share one bundle's model, in float32: on this machine, or as `elsewhere` says, whose replicas then run all that there is.
+    mesh: of ranks that share one bundle's model, in float32 or as it was planned for a mesh: on this machine, or as `elsewhere` says, whose replicas then
+    run all that there is.
     loras: files by the names that requests use, of the only bundle. checkpoints: a directory for states of running requests, and every how many steps
     one is kept. allowance: how long a call on a mesh may take; `elsewhere` brings its own. Raises BundleError, CompileError, NotFound (backend), or
     ConfigError when two bundles hold one model, and as `open_on_mesh` or `elsewhere`.
@@ -482,7 +483,8 @@ def open_engine(
         if len(bundles) != 1:
             raise ConfigError(f"{len(bundles)} bundles on mesh {mesh}: a process is a rank of one replica; serve each bundle from a server of its own")
         if precision not in (None, "float32"):
-            raise ConfigError(f"precision {precision} on mesh {mesh}: ranks run float32; leave --precision out, or serve without a mesh")
+            text = "ranks run float32, or what the bundle was planned for; leave --precision out, or serve without a mesh"
+            raise ConfigError(f"precision {precision} on mesh {mesh}: {text}")
     opened = [Bundle.open(path, trusted) for path in bundles]
     names = [bundle.plan.model for bundle in opened]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 Graph: TypeAlias = "Callable[[], ExportedProgram]"
 """Reads the graph: seconds of work, so a backend that finds its engine in the cache does not ask."""
 
+Watch = Callable[[str, int, int], None]
+"""Called with a phase of a build, its steps done, and its steps in all."""
+
+
+def unwatched(phase: str, done: int, total: int) -> None:
+    """Nobody watches."""
+
 
 class Executable(Protocol):
     """A program at a profile, ready to run. May be called by one thread at a time. A backend's is a subclass."""
@@ -45,6 +52,10 @@ class Backend(Protocol):
     """False for a backend that computes nothing."""
     own_threads: bool = False
     """Whether it computes on a CPU with threads of its own and not with torch's, which then compete: they wait actively after each operator."""
+    weights_apart: bool = False
+    """Whether its engines hold no weights: those lie in the cache once, by content, and what a device has no memory for can stay on the host."""
+    keeps_collectives: bool = False
+    """Whether an engine with collectives in it can lie in the cache."""
 
     @property
     def collectives(self) -> frozenset[OpOverload]:
@@ -66,6 +77,10 @@ class Backend(Protocol):
 
     def on(self, arch: str) -> Backend:
         """The same for the device of an arch that it runs on: what it can run and builds may differ between devices."""
+        return self
+
+    def watched(self, watch: Watch) -> Backend:
+        """The same, which tells how far a build is, where one takes minutes. What `watch` raises stops the build."""
         return self
 
     def refuses(self, mesh: Mesh, arch: str) -> str | None:

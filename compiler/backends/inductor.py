@@ -37,8 +37,8 @@ from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import is_gpu
 from reelstep.compiler.skus.cpu import SKU
-from reelstep.compiler.storage import seal, sealed
-from reelstep.errors import CompileError
+from reelstep.compiler.storage import FULL, seal, sealed
+from reelstep.errors import CompileError, StorageError
 from reelstep.kernels import OPS
 from reelstep.parallel.mesh import Mesh
 
@@ -72,7 +72,8 @@ class Replayed(InductorExecutable):
     def __init__(self, launch: Run, signature: Signature, device: str) -> None:
         super().__init__(launch, signature, device)
         self.recorded: dict[int, Recording] = {}
-        self.memory = torch.cuda.graph_pool_handle()  # one for all of them: they run one at a time, and what one gave is copied before the next
+        # One of each for all of them: they run one at a time, what one gave is copied before the next, and memory of a pool is given again on its own stream.
+        self.memory, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         self.free = Lock()
 
     def open(self, rows: int) -> None:
@@ -87,16 +88,15 @@ class Replayed(InductorExecutable):
         rows = len(given[0])
         if rows not in self.recorded:
             with self.recording:
-                self.recorded[rows] = Recording(self.launch, given, self.memory)
+                self.recorded[rows] = Recording(self.launch, given, self.memory, self.aside)
         return self.recorded[rows]
 
 
 class Recording:
-    """One call as a CUDA graph. It reads and writes memory of its own."""
+    """One call as a CUDA graph, recorded on the stream `aside`. It reads and writes memory of its own."""
 
-    def __init__(self, launch: Run, given: Sequence[Tensor], memory: Any) -> None:
+    def __init__(self, launch: Run, given: Sequence[Tensor], memory: Any, aside: torch.cuda.Stream) -> None:
         self.given = [tensor.clone() for tensor in given]
-        aside = torch.cuda.Stream(given[0].device)
         aside.wait_stream(torch.cuda.current_stream(given[0].device))
         with torch.cuda.stream(aside):
             launch(*self.given)  # loads kernels and chooses algorithms, which a recording may not
@@ -153,10 +153,13 @@ class InductorBackend(Backend):
             text = f"torch {torch.__version__} sees no CUDA device; it needs a CUDA build of torch, the NVIDIA driver and a GPU"
             raise CompileError(f"{_where(signature)} cannot be built for {self.device} by backend 'inductor' here: {text}")
         if cache is None:
-            with tempfile.TemporaryDirectory(prefix="reelstep-inductor-") as folder:
-                path = Path(folder) / "engine.pt2"
-                self._package(graph(), signature, precision, path)
-                return self._load(path, signature)
+            try:
+                with tempfile.TemporaryDirectory(prefix="reelstep-inductor-") as folder:
+                    path = Path(folder) / "engine.pt2"
+                    self._package(graph(), signature, precision, path)
+                    return self._load(path, signature)
+            except OSError as error:
+                raise StorageError(f"{_where(signature)} cannot be compiled: {error}. Free some space, or set TMPDIR to a folder with more") from error
         machine = "\n".join([key, precision, str(torch.__version__), *self._machine()])
         path = cache / f"inductor-{hashlib.sha256(machine.encode()).hexdigest()}.pt2"
         if not sealed(path):
@@ -177,9 +180,9 @@ class InductorBackend(Backend):
             with quiet_torch(), quiet_tuning(), torch.no_grad(), fresh_cache(dir=str(path.parent)):  # sources and a second copy of all weights go with it
                 lowered = self._lowered(exported, signature, precision)
                 aoti_compile_and_package(lowered, package_path=str(path), inductor_configs=self._options(lowered))
-        except OSError:
-            raise  # a full disk is the caller's to report
         except Exception as error:  # the generator and the C++ compiler fail in many ways
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise  # the caller's to report
             raise CompileError(f"{_where(signature)} cannot be compiled by inductor: {error}") from error
 
     def _lowered(self, exported: ExportedProgram, signature: Signature, precision: Precision) -> ExportedProgram:

@@ -5,9 +5,11 @@ Not one of the rewrites that run on every graph: it makes many graphs of one, af
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -19,8 +21,11 @@ from torch.fx.node import map_arg
 
 from reelstep.compiler.backends import Backend, Executable
 from reelstep.compiler.capture import quiet_torch, trace
-from reelstep.compiler.program import DType
+from reelstep.compiler.graphs import dump_graph
+from reelstep.compiler.plan import canonical_json
+from reelstep.compiler.program import DType, Precision
 from reelstep.compiler.signature import Edge, Signature, torch_dtype
+from reelstep.compiler.sources import source_hash
 from reelstep.errors import CompileError
 from reelstep.parallel.collectives import Communicator, c10d
 from reelstep.parallel.context import ring_attention
@@ -42,6 +47,14 @@ class Piece:
     exported: ExportedProgram
     raised: frozenset[str]
 
+    @property
+    def reads(self) -> list[str]:
+        return [edge.name for edge in self.signature.inputs]
+
+    @property
+    def makes(self) -> list[str]:
+        return [edge.name for edge in self.signature.outputs]
+
 
 @dataclass(frozen=True)
 class Value:
@@ -58,6 +71,14 @@ class Collective:
     args: tuple[Any, ...]
     output: str
 
+    @property
+    def reads(self) -> list[str]:
+        return [arg.name for arg in self.args if isinstance(arg, Value)]
+
+    @property
+    def makes(self) -> list[str]:
+        return [self.output]
+
 
 @dataclass(frozen=True)
 class Split:
@@ -67,6 +88,16 @@ class Split:
     inputs: tuple[str, ...]
     steps: tuple[Piece | Collective, ...]
     outputs: tuple[str, ...]
+
+    @cached_property
+    def over(self) -> list[set[str]]:
+        """Of each step the values that no later one reads and that are no outputs."""
+        wanted, over = {*self.outputs}, list[set[str]]()
+        for step in reversed(self.steps):
+            known = {*step.reads, *step.makes}
+            over.insert(0, known - wanted)
+            wanted |= known
+        return over
 
     @property
     def pieces(self) -> list[Piece]:
@@ -83,7 +114,7 @@ class Chain(Executable):
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = dict(zip(self.split.inputs, self.signature.ordered(inputs), strict=True))
         pieces = iter(self.steps)
-        for step in self.split.steps:
+        for step, over in zip(self.split.steps, self.split.over, strict=True):
             if isinstance(step, Piece):
                 _, run = next(pieces)
                 found = run({edge.name: values[edge.name][None] if edge.name in step.raised else values[edge.name] for edge in step.signature.inputs})
@@ -91,26 +122,45 @@ class Chain(Executable):
             else:
                 args = _with_values(step.args, values)
                 values[step.output] = self.comm.guarded("ring_attention", "ring", partial(step.op, *args)) if step.op is RING else self.comm.run(step.op, args)
-        return {edge.name: values[name] for edge, name in zip(self.signature.outputs, self.split.outputs, strict=True)}
+            for name in over:  # a network of many layers would hold what crosses each of them
+                del values[name]
+        shared = {*self.split.inputs, *(name for name in self.split.outputs if self.split.outputs.count(name) > 1)}
+        outputs = zip(self.signature.outputs, self.split.outputs, strict=True)
+        return {edge.name: values[name].clone() if name in shared else values[name] for edge, name in outputs}
 
 
-def build_rank(exported: ExportedProgram, signature: Signature, backend: Backend, comm: Communicator) -> Executable:
-    """A rank's program in float32: one engine where the backend runs what collectives the graph has, else pieces between them. Raises CompileError."""
+@dataclass(frozen=True)
+class Wanted:
+    """How a rank's programs are built: in this precision, and kept in `cache`, if there is one. key: stands there for the rank's weights."""
+
+    precision: Precision = "float32"
+    cache: Path | None = None
+    key: str = ""
+
+
+IN_FLOAT32 = Wanted()
+
+
+def build_rank(exported: ExportedProgram, signature: Signature, backend: Backend, comm: Communicator, wanted: Wanted = IN_FLOAT32) -> Executable:
+    """A rank's program: one engine where the backend runs what collectives the graph has, else pieces between them. Raises CompileError."""
     found = {node.target for node in exported.graph.nodes} & COLLECTIVES
-    if found <= backend.collectives:
-        return backend.build(lambda: exported, signature, "float32", None, "")
-    return in_pieces(exported, signature, backend, comm)
+    if not found <= backend.collectives:
+        return in_pieces(exported, signature, backend, comm, wanted)
+    return _build(exported, signature, backend, wanted if backend.keeps_collectives or not found else replace(wanted, cache=None))
 
 
-def in_pieces(exported: ExportedProgram, signature: Signature, backend: Backend, comm: Communicator) -> Chain:
-    """A rank's program in float32, cut at its collectives. Raises CompileError."""
+def in_pieces(exported: ExportedProgram, signature: Signature, backend: Backend, comm: Communicator, wanted: Wanted = IN_FLOAT32) -> Chain:
+    """A rank's program, cut at its collectives. Raises CompileError."""
     split = split_at_collectives(exported, signature)
-    built = [backend.build(partial(_exported, piece), piece.signature, "float32", None, "") for piece in split.pieces]
-    return Chain(split, built, comm)
+    return Chain(split, [_build(piece.exported, piece.signature, backend, wanted) for piece in split.pieces], comm)
 
 
-def _exported(piece: Piece) -> ExportedProgram:
-    return piece.exported
+def _build(exported: ExportedProgram, signature: Signature, backend: Backend, wanted: Wanted) -> Executable:
+    if wanted.cache is None:
+        return backend.build(lambda: exported, signature, wanted.precision, None, "")
+    graph, edges = hashlib.sha256(dump_graph(exported)).hexdigest(), canonical_json(signature.to_json()).decode()
+    made_of = "\n".join([wanted.key, graph, signature.program, edges, wanted.precision, source_hash("compiler", "kernels")])
+    return backend.build(lambda: exported, signature, wanted.precision, wanted.cache, hashlib.sha256(made_of.encode()).hexdigest())
 
 
 def split_at_collectives(exported: ExportedProgram, signature: Signature) -> Split:
@@ -123,6 +173,9 @@ def split_at_collectives(exported: ExportedProgram, signature: Signature) -> Spl
         body = exported.module(check_guards=False)
     assert isinstance(body, GraphModule)
     runs, collectives, aliases, results = _cut(body.graph)
+    if weights := [n.name for n in results if n.op == "get_attr"]:
+        where = f"program {signature.program!r} at profile {signature.profile!r}"
+        raise CompileError(f"{where} gives back its weight {weights[0]!r} as it is; leave that output out")
     crossing = {n for op in collectives for n in op.all_input_nodes} | set(results)
     crossing = {aliases.get(n, n) for n in crossing}
     varying = _varying(body.graph)

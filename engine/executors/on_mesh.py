@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from reelstep.compiler.bundle import AGAIN, Bundle
 from reelstep.compiler.load import arch_here, build_engine, check_mesh, choose
 from reelstep.compiler.part import Part
+from reelstep.compiler.program import Precision
 from reelstep.compiler.skus.cpu import SKU
 from reelstep.compiler.storage import seal, sealed
 from reelstep.engine.executors.bundles import Stored
@@ -57,15 +58,15 @@ class BundleRanks:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; rank 0 says when the others end
         bundle = self.bundle.open()
         shared = self.sharded.load(comm)[self.sharded.name]
-        chosen, _ = choose(bundle, self.sharded.backend, "float32")
+        chosen, wanted = choose(bundle, self.sharded.backend, self.sharded.precision)
         whole = {key: signature for key, signature in bundle.signatures.items() if key not in shared.executables}
-        executables = {key: build_engine(bundle, key, chosen, "float32", self.bundle.cache) for key in whole}
+        executables = {key: build_engine(bundle, key, chosen, wanted, self.bundle.cache) for key in whole}
         limits = {key: signature.max_batch for key, signature in whole.items()}
         return {self.sharded.name: Runner({**shared.executables, **executables}, {**shared.max_batch, **limits})}
 
 
 def open_on_mesh(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None, allowance: Allowance = BOUNDS.calls) -> Restarting:
-    """The bundle's programs in float32 on a mesh of processes, of which this one is rank 0, and started again when a rank is lost.
+    """The bundle's programs on a mesh of processes, of which this one is rank 0, and started again when a rank is lost.
 
     Warns of a mesh larger than this machine's cores. Raises, before any process starts, as `ranks_of`; then what a replica's start raises.
     """
@@ -76,7 +77,7 @@ def open_on_mesh(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = 
 
 
 def ranks_of(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None) -> BundleRanks:
-    """The ranks of a mesh that share a bundle's model.
+    """The ranks of a mesh that share a bundle's model: in its plan's precision if it was planned for a mesh, else in float32.
 
     Weights of what is sharded are written into `cache` once, for the ranks to read their slices. Raises ConfigError for a model that does not say how
     it is sharded, a bundle with the pieces of step caches, a mesh larger than there are heads and one that the backend refuses, BundleError for a bundle of
@@ -86,11 +87,13 @@ def ranks_of(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None
     spec = spec_of(bundle)
     for part in spec.sharding:
         check_part(part, mesh, spec.name)
-    chosen, _ = choose(bundle, backend, "float32")
+    precision: Precision = bundle.plan.precision if bundle.plan.mesh and backend in (None, bundle.plan.backend) else "float32"
+    chosen, _ = choose(bundle, backend, precision)
     if lacks := chosen.refuses(mesh, arch_here(bundle, chosen)):
         raise ConfigError(f"{bundle.path} on mesh {mesh} by backend {chosen.name!r}: {lacks}")
     lora = ModelSettings.from_json(bundle.settings).lora
-    return BundleRanks(Stored.of(bundle, cache), ShardedModel(spec.name, weights_file(bundle, spec, cache.absolute()), spec.sharding, chosen.name, lora))
+    file = weights_file(bundle, spec, cache.absolute())
+    return BundleRanks(Stored.of(bundle, cache), ShardedModel(spec.name, file, spec.sharding, chosen.name, lora, precision))
 
 
 def world_of(mesh: Mesh, transport: str) -> World:

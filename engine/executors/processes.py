@@ -33,8 +33,8 @@ from reelstep.compiler.capture import capture
 from reelstep.compiler.lora import Layout, adapted_too
 from reelstep.compiler.part import Part
 from reelstep.compiler.passes import apply_passes
-from reelstep.compiler.passes.split_at_collectives import build_rank
-from reelstep.compiler.program import Profile, Program
+from reelstep.compiler.passes.split_at_collectives import Wanted, build_rank
+from reelstep.compiler.program import Precision, Profile, Program
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.storage import sha256_file
 from reelstep.engine.executors import LOOK_S, RETRY_S
@@ -80,7 +80,7 @@ class Ranks(Protocol):
 class ShardedModel:
     """Ranks that each read their own slices of one weights file, export their own graph and build its pieces between collectives.
 
-    lora: of a program beside `denoise`, if there shall be one.
+    Its engines are kept where the file lies. lora: of a program beside `denoise`, if there shall be one.
     """
 
     name: str
@@ -88,13 +88,16 @@ class ShardedModel:
     parts: tuple[Part, ...]
     backend: str
     lora: Layout | None = None
+    precision: Precision = "float32"
 
     def identity(self) -> Mapping[str, str]:
-        return {"model": self.name, "weights": sha256_file(self.file), "backend": self.backend}
+        return {"model": self.name, "weights": sha256_file(self.file), "backend": self.backend, "precision": self.precision}
 
     def load(self, comm: Communicator) -> Mapping[str, Runner]:
         if BACKENDS[self.backend].own_threads:
             torch.set_num_threads(1)  # all that torch does here is to copy what travels
+        place = f"rank {comm.rank} of {comm.mesh}"
+        wanted = Wanted(self.precision, self.file.parent, f"{sha256_file(self.file)} {place}")
         executables: dict[tuple[str, str], Executable] = {}
         limits: dict[tuple[str, str], int] = {}
         for part in self.parts:
@@ -102,14 +105,14 @@ class ShardedModel:
             for program in adapted_too(part.programs_of(module), partial(layer_at, module), self.lora):
                 for profile in program.profiles:
                     own = profile.on_rank(comm.mesh)
-                    executables[program.name, own.name] = self._build(program, own, comm)
+                    executables[program.name, own.name] = self._build(program, own, comm, wanted)
                     limits[program.name, own.name] = own.max_batch
         return {self.name: Runner(executables, limits)}
 
-    def _build(self, program: Program, profile: Profile, comm: Communicator) -> Executable:
+    def _build(self, program: Program, profile: Profile, comm: Communicator, wanted: Wanted) -> Executable:
         signature = Signature.of(program, profile)
         exported, _ = apply_passes(capture(program, profile))
-        return build_rank(exported, signature, BACKENDS[self.backend], comm)
+        return build_rank(exported, signature, BACKENDS[self.backend], comm, replace(wanted, precision="float32") if program.keep_f32 else wanted)
 
 
 def open_store(host: str, timeout_s: float) -> TCPStore:

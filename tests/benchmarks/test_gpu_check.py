@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -169,12 +170,24 @@ def ends_itself(_: Bench) -> Iterator[Finding]:
     reader.join()
 
 
+def ends_at_once(_: Bench) -> Iterator[Finding]:
+    yield Finding("first")
+    os._exit(7)
+
+
 def raises(_: Bench) -> Iterator[Finding]:
     yield Finding("first")
     raise ValueError("no such engine")
 
 
-@pytest.mark.parametrize(("find", "why"), [("ends_itself", "by SIGSEGV in .*_ctypes.*; it said last: no more"), ("raises", "ValueError: no such engine")])
+@pytest.mark.parametrize(
+    ("find", "why"),
+    [
+        ("ends_itself", "by SIGSEGV in .*_ctypes.*; it said last: no more"),
+        ("ends_at_once", "its process exited with 7"),
+        ("raises", "ValueError: no such engine"),
+    ],
+)
 def test_what_ends_its_process_leaves_its_rows_and_the_other_parts(find: str, why: str, bench: Bench) -> None:
     there = getattr(import_module("reelstep.tests.benchmarks.test_gpu_check"), find)  # by the name that another process finds it by
     parts = [Part("a", 60, lambda bench: gpu_check.apart(there, bench.device)), Part("b", 5, lambda _: iter([Finding("second")]))]
@@ -200,20 +213,32 @@ def test_rows_are_written_as_json_without_nan(tmp_path: Path) -> None:
     assert written["conditions"] == {"gpu": "none"}
 
 
-@pytest.mark.parametrize(("wrong_rows", "code"), [(True, 1), (False, None)])
-def test_the_exit_code_says_whether_something_was_wrong(
-    wrong_rows: bool, code: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def stops(_: Bench) -> Iterator[Finding]:
+    yield checked("value", 0.5, 1.0)
+    raise RuntimeError("an illegal memory access")
+
+
+@pytest.mark.parametrize(
+    ("find", "code", "says"),
+    [
+        (lambda _: iter([checked("value", 2.0, 1.0)]), 1, "1 wrong: p: value"),
+        (stops, 3, "nothing was found wrong, but not all was checked; these parts failed: p"),
+        (lambda _: iter([checked("value", 0.5, 1.0)]), None, ""),
+    ],
+)
+def test_the_exit_code_says_whether_something_was_wrong_or_not_checked(
+    find: Callable[[Bench], Iterator[Finding]], code: int | None, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "Bench", lambda device, sizes: Bench(CPU, TINY))
-    monkeypatch.setattr(gpu_check, "PARTS", (Part("p", 5, lambda bench: iter([checked("value", 2.0 if wrong_rows else 0.5, 1.0)])),))
+    monkeypatch.setattr(gpu_check, "PARTS", (Part("p", 5, find),))
     if code is None:
         gpu_check.main([])
     else:
         with pytest.raises(SystemExit) as stopped:
             gpu_check.main([])
         assert stopped.value.code == code
-        assert "1 wrong: p: value" in capsys.readouterr().err
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -18,12 +18,14 @@ import torch
 from reelstep import __main__ as cli
 from reelstep.compiler import finalize as module
 from reelstep.compiler import load as load_module
-from reelstep.compiler.backends import BACKENDS
+from reelstep.compiler.backends import BACKENDS, Backend, Executable, Graph, Watch, unwatched
+from reelstep.compiler.backends.null import NullExecutable
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.compile import choose_precision, compile_model
 from reelstep.compiler.finalize import Finalized, explain, finalize
 from reelstep.compiler.load import load
-from reelstep.compiler.program import Program
+from reelstep.compiler.program import Precision, Program
+from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
 from reelstep.compiler.storage import seal, sealed
 from reelstep.errors import CompileError, ConfigError, NotFound, StorageError
@@ -208,6 +210,40 @@ def test_too_little_memory_is_found_before_anything_is_built(portable: Bundle, t
     monkeypatch.setattr(module, "SKUS", {"cpu": replace(SKUS["cpu"], memory_bytes=100)})
     with pytest.raises(CompileError, match=r"(find|lookup) l4 holds .* of weights, and cpu has 1e-07 GB of memory; compile with a smaller --precision"):
         finalize(portable, tmp_path / "cache")
+
+
+class Apart(Backend):
+    """Its engines hold no weights, and its builds have phases."""
+
+    name, runs, weights_apart = "apart", True, True
+    precisions = ("float32", "bfloat16")
+
+    def __init__(self, watch: Watch = unwatched) -> None:
+        self.watch = watch
+
+    def watched(self, watch: Watch) -> Backend:
+        return Apart(watch)
+
+    def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> Executable:
+        assert cache is not None
+        path = cache / f"apart-{key}"
+        if not sealed(path):
+            graph()
+            for step in range(3):
+                self.watch("tactics", step, 3)
+            seal(path, lambda temporary: temporary.write_bytes(b"plan"))
+        return NullExecutable(signature)
+
+
+def test_engines_without_weights_need_no_room_for_them_and_their_builds_are_told_of(portable: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SKUS", {"cpu": replace(SKUS["cpu"], memory_bytes=100)})
+    monkeypatch.setattr(module, "choose", lambda *_: (Apart(), "float32"))
+    told: list[tuple[str, int, int]] = []
+    done = finalize(portable, tmp_path, progress=lambda *stage: told.append(stage))
+    assert {each.state for each in done} == {"built"}
+    program, profile = next(iter(portable.signatures))
+    mine = [stage for stage in told if stage[0].startswith(f"apart: build {program} {profile}")]
+    assert mine == [(f"apart: build {program} {profile}", 0, len(done)), (f"apart: build {program} {profile}: tactics", 0, len(done))]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from reelstep.compiler import storage
 from reelstep.compiler.storage import SECRET, replace_file, seal, sealed, watch_seals, write_file
 from reelstep.errors import StorageError
 
@@ -60,6 +61,20 @@ def test_another_content_or_name_or_folder_is_not_taken_and_warned_of(tmp_path: 
         caplog.clear()
         assert not sealed(wrong)
         assert f"{wrong} is damaged, half written, or was not made here" in caplog.text
+
+
+def test_a_file_that_goes_while_it_is_looked_at_and_one_that_is_none_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d.blob").mkdir()
+    (tmp_path / "d.blob.seal").write_text("0" * 64)
+    assert not sealed(tmp_path / "d.blob")
+    path, look = put(tmp_path / "e.blob"), storage.sha256_file
+
+    def goes(file: Path) -> str:
+        file.unlink()
+        return look(file)
+
+    monkeypatch.setattr(storage, "sha256_file", goes)
+    assert not sealed(path)
 
 
 def test_an_engine_with_a_plain_hash_beside_it_is_not_taken(tmp_path: Path) -> None:

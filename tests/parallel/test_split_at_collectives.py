@@ -12,11 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from reelstep.compiler.backends import BACKENDS
+from reelstep.compiler.backends.openvino import convert
 from reelstep.compiler.capture import capture
 from reelstep.compiler.passes import apply_passes
-from reelstep.compiler.passes.split_at_collectives import Piece, split_at_collectives
+from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, RING, Piece, Wanted, build_rank, in_pieces, split_at_collectives
+from reelstep.compiler.program import Profile, Program, TensorSpec
+from reelstep.compiler.signature import Signature
 from reelstep.engine.models.movie_gen import MovieGenTransformer
 from reelstep.errors import CompileError
 from reelstep.parallel.collectives import Communicator
@@ -120,3 +125,95 @@ def test_a_dynamic_batch_that_an_exchange_mixes_with_other_sizes_is_refused(fake
     program, profile, signature = on_ranks.dit_program(part, 4)
     with pytest.raises(CompileError, match=r"'denoise' at profile 'p': .*give the profile max_batch=1"):
         split_at_collectives(apply_passes(capture(program, profile))[0], signature)
+
+
+def test_tensorrt_is_given_a_ranks_whole_graph_unless_it_has_a_ring() -> None:
+    assert BACKENDS["tensorrt"].collectives == COLLECTIVES - {RING}
+
+
+class Deep(nn.Module):
+    """So many layers with a sum over ranks behind each."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(layer(x), "sum", "reelstep.tp"))
+        return x
+
+
+EDGE = TensorSpec("x", "float32", ("B", 3))
+
+
+def captured(module: nn.Module, *outputs: str) -> tuple[Any, Signature]:
+    program = Program("p", module, (EDGE,), tuple(TensorSpec(name, "float32", ("B", 3)) for name in outputs), (Profile("any", {}, 1),))
+    return apply_passes(capture(program, program.profiles[0]))[0], Signature.of(program, program.profiles[0])
+
+
+def test_a_value_is_held_until_it_was_read_for_the_last_time(fake: Any) -> None:
+    fake("tp=2")
+    exported, signature = captured(Deep(12), "y")
+    split = split_at_collectives(exported, signature)
+    held, most = {*split.inputs}, 0
+    for step, over in zip(split.steps, split.over, strict=True):
+        assert held.issuperset(step.reads)
+        held |= {*step.makes}
+        most = max(most, len(held))
+        held -= over
+    assert held == {*split.outputs}
+    assert most == 2, "what a step reads and what it makes, of whatever many layers"
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = 2 * x
+        return y, y, x
+
+
+class GivesWeight(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return 2 * x, self.weight
+
+
+def test_outputs_are_in_memory_of_their_own_and_a_weight_is_none(fake: Any) -> None:
+    comm = fake("tp=2")
+    x = torch.ones(1, 3)
+    found = in_pieces(*captured(Twice(), "a", "b", "c"), BACKENDS["eager"], comm)({"x": x})
+    assert [found[name].tolist() for name in "abc"] == [[[2.0] * 3], [[2.0] * 3], [[1.0] * 3]]
+    assert len({tensor.data_ptr() for tensor in (x, *found.values())}) == 4
+    with pytest.raises(CompileError, match="program 'p' at profile 'any' gives back its weight 'weight' as it is"):
+        in_pieces(*captured(GivesWeight(3, 1, bias=False), "a", "b"), BACKENDS["eager"], comm)
+
+
+def test_pieces_are_kept_for_the_same_graph_weights_and_precision(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comm = fake("cp=2,ring=2,tp=2")  # a graph with a sum, which the backend would run inside: asked for in pieces
+    lowered: list[str] = []
+    lower = convert.lower
+    monkeypatch.setattr(convert, "lower", lambda *args: lowered.append(args[2]) or lower(*args))
+    exported, signature = captured(Deep(2), "y")
+    x = torch.ones(1, 3)
+
+    def build(key: str = "weights", precision: Any = "float32") -> Tensor:
+        lowered.clear()
+        return in_pieces(exported, signature, BACKENDS["openvino"], comm, Wanted(precision, tmp_path, key))({"x": x})["y"]
+
+    first = build()
+    assert lowered == ["float32"] * 2
+    assert torch.equal(build(), first)
+    assert lowered == []
+    build(key="other weights")
+    assert lowered == ["float32"] * 2
+    if "bfloat16" in BACKENDS["openvino"].precisions:
+        rounded = build(precision="bfloat16")
+        assert lowered == ["bfloat16"] * 2
+        torch.testing.assert_close(rounded, first, rtol=2e-2, atol=2e-2)
+
+
+def test_an_engine_with_collectives_is_not_kept_where_it_cannot_be(fake: Any, tmp_path: Path) -> None:
+    comm = fake("tp=2")
+    run = build_rank(*captured(Deep(2), "y"), BACKENDS["openvino"], comm, Wanted("float32", tmp_path, "weights"))
+    assert run({"x": torch.ones(1, 3)})["y"].shape == (1, 3)
+    assert list(tmp_path.iterdir()) == []

@@ -13,15 +13,16 @@ bundles that differ in weights only (LoRA variants) share a plan, and plans for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
+from torch._ops import OpOverload
 
-from reelstep.compiler.backends import Backend, Graph
+from reelstep.compiler.backends import Backend, Graph, Watch, unwatched
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import is_gpu
@@ -40,14 +41,6 @@ NOT_RUN = (
 )
 """For whoever describes a plan: what stands behind this backend."""
 
-Watch = Callable[[str, int, int], None]
-"""Called with a phase of a build, its steps done, and its steps in all."""
-
-
-def unwatched(phase: str, done: int, total: int) -> None:
-    """Nobody watches."""
-
-
 def missing() -> list[str]:
     """What this machine lacks, each with what would help; empty if plans can be built and run here."""
     lacks = [f"no module {module!r} (pip install '{package}')" for module, package in NEEDS.items() if find_spec(module) is None]
@@ -63,6 +56,18 @@ class TensorRtBackend(Backend):
     watch: Watch = unwatched
     name: str = "tensorrt"
     runs: bool = True
+    weights_apart: bool = True
+    keeps_collectives: bool = True
+
+    @property
+    def collectives(self) -> frozenset[OpOverload]:
+        c10d = torch.ops._c10d_functional
+        return frozenset(
+            {c10d.all_reduce.default, c10d.all_gather_into_tensor.default, c10d.all_to_all_single.default, c10d.reduce_scatter_tensor.default}
+        )
+
+    def watched(self, watch: Watch) -> Backend:
+        return replace(self, watch=watch)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tensorrt as trt
 
-from reelstep.compiler.backends.tensorrt import Watch
+from reelstep.compiler.backends import Watch
 from reelstep.compiler.backends.tensorrt.network import Network
 from reelstep.compiler.backends.tensorrt.records import Progress, Records
 from reelstep.compiler.signature import Signature

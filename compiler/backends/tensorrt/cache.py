@@ -20,8 +20,7 @@ import torch.distributed as dist
 import torch_tensorrt
 from torch import Tensor
 
-from reelstep.compiler.backends import Graph
-from reelstep.compiler.backends.tensorrt import Watch
+from reelstep.compiler.backends import Graph, Watch
 from reelstep.compiler.backends.tensorrt.build import build_plan, row_ranges
 from reelstep.compiler.backends.tensorrt.engine import Plan, TensorRtExecutable
 from reelstep.compiler.backends.tensorrt.network import Network, convert, lower
@@ -30,6 +29,7 @@ from reelstep.compiler.graphs import dump_graph
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
+from reelstep.compiler.sources import source_hash
 from reelstep.compiler.storage import seal, sealed, write_file
 
 STREAM_ABOVE = 0.5
@@ -71,10 +71,11 @@ def place() -> str:
 
 
 def plan_key(graph: bytes, signature: Signature, precision: Precision, network: Network, streams: bool, where: str) -> str:
-    """Everything a plan depends on; no weights."""
+    """Everything a plan depends on, what lowers and builds the graph among it; no weights."""
     edges = canonical_json(signature.to_json()).decode()
     rows = canonical_json([list(span) for span in row_ranges(signature.max_batch)]).decode()
-    return digest(hashlib.sha256(graph).hexdigest(), edges, rows, precision, json.dumps(network.groups, sort_keys=True), str(streams), where)
+    made_by = f"torch {torch.__version__}, {source_hash('compiler', 'kernels')}"
+    return digest(hashlib.sha256(graph).hexdigest(), edges, rows, precision, json.dumps(network.groups, sort_keys=True), str(streams), where, made_by)
 
 
 def _make(graph: Graph, signature: Signature, precision: Precision, cache: Path | None, device: torch.device, watch: Watch) -> Plan:

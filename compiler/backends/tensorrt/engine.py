@@ -60,13 +60,15 @@ def streaming_budget(streamable: int, activations: int, free: int) -> int:
 
 
 class TensorRtExecutable(Executable):
-    """One engine: a context for each optimisation profile, one workspace and one set of buffers for all, a CUDA graph for each number of rows.
+    """One engine: one workspace and one set of buffers for all numbers of rows, and for each a context with its CUDA graph.
 
-    The batch is the first dim, so fewer rows are the beginning of the same buffers and every graph finds them where it left them.
+    The batch is the first dim, so fewer rows are the beginning of the same buffers and every graph finds them where it left them. A recorded graph refers to
+    state of its context, which another shape would change: so no context is given another.
     """
 
     def __init__(self, plan: Plan, signature: Signature, device: torch.device) -> None:
-        self.signature, self.plan, self.device = signature, plan, device
+        self.signature, self.device = signature, device
+        self.inputs, self.outputs, self.collectives = plan.inputs, plan.outputs, plan.collectives  # and not the plan, which holds all weights
         self.records = Records()
         self.stream = torch.cuda.Stream(device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -81,7 +83,8 @@ class TensorRtExecutable(Executable):
             self._check_edges()
             self.buffers = self._allocate()
             self.workspace = self.buffers.pop(WORKSPACE)
-            self.contexts = [self._context(index) for index in range(len(row_ranges(signature.max_batch)))]
+            self.communicator = world_communicator(device) if plan.collectives else None  # here: ranks load in one order, and call in any
+            self.contexts: dict[int, trt.IExecutionContext] = {}
             self.stream.wait_stream(torch.cuda.current_stream(device))
 
     @property
@@ -101,10 +104,10 @@ class TensorRtExecutable(Executable):
         caller = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(caller)
         with self.records, torch.cuda.stream(self.stream):
-            for name, tensor in zip(self.plan.inputs, tensors, strict=True):
+            for name, tensor in zip(self.inputs, tensors, strict=True):
                 self.buffers[name][:rows].copy_(tensor)
             self._run(rows)
-            outputs = {edge.name: self._leave(self.buffers[name][:rows], home) for name, edge in zip(self.plan.outputs, self.signature.outputs, strict=True)}
+            outputs = {edge.name: self._leave(self.buffers[name][:rows], home) for name, edge in zip(self.outputs, self.signature.outputs, strict=True)}
         caller.wait_stream(self.stream)
         for tensor in outputs.values():
             if tensor.is_cuda:
@@ -119,14 +122,9 @@ class TensorRtExecutable(Executable):
         if rows in self.graphs:
             self.graphs[rows].replay()
             return
-        context = self.contexts[0 if rows == 1 else -1]
-        for name in self.plan.inputs:
-            if not context.set_input_shape(name, tuple(self.buffers[name][:rows].shape)):
-                raise InternalError(f"{self.where}: TensorRT refuses {rows} rows of {name!r}. {self.records.explain()}")
-        for name in self.plan.outputs:
-            found, wanted = tuple(context.get_tensor_shape(name)), tuple(self.buffers[name][:rows].shape)
-            if found != wanted:
-                raise InternalError(f"{self.where}: the plan gives {name!r} the shape {list(found)}, declared is {list(wanted)}")
+        if rows not in self.contexts:
+            self.contexts[rows] = self._context(rows)
+        context = self.contexts[rows]
         self._enqueue(context)
         if self._records_graphs():
             self.stream.synchronize()
@@ -137,7 +135,7 @@ class TensorRtExecutable(Executable):
 
     def _records_graphs(self) -> bool:
         """Not where weights are streamed or ranks exchange data: neither was tried under capture."""
-        return self.resident and not self.plan.collectives
+        return self.resident and not self.collectives
 
     def _enqueue(self, context: trt.IExecutionContext) -> None:
         if not context.execute_async_v3(self.stream.cuda_stream):
@@ -172,7 +170,7 @@ class TensorRtExecutable(Executable):
 
     def _edges(self) -> dict[str, Edge]:
         """By the plan's names."""
-        return dict(zip((*self.plan.inputs, *self.plan.outputs), (*self.signature.inputs, *self.signature.outputs), strict=True))
+        return dict(zip((*self.inputs, *self.outputs), (*self.signature.inputs, *self.signature.outputs), strict=True))
 
     def _allocate(self) -> dict[str, Tensor]:
         """Room for the most rows of every edge, and for the contexts' activations."""
@@ -194,8 +192,9 @@ class TensorRtExecutable(Executable):
             if name not in names or self.engine.get_tensor_dtype(name) != TRT_DTYPES[torch_dtype(edge.dtype)]:
                 raise CompileError(f"{self.where}: the plan has no {edge.dtype} tensor {name!r} for {edge}; it has {', '.join(names)}")
 
-    def _context(self, index: int) -> trt.IExecutionContext:
-        """A context at an optimisation profile, on the common workspace: one thread calls at a time, so one context works at a time."""
+    def _context(self, rows: int) -> trt.IExecutionContext:
+        """A context for so many rows, on the common workspace: one thread calls at a time, so one context works at a time."""
+        index = 0 if rows == 1 else len(row_ranges(self.signature.max_batch)) - 1
         context = self.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise CompileError(f"{self.where}: TensorRT makes no execution context. {self.records.explain()}")
@@ -206,18 +205,27 @@ class TensorRtExecutable(Executable):
         self.stream.synchronize()
         for name, buffer in self.buffers.items():
             context.set_tensor_address(name, buffer.data_ptr())
-        if self.plan.collectives and not context.set_communicator(world_communicator(self.device)):
+        if self.collectives and not context.set_communicator(self.communicator):
             raise CompileError(f"{self.where}: TensorRT refuses the communicator of the ranks. {self.records.explain()}")
+        for name in self.inputs:
+            if not context.set_input_shape(name, tuple(self.buffers[name][:rows].shape)):
+                raise InternalError(f"{self.where}: TensorRT refuses {rows} rows of {name!r}. {self.records.explain()}")
+        for name in self.outputs:
+            found, wanted = tuple(context.get_tensor_shape(name)), tuple(self.buffers[name][:rows].shape)
+            if found != wanted:
+                raise InternalError(f"{self.where}: the plan gives {name!r} the shape {list(found)}, declared is {list(wanted)}")
         return context
 
 
 def world_communicator(device: torch.device) -> Any:
     """The NCCL communicator of all ranks as TensorRT takes it: layers name the ranks that take part. Collective: ranks load engines in the same order.
 
-    Raises CompileError where the process group is not NCCL's.
+    Raises CompileError where ranks do not meet over NCCL on this device.
     """
-    if not dist.is_initialized() or dist.get_backend() != "nccl":
-        raise CompileError("a plan with collectives runs in a process group of backend 'nccl'; start the ranks with it before engines are loaded")
+    links = dist.get_backend_config() if dist.is_initialized() else "none"  # by device, such as "cpu:gloo,cuda:nccl"
+    if f"{device.type}:nccl" not in links.split(","):
+        text = f"ranks whose plans hold collectives meet over 'nccl', and here the links are {links}"
+        raise CompileError(f"{text}; serve with --cluster, whose ranks have a GPU each")
     dist.all_reduce(torch.zeros(1, device=device))  # NCCL makes its communicator at the first use
     group: Any = dist.group.WORLD
     make = ctypes.pythonapi.PyCapsule_New

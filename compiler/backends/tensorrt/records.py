@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorrt as trt
 
-from reelstep.compiler.backends.tensorrt import Watch
+from reelstep.compiler.backends import Watch
 
 KEPT = 20
 """Messages. The last ones tell what failed; a build can log thousands."""
@@ -50,7 +50,7 @@ class Errors(trt.IErrorRecorder):  # type: ignore[misc]  # the bindings carry no
 
 
 class Records(logging.Handler):
-    """Errors and log of one piece of work. The log is kept while this is entered."""
+    """Errors and log of the piece of work for which this is entered."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -61,6 +61,8 @@ class Records(logging.Handler):
         self.messages.append(record.getMessage())
 
     def __enter__(self) -> Records:
+        self.errors.clear()  # what an earlier piece of work met does not explain this one
+        self.messages.clear()
         LOG.addHandler(self)
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -31,7 +32,7 @@ from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.compiler.signature import Edge, Signature
 from reelstep.compiler.skus import SKUS, is_gpu
 from reelstep.engine.models.movie_gen import CONFIG_30B, MovieGenTransformer, denoise_program
-from reelstep.errors import CompileError
+from reelstep.errors import CompileError, StorageError
 from reelstep.kernels.jit import HAS_TRITON
 from reelstep.parallel.mesh import Mesh
 
@@ -207,6 +208,29 @@ def test_an_engine_may_be_called_with_more_threads_than_there_were_when_it_was_c
     assert opened(packaged, 4 * torch.get_num_threads(), tmp_path)[0] == 1024 * 512
 
 
+@pytest.mark.parametrize(
+    ("raised", "error", "says"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "ptxas"), CompileError, "cannot be compiled by inductor: .*ptxas"),
+        (OSError(errno.ENOSPC, "No space left on device"), StorageError, "No space left on device.*Free some space"),
+    ],
+    ids=["no assembler", "a full disk"],
+)
+@pytest.mark.parametrize("kept", [True, False])
+def test_only_a_full_disk_is_said_to_be_one(
+    raised: OSError, error: type[Exception], says: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(inductor, "aoti_compile_and_package", fails)
+    edge, profile = TensorSpec("x", "float32", ("B", 3)), Profile("any", {}, 4)
+    program = Program("p", torch.nn.Linear(3, 3), (edge,), (replace(edge, name="y"),), (profile,))
+    exported = capture(program, profile)
+    with pytest.raises(error, match=says):
+        InductorBackend().build(lambda: exported, Signature.of(program, profile), "float32", tmp_path if kept else None, "key")
+
+
 class PretendGraph:
     """What a CUDA graph does with a launch that tells it how to play itself."""
 
@@ -214,6 +238,7 @@ class PretendGraph:
 
     def __init__(self) -> None:
         self.played: list[Callable[[], object]] = []
+        self.place: tuple[object, object] = (None, None)
 
     def replay(self) -> None:
         for play in self.played:
@@ -221,7 +246,8 @@ class PretendGraph:
 
 
 @contextmanager
-def recording(graph: PretendGraph, **_: object) -> Iterator[None]:
+def recording(graph: PretendGraph, *, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+    graph.place = pool, stream
     PretendGraph.recording.append(graph)
     yield
     PretendGraph.recording.pop()
@@ -230,7 +256,7 @@ def recording(graph: PretendGraph, **_: object) -> Iterator[None]:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
-    answers = {"Stream": lambda _: stream, "current_stream": lambda _: stream, "stream": nullcontext, "graph_pool_handle": lambda: None}
+    answers = {"Stream": lambda _: SimpleNamespace(**vars(stream)), "current_stream": lambda _: stream, "stream": nullcontext, "graph_pool_handle": object}
     for name, answer in {**answers, "CUDAGraph": PretendGraph, "graph": recording}.items():
         monkeypatch.setattr(torch.cuda, name, answer)
 
@@ -258,6 +284,9 @@ def test_a_call_is_recorded_once_for_each_number_of_rows_and_then_replayed(prete
     found = [executable({"x": x})["y"] for x in given]
     assert launched == [2, 2, 1, 1], "a number of rows is launched to warm up and to be recorded, and never again"
     assert all(torch.equal(y, 2 * x) for x, y in zip(given, found, strict=True)), "what was given stays what it was when the next is replayed"
+    one, two = (executable.recorded[rows].graph.place for rows in (1, 2))
+    assert one[0] is two[0]
+    assert one[1] is two[1], "memory of a pool is given again on the stream that it was taken on"
 
 
 def test_engines_are_recorded_one_after_the_other(pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:

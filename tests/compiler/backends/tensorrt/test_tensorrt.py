@@ -108,7 +108,8 @@ def test_every_call_of_torch_tensorrt_fits_and_the_backends_own_part_of_a_run_is
     run = found["run"]
     assert run["worst"] == 0.0  # the same products in the same order
     assert run["graphs"] == [1, 2, 3, 4]
-    assert run["profiles"] == [0, 1]
+    assert run["profiles"] == [1, 0, 1, 1], "each number of rows has a context of its own, whose shapes stay as its graph was recorded"
+    assert run["plans"] == [], "with which all weights would stay in memory"
     assert "cannot read" in run["unreadable"]
     assert "wants weights 'b'" in run["weightless"]
     assert run["budget"] == (64 << 30) - 64 - (1 << 30)  # free, less 64 bytes of activations and the reserve
@@ -120,7 +121,8 @@ def test_every_call_of_torch_tensorrt_fits_and_the_backends_own_part_of_a_run_is
     assert cached["other"] == [[6.0, 9.0]]
     assert cached["ported"] == {"builds": 2, "plans": 2, "weights": 3}
     assert cached["again"] == [[106.0, 109.0]]
-    assert cached["mended"] == 2  # the plan was whole
+    assert cached["edited"] == 3  # a plan is of the sources that made it
+    assert cached["mended"] == 3  # the plan was whole
 
     records = found["records"]
     assert records["told"] == [["here: Tactics", 0, 3], ["here: Tactics", 1, 3], ["here: Tactics", 2, 3]]
