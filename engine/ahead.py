@@ -41,7 +41,7 @@ def open_ahead(
     bundle = Bundle.open(path, trusted)
     engines = load_later(bundle, cache, backend, precision, progress)
     guess = [(engines[key], rows) for key, rows in likely(bundle, ask) if key in engines]
-    Thread(target=_open, args=(guess,), name="reelstep-ahead", daemon=True).start()
+    Thread(target=_open, args=(guess,), name="reelstep-ahead").start()
     return Ahead(bundle, engines)
 
 

@@ -64,7 +64,7 @@ def _add_profiles(network: Network, signature: Signature, config: trt.IBuilderCo
 def _timing_cache(config: trt.IBuilderConfig, timings: Path | None) -> trt.ITimingCache:
     """The cache in use: the file's, or an empty one where there is none or it is of another GPU or version."""
     cache = config.create_timing_cache(timings.read_bytes() if timings is not None and sealed(timings) else b"")
-    if not config.set_timing_cache(cache, False):
+    if cache is None or not config.set_timing_cache(cache, False):
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache

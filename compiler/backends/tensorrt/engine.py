@@ -147,6 +147,7 @@ class TensorRtExecutable(Executable):
         if streamable == 0:
             return True
         self.engine.weight_streaming_budget_v2 = 0
+        torch.cuda.empty_cache()  # what torch keeps for itself counts as taken
         free, _ = torch.cuda.mem_get_info(self.device)
         budget = streaming_budget(streamable, self.engine.device_memory_size_v2, free)
         self.engine.weight_streaming_budget_v2 = budget
