@@ -6,6 +6,7 @@ import argparse
 import atexit
 import gc
 import json
+import math
 import os
 import queue
 import sys
@@ -156,7 +157,7 @@ def add_quantisation(parser: argparse.ArgumentParser) -> None:
     keeps = f"relative error of the denoiser on its own calls; its most sensitive layers stay as they are until it is met ({MAX_ERROR:g})"
     parser.add_argument("--max-error", type=float, metavar="X", help=keeps)
     parser.add_argument("--min-psnr", type=float, metavar="DB", help=f"fail if other requests come out worse than this, to float32 ({MIN_PSNR_DB:g})")
-    asks = "one a line: half to measure layers on, half to compare (the model's own kind)"
+    asks = f"one a line: the first {QUANTISE_PROMPTS} of the first half to measure layers on, of the second half to compare (the model's own kind)"
     parser.add_argument("--prompts", type=Path, metavar="FILE", help=asks)
 
 
@@ -458,7 +459,7 @@ def run_compile(args: argparse.Namespace) -> None:
         mesh=Mesh.parse(args.mesh) if args.mesh else None, progress=tell_stage,
     )  # fmt: skip
     if key:
-        bundle = sign_bundle(out, key)
+        bundle = sign_bundle(out, key, bundle)
     if args.explain:
         print(bundle.plan.explain())
     print(f"{bundle.path}  {bundle.total_bytes / 1e6:.1f} MB, plan {bundle.plan.hash[:16]}{f', signed by {bundle.signed_by}' if key else ''}")
@@ -575,7 +576,7 @@ def run_plan(args: argparse.Namespace) -> None:
     from reelstep.engine.models import MODELS
 
     for option, value in (("--gpus", args.gpus), ("--top", args.top), ("--frames", args.frames), ("--price", args.price)):
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{option} {value:g}; a number above 0")
     spec = MODELS[args.model]
     sku = SKUS[args.sku] if args.sku else detect()

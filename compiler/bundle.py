@@ -25,7 +25,7 @@ from reelstep import __version__
 from reelstep.compiler.plan import Plan, canonical_json
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.storage import replace_file, sha256_file, sync
-from reelstep.errors import BundleError, unknown
+from reelstep.errors import BundleError, ReelstepError, unknown
 
 if TYPE_CHECKING:  # a bundle is opened without torch, and without cryptography one that nobody signed, and nobody must have signed
     from torch import Tensor
@@ -46,11 +46,14 @@ def is_bundle(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def sign_bundle(path: Path, key: PrivateKey) -> Bundle:
-    """Verify the bundle and sign its manifest, in place of a good signature before. Raises BundleError, StorageError."""
+def sign_bundle(path: Path, key: PrivateKey, meant: Bundle | None = None) -> Bundle:
+    """Verify the bundle and sign its manifest, in place of a good signature before. meant: what must lie there still. Raises BundleError, StorageError."""
     from reelstep.compiler.signing import sign
 
-    replace_file(path / SIGNATURE, sign(canonical_json(Bundle.open(path).manifest), key))
+    there = Bundle.open(path)
+    if meant is not None and there.manifest["sha256"] != meant.manifest["sha256"]:
+        raise BundleError(f"{path} was exchanged since it was made, and what lies there now was not signed; look who writes there, and {AGAIN}")
+    replace_file(path / SIGNATURE, sign(canonical_json(there.manifest), key))
     sync(path)
     return Bundle.open(path, (key.public,))
 
@@ -71,6 +74,15 @@ class Bundle:
         Raises BundleError naming the file that is missing, damaged, misplaced or of another version, or what is wrong with the signature, which is
         looked at before anything else.
         """
+        try:
+            return cls._open(path, trusted)
+        except ReelstepError:
+            raise
+        except (OSError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:  # JSON of another shape than ours, or nothing to read
+            raise BundleError(f"{path} cannot be read as a bundle ({type(error).__name__}: {str(error)[:200]}); look at its permissions, or {AGAIN}") from error
+
+    @classmethod
+    def _open(cls, path: Path, trusted: Sequence[PublicKey]) -> Bundle:
         data = _read_manifest(path)
         signed_by = _signer(path, data, trusted)
         manifest = _parse_manifest(path, data)

@@ -30,6 +30,14 @@ EXAMPLE_ROWS = 3
 """Sizes 0 and 1 are always specialised by the tracer, and 2 is a common size of other things; 3 keeps the batch apart."""
 
 
+def _shapes(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
+    """Of the fake quantisation, whose own in torch does not know a dynamic batch. Here, where whatever captures or reads a graph finds it."""
+    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+
+
+torch.library.register_fake("aten::fake_quantize_per_tensor_affine_cachemask", _shapes)
+
+
 @contextmanager
 def quiet_torch() -> Iterator[None]:
     """Inside, torch's warnings about its own use of what it has deprecated are not shown."""

@@ -72,6 +72,10 @@ class Requests(Protocol):
         """PSNR in dB and SSIM of other requests' results, mean over as many as the last number says."""
 
 
+MOST_PSNR_DB = 100.0
+"""What equal results have."""
+
+
 @dataclass(frozen=True)
 class Quantisation:
     """What was asked for. max_error: relative L2 of a program's outputs; min_psnr_db: of whole results, to those in float32."""
@@ -86,8 +90,8 @@ class Quantisation:
             raise ConfigError(f"quantisation {self.scheme!r}; one of: {', '.join(get_args(Scheme))}")
         if not 0 < self.max_error < 1:
             raise ConfigError(f"an error of {self.max_error:g} per program; above 0 and below 1")
-        if self.min_psnr_db <= 0:
-            raise ConfigError(f"a PSNR of at least {self.min_psnr_db:g} dB; above 0")
+        if not 0 < self.min_psnr_db <= MOST_PSNR_DB:
+            raise ConfigError(f"a PSNR of at least {self.min_psnr_db:g} dB; above 0, and at most {MOST_PSNR_DB:g}, which is what equal results count as")
 
     @property
     def identity(self) -> Any:
@@ -253,7 +257,7 @@ def quantise_programs(
     progress("quantise: other requests, to compare", 0, 1)
     psnr, ssim, results = asked.requests.compare(reference, engines_of(made, plans, backend, precision))
     quality = Quality(round(psnr, 3), round(ssim, 5), results, asked.min_psnr_db, backend)
-    if psnr < asked.min_psnr_db:
+    if not psnr >= asked.min_psnr_db:  # also where it is no number
         raise CompileError(complaint(quality, plans))
     return tuple(made), tuple(plans), quality
 

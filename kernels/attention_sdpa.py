@@ -57,7 +57,7 @@ def _on_cpu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: floa
         mask = q.new_zeros(q.shape[0], 1, 1, k.shape[2]).masked_fill(~counted(lengths, k.shape[2]), -torch.inf).expand(-1, -1, q.shape[2], -1)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
     if lengths is not None:
-        none = (lengths == 0)[:, None, None]  # a softmax of nothing
+        none = (lengths <= 0)[:, None, None]  # a softmax of nothing
         out, lse = out.masked_fill(none[..., None], 0), lse.masked_fill(none, -torch.inf)
     return as_tokens(out), lse.contiguous()
 

@@ -38,6 +38,7 @@ from reelstep.compiler.passes.drop_unused_weights import drop_unused_weights
 from reelstep.compiler.passes.nvfp4 import REACH, block_scales, codes_of, pack, through_nvfp4, unpack, values_of
 from reelstep.compiler.passes.quantise_before_moves import MOVES, quantise_before_moves
 from reelstep.compiler.signature import Signature
+from reelstep.errors import CompileError
 from reelstep.kernels import OPS
 from reelstep.kernels.fp8_norm_quantise import SMALLEST, e4m3_rows
 
@@ -99,14 +100,6 @@ class Grid:
     def largest(self) -> float:
         """Of the magnitudes it covers."""
         return self.step * max(self.zero - LEAST, MOST - self.zero)
-
-
-def _shapes(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
-    """Of the fake quantisation, whose own in torch does not know a dynamic batch."""
-    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-
-
-torch.library.register_fake("aten::fake_quantize_per_tensor_affine_cachemask", _shapes)
 
 
 def linears(exported: ExportedProgram) -> dict[str, str]:
@@ -259,7 +252,7 @@ class Reading(Interpreter, ABC):
     def run_node(self, n: Node) -> Any:
         if n.name in self.layers:
             layer = self.layers[n.name]
-            x, *others = (self.env[node] for node in n.all_input_nodes)
+            x, *others = (self.env[node] for node in n.args if isinstance(node, Node))  # of which two may be one: keys that are values too
             if n.target is ATTENTION:
                 for part, read in zip("qkv", (x, *others), strict=True):
                     self.hear(part_of(layer, part), read, symmetric=True)  # zero points of both sides of a product would be sums of their own
@@ -282,6 +275,8 @@ class Watching(Reading):
 
     def hear(self, name: str, x: Tensor, symmetric: bool = False) -> None:
         low, high = float(x.min()), float(x.max())
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise CompileError(f"{name}: a call of the requests that are measured holds numbers from {low:g} to {high:g}; nothing can be calibrated on that")
         if symmetric:
             low, high = -max(-low, high), max(-low, high)
         least, most = self.ranges.get(name, (math.inf, -math.inf))

@@ -109,6 +109,8 @@ def spec_of(bundle: Bundle) -> ModelSpec:
     spec = MODELS[name]
     if version != spec.version:
         raise BundleError(f"{bundle.path} has version {version} of {name!r}, and this package shards version {spec.version}; {AGAIN}")
+    if any(program.quantised for program in bundle.plan.programs):
+        raise ConfigError(f"{bundle.path} is quantised, and ranks share weights in float32 alone; serve it without a mesh, or compile it without --quantise")
     if pieces := sorted({program for program, _ in bundle.signatures} & set(PIECES)):
         raise ConfigError(f"{bundle.path} has {', '.join(pieces)} for step caches, which no rank can share; compile it without --step-cache")
     return spec

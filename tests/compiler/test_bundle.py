@@ -120,6 +120,29 @@ def test_another_format_says_who_wrote_it_and_what_to_do(copy: Path) -> None:
         Bundle.open(copy)
 
 
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("manifest.json", b"[" * 100_000),
+        ("manifest.json", b'{"format": 2, "x": NaN}'),
+        ("manifest.json", b'{"format": 2, "x": "\\ud800"}'),
+        ("signature.json", b"[" * 100_000),
+    ],
+    ids=["nested", "not a number", "half a character", "nested signature"],
+)
+def test_json_that_is_none_of_ours_is_refused(copy: Path, name: str, data: bytes) -> None:
+    (copy / name).write_bytes(data)
+    with pytest.raises(BundleError, match=r"reelstep compile|damaged"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("change", [{"files": []}, {"files": {"plan.json": 5}}, {"programs": 7}], ids=str)
+def test_a_manifest_of_another_shape_is_refused(copy: Path, change: dict[str, Any]) -> None:
+    rewrite_manifest(copy, lambda m: m.update(change))
+    with pytest.raises(BundleError, match=r"(cannot be read as a bundle|gives no sha256).*run `reelstep compile` again"):
+        Bundle.open(copy)
+
+
 def test_a_manifest_that_lacks_a_field_says_which(copy: Path) -> None:
     rewrite_manifest(copy, lambda m: m.pop("programs"))
     with pytest.raises(BundleError, match=r"manifest\.json does not say: programs; run `reelstep compile` again"):

@@ -1,6 +1,9 @@
 """Which layers are quantised, and what a bundle must reach to be written: with a network whose one bad layer is known."""
 
 import json
+import math
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from reelstep.compiler.compile import compile_model
 from reelstep.compiler.describe import describe, describe_json
 from reelstep.compiler.graphs import dump_graph
 from reelstep.compiler.load import load
-from reelstep.compiler.passes.quantise import Quantising, Reading, Watching, linears, quantise, quantise_weight
+from reelstep.compiler.passes.quantise import ATTENTION, Quantising, Reading, Watching, linears, part_of, quantise, quantise_weight
 from reelstep.compiler.plan import Plan
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.compiler.quantisation import RANGED, Bench, Quantisation, choose_layers, fits
@@ -295,3 +298,33 @@ def test_a_scheme_without_grids_looks_into_no_call_and_its_graph_is_the_same(mon
     assert (lean.layers, lean.kept, lean.error) == (thorough.layers, thorough.kept, thorough.error)
     graphs = [dump_graph(quantise(item.exported, item.signature, scheme, each.layers, each.grids)) for each in choices]
     assert graphs[0] == graphs[1]
+
+
+def test_a_quantised_bundle_is_finalized_by_a_process_that_never_quantised(bundle, tmp_path):
+    """Fresh, as a target is: what quantises is not imported where engines are built."""
+    command = [sys.executable, "-P", "-m", "reelstep", "finalize", str(bundle.path), "--backend", "openvino", "--cache", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "built in" in done.stdout
+
+
+@pytest.mark.parametrize("limit", [math.nan, math.inf, 100.5, 0.0])
+def test_a_psnr_that_no_result_can_have_is_refused(limit):
+    with pytest.raises(ConfigError, match="above 0, and at most 100"):
+        Quantisation("int8", 0.02, limit, Requests())
+
+
+def test_keys_that_are_values_are_heard_apart_and_what_is_not_finite_is_refused():
+    class Shared(nn.Module):
+        def forward(self, q, k):
+            return nn.functional.scaled_dot_product_attention(q, k, k)
+
+    edges = tuple(TensorSpec(name, "float32", ("B", 2, 4, 8)) for name in "qk")
+    program = Program("p", Shared(), edges, (TensorSpec("y", "float32", ("B", 2, 4, 8)),), (Profile("any", {}, 1),))
+    exported = capture(program, program.profiles[0])
+    (node,) = [node for node in exported.graph.nodes if node.target is ATTENTION]
+    watching = Watching(exported.module(), {node.name: "attention"})
+    watching.run(torch.ones(1, 2, 4, 8), 2 * torch.ones(1, 2, 4, 8))
+    assert [watching.ranges[part_of("attention", part)][1] for part in "qkv"] == [1, 2, 2]
+    with pytest.raises(CompileError, match="nothing can be calibrated on that"):
+        watching.run(torch.ones(1, 2, 4, 8), torch.full((1, 2, 4, 8), math.nan))

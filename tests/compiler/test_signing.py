@@ -190,6 +190,14 @@ def test_a_damaged_bundle_is_not_signed(unsigned: Path, ours: Keys) -> None:
     assert not (unsigned / "signature.json").exists()
 
 
+def test_another_bundle_than_the_one_that_was_made_is_not_signed(unsigned: Path, ours: Keys) -> None:
+    meant = Bundle.open(unsigned)
+    meant.manifest["sha256"] = "0" * 64
+    with pytest.raises(BundleError, match="was exchanged since it was made, and what lies there now was not signed"):
+        sign_bundle(unsigned, ours.key, meant)
+    assert not (unsigned / "signature.json").exists()
+
+
 def test_the_graph_of_a_program_must_be_the_one_that_the_plan_names(unsigned: Path) -> None:
     """Else a bundle could give another one's name to its engines in a cache that both use."""
     manifest = json.loads((unsigned / "manifest.json").read_bytes())

@@ -16,6 +16,7 @@ from reelstep import __main__ as cli
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.compile import compile_model
 from reelstep.compiler.part import Part
+from reelstep.compiler.plan import Quantised
 from reelstep.engine.executors import on_mesh
 from reelstep.engine.executors.on_mesh import check_part, open_on_mesh
 from reelstep.engine.loop import open_engine
@@ -117,6 +118,14 @@ def test_what_cannot_be_sharded_is_refused(
     monkeypatch.setattr(on_mesh, "MODELS", {"small": registered})
     with pytest.raises(error, match=words):
         open_on_mesh(bundle, Mesh.parse(mesh), tmp_path)
+
+
+def test_a_quantised_bundle_is_refused(small: ModelSpec, bundle: Bundle) -> None:
+    first, *others = bundle.plan.programs
+    quantised = replace(first, quantised=Quantised("int8", 1, 1, 0.01, 0.05, ()))
+    made = Bundle(bundle.path, bundle.manifest, replace(bundle.plan, programs=(quantised, *others)), None)
+    with pytest.raises(ConfigError, match="is quantised, and ranks share weights in float32 alone"):
+        on_mesh.spec_of(made)
 
 
 def test_a_registered_models_parts_are_those_of_its_weights() -> None:
