@@ -513,6 +513,8 @@ def run_sign(args: argparse.Namespace) -> None:
 def run_keygen(args: argparse.Namespace) -> None:
     from reelstep.compiler.signing import make_keys
 
+    if args.name.name in ("", ".."):
+        raise ConfigError(f"{str(args.name)!r} is no name for a pair of keys; give a file's name without a suffix, such as `release`")
     private, public = (args.name.with_name(args.name.name + suffix) for suffix in (".key", ".pub"))
     made = make_keys(private, public)
     print(f"{private}  keep it secret: who has it signs in your name\n{public}  give it to those who serve your bundles: {made}")

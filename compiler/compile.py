@@ -51,9 +51,9 @@ def compile_model(
     """Write the bundle `out` and give it back, opened and verified.
 
     settings, solvers, fitted: plain JSON values. sku: what it shall run on; this machine need not be one. precision: the backend's default here if
-    None, or for another machine the SKU's. cache: if given and this machine is such a SKU, engines are built into it, so that the first load is
-    quick; else they are left to `finalize`. quantisation: if given, nothing is written unless its limits are met. mesh, ranks:
-    that the bundle is for, with its `plan_ranks`. Raises ConfigError, CompileError, StorageError, NotFound (backend, SKU).
+    None, or for another machine the SKU's. cache: of compiled kernels; engines are for `build_here` or `finalize` to make. quantisation: if given, nothing is
+    written unless its limits are met. mesh, ranks: that the bundle is for, with its `plan_ranks`. Raises ConfigError, CompileError, StorageError,
+    NotFound (backend, SKU).
     """
     target = SKUS[sku]
     wanted, reason = choose_precision(backend, target, precision, mesh)  # before the work
@@ -73,14 +73,13 @@ def compile_model(
     plan = with_kernels(replace(plan, mesh=axes_of(mesh), ranks=tuple(ranks)), cache)
     progress(f"write {out}", len(drafts), len(drafts) + 1)
     write_bundle(out, plan=plan, captured=captured, settings=settings, solvers=solvers, fitted=fitted or {}, card=card)
-    bundle = Bundle.open(out)
-    if cache is not None:
-        build_here(bundle, cache, progress)
-    return bundle
+    return Bundle.open(out)
 
 
 def build_here(bundle: Bundle, cache: Path, progress: Progress = silent) -> None:
-    """Engines into the cache, where they are for this machine; ranks of a mesh build their own. Raises CompileError, StorageError."""
+    """Engines into the cache, where they are for this machine, so that the first load is quick; ranks of a mesh build their own. Raises CompileError,
+    StorageError.
+    """
     if on_this_machine(bundle.plan.sku) and not bundle.plan.mesh:
         load(bundle, cache, progress=progress)
 

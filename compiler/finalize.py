@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch.export import ExportedProgram
-
 from reelstep.compiler.backends import Backend
 from reelstep.compiler.bundle import Bundle
-from reelstep.compiler.load import Progress, build_engine, choose, silent, telling
+from reelstep.compiler.load import NotInCacheError, Progress, build_engine, choose, not_read, silent, telling
 from reelstep.compiler.program import FLOAT_BYTES, Precision
 from reelstep.compiler.skus import SKUS
-from reelstep.compiler.storage import watch_seals
+from reelstep.compiler.storage import check_writable, watch_seals
 from reelstep.errors import CompileError, StorageError
 
 Key = tuple[str, str]
@@ -49,7 +47,8 @@ def finalize(
     """Build every engine of the bundle that `cache` lacks for this machine. In the order of the plan.
 
     backend, precision: as for `load`. Raises CompileError if this machine is not what the bundle is for or has too little memory, or for a mesh's bundle, and
-    StorageError if the disk has too little room (where engines hold their weights), all before anything is built; and whatever the backend raises.
+    StorageError if `cache` cannot be written or its disk has too little room (where engines hold their weights), all before anything is built; and whatever
+    the backend raises.
     """
     if bundle.plan.mesh:
         text = f"was planned for mesh {bundle.plan.mesh_name}: its ranks build their own engines when it is opened, so there is nothing to finalize"
@@ -64,6 +63,8 @@ def finalize(
             found[key] = looked
         else:
             missing[key] = looked
+    if missing:
+        check_writable(cache)
     if not chosen.weights_apart:
         _check_room(bundle, list(missing), wanted, cache)
     for done, (key, damaged) in enumerate(missing.items()):
@@ -75,26 +76,13 @@ def finalize(
 
 
 def _look(bundle: Bundle, key: Key, chosen: Backend, wanted: Precision, cache: Path) -> Finalized | Sequence[Path]:
-    """The engine in the cache, loaded to see that it can be; else the damaged files that lie there. A backend that has its engine asks for no graph."""
-    asked = False
-
-    def graph() -> ExportedProgram:
-        nonlocal asked
-        asked = True
-        raise LookupError("only looking")
-
+    """The engine in the cache, loaded to see that it can be; else the damaged files that lie there."""
     began = time.monotonic()
-    with watch_seals() as seals:
-        try:
-            build_engine(bundle, key, chosen, wanted, cache, graph)
-        except Exception:  # ours, or what the backend makes of it
-            if not asked:
-                raise
-    if not seals:
-        return Finalized(*key, "stateless", 0.0, 0)
-    if asked:
-        return [path for path, what in seals if what == "damaged"]
-    return Finalized(*key, "cached", time.monotonic() - began, _size([path for path, _ in seals]))
+    with watch_seals() as seals, suppress(NotInCacheError):
+        build_engine(bundle, key, chosen, wanted, cache, not_read)
+        if seals:
+            return Finalized(*key, "cached", time.monotonic() - began, _size([path for path, _ in seals]))
+    return [path for path, what in seals if what == "damaged"] if seals else Finalized(*key, "stateless", 0.0, 0)
 
 
 def _build(bundle: Bundle, key: Key, chosen: Backend, wanted: Precision, cache: Path, damaged: Sequence[Path]) -> Finalized:

@@ -16,7 +16,7 @@ from reelstep.compiler.plan import RUN_BY, canonical_json
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS, detect, is_gpu
-from reelstep.compiler.sources import source_hash
+from reelstep.compiler.sources import made_of
 from reelstep.errors import CompileError
 from reelstep.parallel.mesh import GIVEN, Mesh
 
@@ -94,7 +94,7 @@ def load_later(
 
     def find(key: tuple[str, str]) -> Executable | None:
         try:
-            return build_engine(bundle, key, chosen, wanted, cache, graph=_not_read)
+            return build_engine(bundle, key, chosen, wanted, cache, graph=not_read)
         except NotInCacheError:
             return None
 
@@ -102,10 +102,11 @@ def load_later(
 
 
 class NotInCacheError(Exception):
-    """A backend asked for the graph."""
+    """A backend asked for the graph, which one that has its engine does not."""
 
 
-def _not_read() -> ExportedProgram:
+def not_read() -> ExportedProgram:
+    """A graph for who only looks. Raises NotInCacheError."""
     raise NotInCacheError
 
 
@@ -209,5 +210,5 @@ def check_precision(backend: Backend, precision: Precision) -> None:
 
 def engine_key(bundle: Bundle, program: str, profile: str, precision: Precision) -> str:
     """What an engine depends on besides the backend and the machine: graph, weights, choices, which weight goes where, and the code that makes it of these."""
-    entry, sources = hashlib.sha256(canonical_json(bundle.manifest["programs"][program][profile])).hexdigest(), source_hash("compiler", "kernels")
-    return hashlib.sha256("\n".join([bundle.plan.hash, bundle.weights_hash, program, profile, precision, entry, sources]).encode()).hexdigest()
+    entry = hashlib.sha256(canonical_json(bundle.manifest["programs"][program][profile])).hexdigest()
+    return made_of(bundle.plan.hash, bundle.weights_hash, program, profile, precision, entry)

@@ -56,12 +56,16 @@ def make_keys(private: Path, public: Path) -> PublicKey:
     pem, no_password = serialization.Encoding.PEM, serialization.NoEncryption()
     secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, no_password)
     known = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    made: list[Path] = []
     try:
         for path, data, mode in ((private, secret, 0o600), (public, known, 0o644)):
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                made.append(path)
                 file.write(data)
     except OSError as error:
-        raise StorageError(f"cannot write the key {path}: {error}; choose another name") from error
+        for written in made:  # half a pair is of no use
+            written.unlink(missing_ok=True)
+        raise StorageError(f"cannot write the key {path}: {error.strerror}; choose another name") from error
     return PrivateKey(key).public
 
 

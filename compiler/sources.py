@@ -16,3 +16,8 @@ def source_hash(*folders: str) -> str:
     for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def made_of(*parts: str) -> str:
+    """Names an engine by what it is made of, and by the code that makes it. hex."""
+    return hashlib.sha256("\n".join([*parts, source_hash("compiler", "kernels")]).encode()).hexdigest()

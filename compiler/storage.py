@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import hmac
 import logging
@@ -25,7 +26,7 @@ SECRET, SECRET_BYTES = "seal.secret", 32
 """One to a cache folder."""
 
 UNFINISHED = ".new-"
-"""Begins the names of directories that engines are built in, beside where they will lie."""
+"""Ends what the names of directories begin with that things are built in, beside where they will lie."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Of a disk, as an OSError says it."""
@@ -83,37 +84,47 @@ def current_umask() -> int:
 def whole_directory(target: Path, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
     """Gives a temporary sibling of `target` to fill; at the end it takes the place of `target`.
 
-    On any failure `target` is as it was and the temporary is gone. Raises StorageError if the disk fails or is full, or if
-    something that is not `replaceable` lies at `target`. A process killed between the two renames leaves the old
-    directory beside `target`, named `.NAME.old-*`.
+    On any failure `target` is as it was and the temporary is gone; what a killed process left goes with the next one. Of two
+    that write at once the later one stays. Raises StorageError if the disk fails or is full, or if something that is not
+    `replaceable` lies at `target`. A process killed between the two renames leaves the old directory beside `target`,
+    named `.NAME.old-*`.
     """
     check_replaceable(target, replaceable)
+    begins = f".{target.name}{UNFINISHED}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
-    except OSError as error:
-        raise StorageError(f"cannot write beside {target}: {error}") from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp made it private
-        sync(temporary)
-        _exchange(temporary, target)
+        _remove_stale(target.parent, begins)
+        with _held_directory(target.parent, begins) as temporary:
+            yield temporary
+            temporary.chmod(0o755)  # it was made private
+            sync(temporary)
+            with _turn(target.parent, fcntl.LOCK_EX):
+                _exchange(temporary, target)
     except StorageError:
         raise
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error}. What was there before is kept; free some space or choose another path") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> None:
-    """Raises StorageError if something that may not be replaced lies there."""
+    """Raises StorageError if something that may not be replaced lies there, or nothing can be written beside it."""
     if target.exists() and not replaceable(target):
         raise StorageError(f"{target} exists and is not what would be written there; nothing was changed. Remove it or choose another path")
+    check_writable(target.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises StorageError if nothing can be written into a folder, or into the one that it would be made in: found by doing it."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        with _held_directory(there, UNFINISHED):
+            pass
+    except OSError as error:
+        raise StorageError(f"cannot write into {there}: {error.strerror}. Choose another path, or free some space") from error
 
 
 def _exchange(temporary: Path, target: Path) -> None:
-    old = temporary.with_name(temporary.name.replace(".new-", ".old-"))
+    old = temporary.with_name(f".{target.name}.old-{temporary.name.rpartition('-')[2]}")
     replaces = target.exists()
     if replaces:
         target.rename(old)
@@ -153,12 +164,12 @@ def seal(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary, move it to `path`, and put its seal beside it. Raises StorageError; `path` is then not sealed."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _remove_stale(path.parent)
-        with _held_directory(path.parent) as folder:
+        _remove_stale(path.parent, UNFINISHED)
+        with _held_directory(path.parent, UNFINISHED) as folder:
             temporary = folder / path.name
             write(temporary)
             sync(temporary)
-            _make_secret(path.parent)
+            _make_secret(path.parent, folder / SECRET)
             note = folder / "note"
             write_file(note, _tag(temporary, path.parent))
             with _turn(path.parent, fcntl.LOCK_EX):
@@ -185,9 +196,9 @@ def _turn(folder: Path, kind: int) -> Iterator[None]:
 
 
 @contextmanager
-def _held_directory(parent: Path) -> Iterator[Path]:
+def _held_directory(parent: Path, begins: str) -> Iterator[Path]:
     """A temporary directory, locked while its builder lives: the kernel lets go of the lock with the process."""
-    folder, descriptor = _locked_directory(parent)
+    folder, descriptor = _locked_directory(parent, begins)
     try:
         yield folder
     finally:
@@ -195,9 +206,9 @@ def _held_directory(parent: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _locked_directory(parent: Path) -> tuple[Path, int]:
+def _locked_directory(parent: Path, begins: str) -> tuple[Path, int]:
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=begins, dir=parent))
         with suppress(FileNotFoundError):  # as below
             descriptor = os.open(folder, os.O_RDONLY)
             with suppress(OSError):  # a network's file system may have no such locks; then nobody gets one, and nothing is taken for stale
@@ -207,9 +218,9 @@ def _locked_directory(parent: Path) -> tuple[Path, int]:
             os.close(descriptor)  # before it was locked another builder took it for stale
 
 
-def _remove_stale(parent: Path) -> None:
+def _remove_stale(parent: Path, begins: str) -> None:
     """What builders left that were killed. A directory whose lock somebody holds is being filled."""
-    for folder in parent.glob(f"{UNFINISHED}*/"):
+    for folder in parent.glob(f"{glob.escape(begins)}*/"):
         with suppress(OSError):  # locked, or removed by another meanwhile
             descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
             try:
@@ -246,20 +257,14 @@ def _tag(path: Path, folder: Path | None = None) -> bytes:
     return hmac.digest(_secret(folder or path.parent), message, "sha256").hex().encode()
 
 
-def _make_secret(folder: Path) -> None:
-    """Written whole and then linked, so that of two processes that begin together both use the first one's."""
+def _make_secret(folder: Path, temporary: Path) -> None:
+    """Written whole and then linked, so that of two processes that begin together both use the first one's. temporary: where only its owner may look."""
     if (folder / SECRET).exists():
         return
-    descriptor, name = tempfile.mkstemp(prefix=".new-", dir=folder)  # only its owner may read it
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(os.urandom(SECRET_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileExistsError):
-            os.link(name, folder / SECRET)
-    finally:
-        os.unlink(name)
+    write_file(temporary, os.urandom(SECRET_BYTES))
+    temporary.chmod(0o600)
+    with suppress(FileExistsError):
+        os.link(temporary, folder / SECRET)
 
 
 def _secret(folder: Path) -> bytes:

@@ -26,7 +26,7 @@ from reelstep.compiler.quantisation import Quantisation
 from reelstep.compiler.sharded import plan_ranks
 from reelstep.compiler.skus import SKUS
 from reelstep.compiler.sources import source_hash
-from reelstep.compiler.storage import check_replaceable, replace_file
+from reelstep.compiler.storage import check_replaceable, check_writable, replace_file
 from reelstep.engine.lora import fuse, read_adapter
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import Fused, ModelSettings, ModelSpec, hash_weights
@@ -123,8 +123,10 @@ def build_bundle(
         raise ConfigError(f"--mesh {mesh} with {other}, whose programs no rank can share; leave one of the two out")
     parts = sharded_parts(spec) if mesh is not None else ()
     module = spec.build()
-    if cache is not None and BACKENDS[backend].runs and on_this_machine(sku) and any(weight.is_meta for weight in module.parameters()):
-        raise ConfigError(f"model {name!r} comes without weights, so backend {backend!r} has no engine to build of it here; plan it with --backend null")
+    if cache is not None and BACKENDS[backend].runs and on_this_machine(sku):
+        if any(weight.is_meta for weight in module.parameters()):
+            raise ConfigError(f"model {name!r} comes without weights, so backend {backend!r} has no engine to build of it here; plan it with --backend null")
+        check_writable(cache)
     linears = spec.adaptable(module) if spec.adaptable else {}
     layout = None if lora_rank is None else Layout(lora_rank, layers_of(linears))
     settings, own = replace(spec.settings, lora=layout), spec.fitted
@@ -166,12 +168,13 @@ def build_bundle(
         ranks=plan_ranks(parts, mesh, choice[0], BACKENDS[backend].keeps(target.arch), progress, layout) if mesh is not None else (),
         progress=progress,
     )
-    if stamp is not None:
-        try:
+    if cache is not None and stamp is not None:
+        try:  # before the engines: who stops while they are built need not quantise again
             stamp.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # a backend that compiles nothing here has not made it
             replace_file(stamp, bundle.manifest["sha256"].encode())
         except (OSError, StorageError) as error:
             log.warning("%s is done, but compiling it again will do all the work again: %s", out, error)
+        build_here(bundle, cache, progress)
     return bundle
 
 

@@ -45,7 +45,7 @@ class TaskRequests:
     """Every task of the model with its defaults, once for each prompt. Pictures to animate are made by the model itself.
 
     prompts: to measure on; held_out: to compare with, from other noise. progress: told of each request. Raises ConfigError for a prompt in
-    both, or none in one.
+    both, or none in one, and InvalidRequest for one that the model does not take.
     """
 
     served: ServedModel
@@ -61,6 +61,8 @@ class TaskRequests:
             raise ConfigError(f"{len(self.prompts)} prompts to measure on and {len(self.held_out)} to compare with; at least one of each")
         if both := sorted({*self.prompts} & {*self.held_out}):
             raise ConfigError(f"prompt {both[0]!r} is both measured on and compared with; give others")
+        for prompt in (*self.prompts, *self.held_out):  # now, and not when everything is captured
+            self.request(prompt, self.tasks[0], self.seed)
 
     @classmethod
     def of(
@@ -70,6 +72,13 @@ class TaskRequests:
         if not spec.settings.tasks:
             raise ConfigError(f"model {spec.name!r} does no task, so no request can measure it; compile it without --quantise")
         return cls(unfitted(spec), prompts, held_out, psnr, ssim, progress=progress)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Those that need no picture come first."""
+        can = self.served.settings.defaults.keys()
+        needs = {"text_to_image": {"text_to_image"}, "text_to_video": {"text_to_video"}, "animate_sticker": {"animate_sticker", "text_to_image"}}
+        return [task for task, needed in needs.items() if needed <= can]
 
     @property
     def identity(self) -> Any:
@@ -98,13 +107,14 @@ class TaskRequests:
         return float(psnr), float(ssim), len(scores)
 
     def requests(self, prompts: Sequence[str], seed: int, engines: Engines) -> Iterator[Request]:
-        models, tasks = {self.served.name: self.served}, self.served.settings.defaults
-        needs = {"text_to_image": {"text_to_image"}, "text_to_video": {"text_to_video"}, "animate_sticker": {"animate_sticker", "text_to_image"}}
-        able = [task for task, needed in needs.items() if needed <= tasks.keys()]
-        for done, ((k, prompt), task) in enumerate(product(enumerate(prompts), able)):
-            self.progress(f"quantise: {task} of {prompt[:60]!r}", done, len(prompts) * len(able))
+        for done, ((k, prompt), task) in enumerate(product(enumerate(prompts), self.tasks)):
+            self.progress(f"quantise: {task} of {prompt[:60]!r}", done, len(prompts) * len(self.tasks))
             picture = make_picture(self.served, prompt, seed + k, runner_on(engines)) if task == "animate_sticker" else None
-            yield resolve(Ask(prompt, seed=seed + k, frames=1 if task == "text_to_image" else tasks[task].frames, image=picture), models)
+            yield self.request(prompt, task, seed + k, picture)
+
+    def request(self, prompt: str, task: str, seed: int, picture: bytes | None = None) -> Request:
+        frames = 1 if task == "text_to_image" else self.served.settings.defaults[task].frames
+        return resolve(Ask(prompt, seed=seed, frames=frames, image=picture), {self.served.name: self.served})
 
     def run(self, request: Request, engines: Engines, hear: Hear = lambda calls: None) -> Media:
         """The result of one request."""

@@ -6,7 +6,7 @@ Not one of the rewrites that run on every graph: it makes many graphs of one, af
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from reelstep.compiler.graphs import dump_graph
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import DType, Precision
 from reelstep.compiler.signature import Edge, Signature, torch_dtype
-from reelstep.compiler.sources import source_hash
+from reelstep.compiler.sources import made_of
 from reelstep.errors import CompileError
 from reelstep.parallel.collectives import Communicator, c10d
 from reelstep.parallel.context import ring_attention
@@ -131,11 +131,11 @@ class Chain(Executable):
 
 @dataclass(frozen=True)
 class Wanted:
-    """How a rank's programs are built: in this precision, and kept in `cache`, if there is one. key: stands there for the rank's weights."""
+    """How a rank's programs are built: in this precision, and kept in `cache`, if there is one. key: what it gives stands there for the rank's weights."""
 
     precision: Precision = "float32"
     cache: Path | None = None
-    key: str = ""
+    key: Callable[[], str] = str
 
 
 IN_FLOAT32 = Wanted()
@@ -159,8 +159,8 @@ def _build(exported: ExportedProgram, signature: Signature, backend: Backend, wa
     if wanted.cache is None:
         return backend.build(lambda: exported, signature, wanted.precision, None, "")
     graph, edges = hashlib.sha256(dump_graph(exported)).hexdigest(), canonical_json(signature.to_json()).decode()
-    made_of = "\n".join([wanted.key, graph, signature.program, edges, wanted.precision, source_hash("compiler", "kernels")])
-    return backend.build(lambda: exported, signature, wanted.precision, wanted.cache, hashlib.sha256(made_of.encode()).hexdigest())
+    key = made_of(wanted.key(), graph, signature.program, edges, wanted.precision)
+    return backend.build(lambda: exported, signature, wanted.precision, wanted.cache, key)
 
 
 def split_at_collectives(exported: ExportedProgram, signature: Signature) -> Split:

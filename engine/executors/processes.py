@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -96,8 +96,8 @@ class ShardedModel:
     def load(self, comm: Communicator) -> Mapping[str, Runner]:
         if BACKENDS[self.backend].own_threads:
             torch.set_num_threads(1)  # all that torch does here is to copy what travels
-        place = f"rank {comm.rank} of {comm.mesh}"
-        wanted = Wanted(self.precision, self.file.parent, f"{sha256_file(self.file)} {place}")
+        key = cache(lambda: f"{sha256_file(self.file)} rank {comm.rank} of {comm.mesh}")  # not asked for where no engine is kept
+        wanted = Wanted(self.precision, self.file.parent, key)
         executables: dict[tuple[str, str], Executable] = {}
         limits: dict[tuple[str, str], int] = {}
         for part in self.parts:

@@ -18,6 +18,7 @@ import torch
 from reelstep import __main__ as cli
 from reelstep.compiler import finalize as module
 from reelstep.compiler import load as load_module
+from reelstep.compiler import sources
 from reelstep.compiler.backends import BACKENDS, Backend, Executable, Graph, Watch, unwatched
 from reelstep.compiler.backends.null import NullExecutable
 from reelstep.compiler.bundle import Bundle
@@ -108,7 +109,7 @@ def test_a_bundle_for_a_mesh_leaves_nothing_to_finalize(portable: Bundle, tmp_pa
 
 def test_engines_that_other_sources_made_are_left_and_made_again(portable: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as edited:
-        edited.setattr(load_module, "source_hash", lambda *folders: "of an edited pass")
+        edited.setattr(sources, "source_hash", lambda *folders: "of an edited pass")
         assert {*states(finalize(portable, cache)).values()} == {"built"}
     assert {*states(finalize(portable, cache)).values()} == {"cached"}
 
@@ -204,6 +205,13 @@ def test_a_full_disk_is_found_before_anything_is_built(portable: Bundle, tmp_pat
                 finalize(portable, tmp_path / "cache")
             monkeypatch.undo()
     assert {*states(finalize(portable, tmp_path / "cache")).values()} == {"built"}
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_anything_is_built(portable: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Bundle, "program", lambda *_: pytest.fail("a graph was read"))
+    with pytest.raises(StorageError, match=r"cannot write into .*file: Not a directory"):
+        finalize(portable, tmp_path / "file" / "cache")
 
 
 def test_too_little_memory_is_found_before_anything_is_built(portable: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

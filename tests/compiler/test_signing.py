@@ -18,7 +18,7 @@ from reelstep.compiler.bundle import Bundle, sign_bundle
 from reelstep.compiler.describe import describe, describe_json
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.signing import PREFIX, PrivateKey, PublicKey, make_keys, read_private_key, read_public_key
-from reelstep.errors import BundleError, ConfigError
+from reelstep.errors import BundleError, ConfigError, StorageError
 
 P, ORDER = 2**255 - 19, 2**252 + 27742317777372353535851937790883648493
 D = -121665 * pow(121666, -1, P) % P
@@ -217,6 +217,20 @@ def test_a_private_key_is_its_owners_alone_and_never_overwritten_nor_shown(ours:
         make_keys(ours.private, ours.public)
     assert ours.private.read_bytes() == before
     assert repr(ours.key) == f"PrivateKey(of {ours.trusted[0]})"
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", ".."])
+def test_a_name_that_no_file_can_have_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["keygen", name]) == 2
+    assert "is no name for a pair of keys" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_secret_whose_public_half_cannot_be_written_does_not_stay(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot write the key .*a\.pub: No such file"):
+        make_keys(tmp_path / "a.key", tmp_path / "none" / "a.pub")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_wrong_half_of_a_pair_is_refused(ours: Keys, tmp_path: Path) -> None:

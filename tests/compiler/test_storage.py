@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from reelstep.compiler import storage
-from reelstep.compiler.storage import SECRET, replace_file, seal, sealed, watch_seals, write_file
+from reelstep.compiler.storage import SECRET, check_replaceable, check_writable, replace_file, seal, sealed, watch_seals, whole_directory, write_file
 from reelstep.errors import StorageError
 
 
@@ -166,3 +166,37 @@ def test_when_the_disk_takes_no_more_the_old_file_stays(tmp_path: Path) -> None:
 def test_a_missing_folder_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="No such file"):
         replace_file(tmp_path / "none" / "out.png", b"x")
+
+
+def test_of_two_that_write_one_directory_at_once_both_end_well_and_one_stays_whole(tmp_path: Path) -> None:
+    target = tmp_path / "toy.reel"
+
+    def write(name: str) -> None:
+        for _ in range(40):
+            with whole_directory(target, lambda _: True) as folder:
+                for file in ("a", "b"):
+                    (folder / file).write_text(name)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(write, "12345678")] == [None] * 8
+    assert (target / "a").read_text() == (target / "b").read_text()
+    assert os.listdir(tmp_path) == ["toy.reel"]
+
+
+def test_a_directory_that_a_killed_writer_began_goes_with_the_next_and_one_that_is_being_filled_stays(tmp_path: Path) -> None:
+    (tmp_path / ".toy.reel.new-killed").mkdir()
+    (tmp_path / ".new-of-somebody-else").mkdir()
+    with whole_directory(tmp_path / "toy.reel", lambda _: True) as filled:
+        with whole_directory(tmp_path / "toy.reel", lambda _: True) as later:
+            (later / "a").touch()
+        assert filled.is_dir()
+    assert sorted(os.listdir(tmp_path)) == [".new-of-somebody-else", "toy.reel"]
+
+
+def test_a_folder_that_cannot_be_written_or_made_is_found_before_and_nothing_is_left_in_one_that_can(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for check in (lambda: check_writable(tmp_path / "file" / "cache"), lambda: check_replaceable(tmp_path / "file" / "toy.reel", lambda _: True)):
+        with pytest.raises(StorageError, match=r"cannot write into .*file: Not a directory\. Choose another path"):
+            check()
+    check_writable(tmp_path / "deep" / "cache")
+    assert os.listdir(tmp_path) == ["file"]

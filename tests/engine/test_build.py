@@ -206,6 +206,26 @@ def test_a_bundle_is_done_also_where_the_cache_takes_no_note_of_it(compile_toy, 
     assert "toy.reel is done, but compiling it again will do all the work again" in caplog.text
 
 
+@pytest.mark.parametrize("place", ["out", "cache"])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch, place):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(build, "compile_model", lambda **_: pytest.fail("it was captured"))
+    places = {"out": tmp_path / "dit.reel", "cache": tmp_path / "cache"} | {place: tmp_path / "file" / "here"}
+    with pytest.raises(StorageError, match=r"cannot write into .*file: Not a directory"):
+        build_bundle("dit-mid", backend="openvino", precision=None, **places)
+
+
+def test_who_stops_while_engines_are_built_finds_the_bundle_done(compile_toy, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "build_here", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compile_toy()
+    assert not compile_toy()[1]
+
+
 def test_engines_of_a_model_without_weights_are_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "compile_model", lambda **_: pytest.fail("it was captured"))
     with pytest.raises(ConfigError, match=r"model 'movie-gen-30b' comes without weights, so backend 'openvino' has no engine to build .* --backend null"):

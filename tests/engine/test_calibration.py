@@ -13,7 +13,7 @@ from reelstep.engine.models import MODELS
 from reelstep.engine.pipelines.latent import draw_noise
 from reelstep.engine.request import Defaults
 from reelstep.engine.served import ServedModel
-from reelstep.errors import ConfigError
+from reelstep.errors import ConfigError, InvalidRequest
 
 
 class Engine:
@@ -114,6 +114,11 @@ def test_others_are_compared_from_other_noise(asked):
 def test_prompts_are_checked(asked, prompts, held_out, text):
     with pytest.raises(ConfigError, match=text):
         replace(asked[0], prompts=prompts, held_out=held_out)
+
+
+def test_a_prompt_that_the_model_does_not_take_is_refused_before_anything_runs(asked):
+    with pytest.raises(InvalidRequest, match=r"prompt: is 5000 bytes; at most 31"):
+        replace(asked[0], held_out=("a fish", "x" * 5000))
 
 
 def test_a_model_without_tasks_is_refused():

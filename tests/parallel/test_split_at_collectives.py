@@ -198,7 +198,7 @@ def test_pieces_are_kept_for_the_same_graph_weights_and_precision(fake: Any, tmp
 
     def build(key: str = "weights", precision: Any = "float32") -> Tensor:
         lowered.clear()
-        return in_pieces(exported, signature, BACKENDS["openvino"], comm, Wanted(precision, tmp_path, key))({"x": x})["y"]
+        return in_pieces(exported, signature, BACKENDS["openvino"], comm, Wanted(precision, tmp_path, lambda: key))({"x": x})["y"]
 
     first = build()
     assert lowered == ["float32"] * 2
@@ -214,6 +214,6 @@ def test_pieces_are_kept_for_the_same_graph_weights_and_precision(fake: Any, tmp
 
 def test_an_engine_with_collectives_is_not_kept_where_it_cannot_be(fake: Any, tmp_path: Path) -> None:
     comm = fake("tp=2")
-    run = build_rank(*captured(Deep(2), "y"), BACKENDS["openvino"], comm, Wanted("float32", tmp_path, "weights"))
+    run = build_rank(*captured(Deep(2), "y"), BACKENDS["openvino"], comm, Wanted("float32", tmp_path, lambda: pytest.fail("no key is needed")))
     assert run({"x": torch.ones(1, 3)})["y"].shape == (1, 3)
     assert list(tmp_path.iterdir()) == []
