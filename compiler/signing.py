@@ -23,12 +23,21 @@ from reelstep.errors import BundleError, ConfigError, StorageError
 PREFIX = b"reelstep bundle manifest, format 2\n"
 """Before the manifest in what is signed, so that no signature made for something else can stand for a bundle."""
 
+FIELD = 2**255 - 19
+OF_ORDER_8 = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
+SMALL_ORDER = (0, 1, FIELD - 1, OF_ORDER_8, FIELD - OF_ORDER_8)
+"""y of every point of edwards25519 whose order divides the cofactor, 8."""
+
 
 @dataclass(frozen=True)
 class PublicKey:
-    """raw: 32 bytes, as RFC 8032 has them."""
+    """raw: 32 bytes, as RFC 8032 has them. Raises ValueError for a point of small order, under which anybody makes signatures that hold."""
 
     raw: bytes
+
+    def __post_init__(self) -> None:
+        if int.from_bytes(self.raw, "little") % 2**255 % FIELD in SMALL_ORDER:
+            raise ValueError(f"{self} is a point of small order, for which anybody can sign")
 
     def __str__(self) -> str:
         return f"ed25519:{self.raw.hex()}"
@@ -88,7 +97,10 @@ def read_public_key(path: Path) -> PublicKey:
         raise ConfigError(f"cannot read a public key from {path}: {error}; `reelstep keygen NAME` writes it to NAME.pub") from error
     if not isinstance(key, Ed25519PublicKey):
         raise ConfigError(f"{path} is not an ed25519 key; `reelstep keygen NAME` writes one to NAME.pub")
-    return PublicKey(key.public_bytes_raw())
+    try:
+        return PublicKey(key.public_bytes_raw())
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}; `reelstep keygen NAME` makes a pair") from error
 
 
 def sign(manifest: bytes, key: PrivateKey) -> bytes:

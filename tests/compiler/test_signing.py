@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from reelstep import __main__ as cli
 from reelstep.compiler import bundle as bundle_module
@@ -217,6 +219,22 @@ def test_a_private_key_is_its_owners_alone_and_never_overwritten_nor_shown(ours:
         make_keys(ours.private, ours.public)
     assert ours.private.read_bytes() == before
     assert repr(ours.key) == f"PrivateKey(of {ours.trusted[0]})"
+
+
+@pytest.mark.parametrize("order", range(8))
+def test_a_key_of_small_order_is_refused(order: int, unsigned: Path, tmp_path: Path) -> None:
+    found = (times(ORDER, decode(n.to_bytes(32, "little"))) for n in (4, 9, 14, 15, 16, 18))  # what is left of a point without its part of prime order
+    generator = next(point for point in found if times(4, point) != (0, 1))
+    x, y = times(order, generator)
+    raw = (y | (x & 1) << 255).to_bytes(32, "little")
+    assert times(8, (x, y)) == (0, 1)
+    pem = Ed25519PublicKey.from_public_bytes(raw).public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "small.pub").write_bytes(pem)
+    with pytest.raises(ConfigError, match="small order"):
+        read_public_key(tmp_path / "small.pub")
+    (unsigned / "signature.json").write_bytes(canonical_json({"algorithm": "ed25519", "public_key": raw.hex(), "signature": bytes(64).hex()}))
+    with pytest.raises(BundleError, match="small order"):
+        Bundle.open(unsigned)
 
 
 @pytest.mark.parametrize("name", ["", ".", "/", ".."])
