@@ -17,33 +17,35 @@ from reelstep.compiler.passes.mixed_precision import ROW_NORMS
 
 aten = torch.ops.aten
 
+TRANSPOSES = frozenset({aten.permute.default, aten.transpose.int})
+
 
 def norm_before_transpose(exported: ExportedProgram) -> ExportedProgram:
     graph = exported.graph
     for norm in list(graph.nodes):
         if not _commutes(norm):
             continue
-        permute = norm.args[0]
-        source, dims = permute.args
+        transpose = norm.args[0]
+        source, *dims = transpose.args
         with graph.inserting_before(norm):
             normed = graph.call_function(norm.target, (source, *norm.args[1:]), norm.kwargs)
-            moved = graph.call_function(aten.permute.default, (normed, dims))
+            moved = graph.call_function(transpose.target, (normed, *dims))
         normed.meta["val"] = torch.empty_like(source.meta["val"], dtype=norm.meta["val"].dtype)
-        moved.meta["val"] = normed.meta["val"].permute(dims)
+        moved.meta["val"] = transpose.target(normed.meta["val"], *dims)
         norm.replace_all_uses_with(moved)
         graph.erase_node(norm)
-        graph.erase_node(permute)
+        graph.erase_node(transpose)
     exported.graph_module.recompile()
     return exported
 
 
 def _commutes(node: Any) -> bool:
-    """A norm over the last dim alone, of a permutation that keeps that dim and serves nothing else, read by attention only."""
+    """A norm over the last dim alone, of a transpose that keeps that dim and serves nothing else, read by attention only."""
     if node.target not in ROW_NORMS or len(node.args[1]) != 1:
         return False
     source = node.args[0]
-    if not isinstance(source, Node) or source.target is not aten.permute.default or len(source.users) != 1:
+    if not isinstance(source, Node) or source.target not in TRANSPOSES or len(source.users) != 1:
         return False
-    dims: Any = source.args[1]
-    keeps_last = dims[-1] in (len(dims) - 1, -1)
-    return keeps_last and all(user.target is aten.scaled_dot_product_attention.default for user in node.users)
+    last = source.meta["val"].ndim - 1
+    moved = source.target(torch.empty(*range(last + 1)), *source.args[1:])  # every dim is as long as it is far in
+    return moved.shape[-1] == last and all(user.target is aten.scaled_dot_product_attention.default for user in node.users)

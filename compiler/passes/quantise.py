@@ -10,7 +10,7 @@ own step as it comes, once for all layers that read it, and in one pass with a n
 (nvfp4.py), and the product of what they hold stands for Blackwell's own, which torch has on no CPU.
 In "int8" attention may go the same way, as two products of integers around a softmax in float32:
 
-    softmax(q k^T / sqrt(D)) v  ->  fake_quantise(softmax(fake_quantise(q) fake_quantise(k)^T / sqrt(D))) fake_quantise(v)
+    softmax(q k^T * scale) v  ->  fake_quantise(softmax(fake_quantise(q) fake_quantise(k)^T * scale)) fake_quantise(v)
 
 Only operators of torch stand in the graph, and the op of ours where its norm was one that the backend keeps: every backend that knows them runs it.
 
@@ -113,7 +113,7 @@ def attentions(exported: ExportedProgram) -> dict[str, str]:
     """Attention without a mask whose result goes into one linear layer alone: from the node's name to what it is called, in the order they run."""
     layers, found = linears(exported), {}
     for node in exported.graph.nodes:
-        if node.target is not ATTENTION or len(node.args) > 3 or node.kwargs or node.meta["val"].ndim != 4:
+        if node.target is not ATTENTION or len(node.args) > 3 or {*node.kwargs} - {"scale"} or node.meta["val"].ndim != 4:
             continue
         reader = node
         while len(reader.users) == 1 and (reader is node or reader.target in MOVES):
@@ -178,7 +178,7 @@ class Quantising(Interpreter):
                 self.rows[self.node] = NORM_TO_E4M3(*args)
             return super().call_function(target, args, kwargs)
         if target is ATTENTION:
-            return self._attention(layer, *args)
+            return self._attention(layer, *args, **kwargs)
         x, _, *bias = args
         q, step, *whole = self.weights[layer]
         if self.scheme == "nvfp4":
@@ -198,16 +198,16 @@ class Quantising(Interpreter):
         layer = self.layers.get(node.name)
         return layer if layer in self.weights else None
 
-    def _attention(self, layer: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attention(self, layer: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """[B, heads, L, D]. Scores are scaled behind their product, so that it is one of integers."""
         q, k, v = (self.grids[part_of(layer, part)].round(x) for part, x in (("q", q), ("k", k), ("v", v)))
-        heads = torch.matmul(self.grids[part_of(layer, "shares")].round(shares_of(q, k)), v)
+        heads = torch.matmul(self.grids[part_of(layer, "shares")].round(shares_of(q, k, scale)), v)
         return heads.transpose(1, 2).contiguous().transpose(1, 2)  # as torch's own lies in memory: what follows is a view of it
 
 
-def shares_of(q: Tensor, k: Tensor) -> Tensor:
-    """What softmax gives each query of the keys, [B, heads, L, keys]."""
-    return torch.softmax(torch.matmul(q, k.transpose(-1, -2)) * q.shape[-1] ** -0.5, -1)
+def shares_of(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """What softmax gives each query of the keys, [B, heads, L, keys]. scale: of the scores; None: 1 / sqrt(D)."""
+    return torch.softmax(torch.matmul(q, k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale), -1)
 
 
 def part_of(layer: str, part: str) -> str:
@@ -252,11 +252,12 @@ class Reading(Interpreter, ABC):
     def run_node(self, n: Node) -> Any:
         if n.name in self.layers:
             layer = self.layers[n.name]
+            scale: Any = n.kwargs.get("scale")
             x, *others = (self.env[node] for node in n.args if isinstance(node, Node))  # of which two may be one: keys that are values too
             if n.target is ATTENTION:
                 for part, read in zip("qkv", (x, *others), strict=True):
                     self.hear(part_of(layer, part), read, symmetric=True)  # zero points of both sides of a product would be sums of their own
-                self.hear(part_of(layer, "shares"), shares_of(x, others[0]))
+                self.hear(part_of(layer, "shares"), shares_of(x, others[0], scale))
             else:
                 self.hear(layer, x)
         return super().run_node(n)

@@ -15,7 +15,7 @@ from torch.fx import Node
 aten = torch.ops.aten
 
 FAKE_QUANTISE = aten.fake_quantize_per_tensor_affine.default
-MOVES = frozenset({aten.view.default, aten.permute.default, aten.transpose.int, aten.reshape.default, aten.clone.default})
+MOVES = frozenset({aten.view.default, aten.permute.default, aten.transpose.int, aten.reshape.default, aten._unsafe_view.default, aten.clone.default})
 """Operators after which the same numbers lie elsewhere."""
 
 

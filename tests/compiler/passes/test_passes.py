@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,24 +71,34 @@ def test_a_graph_that_still_has_undefined_memory_is_refused(monkeypatch: pytest.
         apply_passes(captured())
 
 
+def by_einops(x: Tensor) -> Tensor:
+    return rearrange(x, "B L (N K) -> B N L K", K=8)
+
+
+def by_transpose(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, 8)).transpose(-2, 1)
+
+
 class Heads(nn.Module):
     """Attention whose queries are normed after the heads were moved; its keys' moved heads serve a second reader."""
 
-    def __init__(self) -> None:
+    def __init__(self, split: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        self.split = split
         self.q_norm, self.k_norm, self.v_norm = (nn.RMSNorm(8, eps=1e-6) for _ in range(3))
         torch.nn.init.normal_(self.q_norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        q_BNLK, k_BNLK, v_BNLK = (rearrange(x + i, "B L (N K) -> B N L K", K=8) for i in range(3))
+        q_BNLK, k_BNLK, v_BNLK = (self.split(x + i) for i in range(3))
         moved = self.v_norm(v_BNLK)
         y = F.scaled_dot_product_attention(self.q_norm(q_BNLK), self.k_norm(k_BNLK), moved) + k_BNLK + moved
         return rearrange(y, "B N L K -> B L (N K)")
 
 
-def test_norms_of_queries_go_before_the_move_of_heads_and_others_stay() -> None:
+@pytest.mark.parametrize("split", [by_einops, by_transpose])
+def test_norms_of_queries_go_before_the_move_of_heads_and_others_stay(split: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
-    program = Program("p", Heads(), (TensorSpec("x", "float32", ("B", 5, 16)),), (TensorSpec("y", "float32", ("B", 5, 16)),), (PROFILE,))
+    program = Program("p", Heads(split), (TensorSpec("x", "float32", ("B", 5, 16)),), (TensorSpec("y", "float32", ("B", 5, 16)),), (PROFILE,))
     exported, applied = apply_passes(capture(program, PROFILE))
     assert "norm_before_transpose" in applied
     norms = [node for node in exported.graph.nodes if node.target is torch.ops.aten.rms_norm.default]
