@@ -481,11 +481,12 @@ def build_quantisation(args: argparse.Namespace) -> Quantisation | None:
     from reelstep.benchmarks.animation import psnr
     from reelstep.benchmarks.steps import ssim
     from reelstep.compiler.quantisation import Quantisation
-    from reelstep.engine.calibration import TaskRequests
+    from reelstep.engine.calibration import TaskRequests, check_tasks
     from reelstep.engine.models import MODELS
     from reelstep.training.fits import choose_prompts
 
     spec = MODELS[args.model]  # a wrong name has no prompts either
+    check_tasks(spec)  # before prompts are asked for, which would not help
     args.pairs, args.seed = QUANTISE_PROMPTS, 0
     measured, compared = choose_prompts(args)
     requests = TaskRequests.of(spec, tuple(dict.fromkeys(measured)), tuple(dict.fromkeys(compared)), psnr, ssim, tell_stage)

@@ -35,17 +35,13 @@ Calls = Mapping[Key, Sequence[Mapping[str, Tensor]]]
 
 
 class Rate(NamedTuple):
-    """That a SKU must have for a scheme: its name among the peaks, the numbers that it is of, and what to take where there is none."""
+    """That a SKU must have for a scheme: its name among the peaks, and the numbers that it is of."""
 
     peak: str
     numbers: str
-    instead: str
 
 
-RATES: Mapping[Scheme, Rate] = {
-    "fp8": Rate("float8", "E4M3", "int8 or int8-weights"),
-    "nvfp4": Rate("float4", "E2M1", "fp8, int8 or int8-weights"),
-}
+RATES: Mapping[Scheme, Rate] = {"fp8": Rate("float8", "E4M3"), "nvfp4": Rate("float4", "E2M1")}
 
 COMPARED = 6
 """Calls of a program at a profile that errors are measured on, evenly out of all: each layer costs so many more. Ranges are of all."""
@@ -102,9 +98,23 @@ class Quantisation:
         """Raises ConfigError where the backend or the SKU cannot do it."""
         if self.scheme in RATES and (rate := RATES[self.scheme]).peak not in sku.peak_flops:
             known = ", ".join(name for name, other in SKUS.items() if rate.peak in other.peak_flops)
-            raise ConfigError(f"{self.scheme} on {sku.name} ({sku.arch}), which multiplies no {rate.numbers}; use {rate.instead} there, or one of: {known}")
+            raise ConfigError(f"{self.scheme} on {sku.name} ({sku.arch}), which multiplies no {rate.numbers}; use {runs_there(sku)} there, or one of: {known}")
         if backend not in RUN_BY[self.scheme]:
-            raise ConfigError(f"{self.scheme} with backend {backend!r}, which makes nothing of it; use {' or '.join(RUN_BY[self.scheme])}")
+            instead = engines_for(self.scheme, sku)
+            advice = " or ".join(instead) if instead else f"null, which only plans it, or {runs_there(sku)}"
+            raise ConfigError(f"{self.scheme} with backend {backend!r} on {sku.name}, which makes nothing of it; use {advice}")
+
+
+def engines_for(scheme: Scheme, sku: Sku) -> list[str]:
+    """Backends whose engines run a scheme on a SKU."""
+    multiplies = scheme not in RATES or RATES[scheme].peak in sku.peak_flops
+    return [name for name in RUN_BY[scheme] if multiplies and BACKENDS[name].runs and BACKENDS[name].runs_on(sku.arch)]
+
+
+def runs_there(sku: Sku) -> str:
+    """Every scheme that some backend's engines run on a SKU, and which do."""
+    found: dict[Scheme, list[str]] = {scheme: engines_for(scheme, sku) for scheme in get_args(Scheme)}
+    return " or ".join(f"{scheme} ({', '.join(names)})" for scheme, names in found.items() if names)
 
 
 def fits(weight: Tensor, scheme: Scheme) -> bool:

@@ -40,6 +40,12 @@ QUANTISED = "denoise"
 HELD_OUT_SEED = 1 << 20
 
 
+def check_tasks(spec: ModelSpec) -> None:
+    """Raises ConfigError for a model that does no task."""
+    if not spec.settings.tasks:
+        raise ConfigError(f"model {spec.name!r} does no task, so no request can measure it; compile it without --quantise")
+
+
 @dataclass(frozen=True)
 class TaskRequests:
     """Every task of the model with its defaults, once for each prompt. Pictures to animate are made by the model itself.
@@ -69,8 +75,7 @@ class TaskRequests:
         cls, spec: ModelSpec, prompts: Sequence[str], held_out: Sequence[str], psnr: Measure, ssim: Measure, progress: Progress = silent
     ) -> TaskRequests:  # fmt: skip
         """Raises ConfigError for a model that does no task."""
-        if not spec.settings.tasks:
-            raise ConfigError(f"model {spec.name!r} does no task, so no request can measure it; compile it without --quantise")
+        check_tasks(spec)
         return cls(unfitted(spec), prompts, held_out, psnr, ssim, progress=progress)
 
     @property

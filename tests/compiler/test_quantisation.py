@@ -217,12 +217,14 @@ def test_nvfp4_is_planned_for_a_gpu_that_multiplies_it_and_measured_here(tmp_pat
 @pytest.mark.parametrize(
     ("scheme", "backend", "sku", "text"),
     [
-        ("fp8", "eager", "cpu", r"fp8 on cpu .*multiplies no E4M3; use int8.*one of: l40s, h100-sxm"),
-        ("fp8", "null", "a100-80g", r"fp8 on a100-80g \(sm80\)"),
-        ("nvfp4", "null", "h100-sxm", r"nvfp4 on h100-sxm \(sm90\), which multiplies no E2M1; use fp8, int8 or int8-weights there, or one of: b200, rtx-5090"),
-        ("nvfp4", "tensorrt", "b200", r"nvfp4 with backend 'tensorrt'.*use null"),
-        ("fp8", "tensorrt", "h100-sxm", r"fp8 with backend 'tensorrt'.*use inductor or null"),
-        ("int8", "inductor", "cpu", r"int8 with backend 'inductor'.*use openvino"),
+        ("fp8", "eager", "cpu", r"fp8 on cpu .*multiplies no E4M3; use int8 \(openvino, eager\) or int8-weights \(.*\) there, or one of: l40s, h100-sxm"),
+        ("fp8", "null", "a100-80g", r"fp8 on a100-80g \(sm80\), which multiplies no E4M3; use int8-weights \(inductor\) there"),
+        ("int8", "inductor", "a100-80g", r"'inductor' on a100-80g.*use null, which only plans it, or int8-weights \(inductor\)$"),
+        ("int8", "tensorrt", "h100-sxm", r"'tensorrt' on h100.*use null, which only plans it, or int8-weights \(inductor\) or fp8 \(inductor\)$"),
+        ("nvfp4", "null", "h100-sxm", r"nvfp4 on h100-sxm \(sm90\), which multiplies no E2M1; use int8-weights \(inductor\) or fp8 \(inductor\) there, or"),
+        ("nvfp4", "tensorrt", "b200", r"nvfp4 with backend 'tensorrt'.*use null, which only plans it, or int8-weights \(inductor\) or fp8 \(inductor\)$"),
+        ("fp8", "tensorrt", "h100-sxm", r"fp8 with backend 'tensorrt'.*use inductor$"),
+        ("int8", "inductor", "cpu", r"int8 with backend 'inductor' on cpu.*use openvino or eager$"),
     ],
 )
 def test_what_cannot_take_effect_is_refused_before_the_work(tmp_path, scheme, backend, sku, text):

@@ -16,7 +16,7 @@ from reelstep.__main__ import main
         (["reel-tiny", "--quantise", "int8", "--max-error", "2"], "an error of 2 per program; above 0 and below 1"),
         (["reel-tiny", "--quantise", "int8", "--step-cache"], "--quantise with --step-cache"),
         (["reel-tiny", "--quantise", "int8", "--lora-rank", "4"], "--quantise with --lora-rank"),
-        (["dit-mid", "--quantise", "int8"], "no prompts of its own; give --prompts FILE"),
+        (["dit-mid", "--quantise", "int8"], "does no task, so no request can measure it"),
         (["dit-mid", "--quantise", "int8", "--prompts", "prompts.txt"], "does no task, so no request can measure it"),
         (["reel-tiny", "--quantise", "int8", "--prompts", "twice.txt"], "prompt 'a cat' is both measured on and compared with"),
         (["reel-tiny", "--quantise", "fp8"], "fp8 on cpu"),
