@@ -42,7 +42,8 @@ def fp8_norm_quantise(
 
 
 def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., K] as values in E4M3 and a step for each row, [...], in x's dtype."""
+    """[..., K] as values in E4M3 and a float32 step for each row, [...]: that of a row of zeros is 0 in float16."""
+    x = x.float()
     step = x.abs().amax(-1).clamp_min(SMALLEST) / LARGEST
     return (x / step[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), step
 

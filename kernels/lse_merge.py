@@ -55,8 +55,8 @@ def lse_merge_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     query, head, batch = (row % queries).to(tl.int64), (row // queries % heads).to(tl.int64), (row // queries // heads).to(tl.int64)
     there = row < rows
-    log_a = tl.load(lse_a + row, mask=there, other=0.0)
-    log_b = tl.load(lse_b + row, mask=there, other=0.0)
+    log_a = tl.load(lse_a + row, mask=there, other=0.0).to(tl.float32)
+    log_b = tl.load(lse_b + row, mask=there, other=0.0).to(tl.float32)
     largest = tl.maximum(log_a, log_b)
     finite = tl.where(largest == -float("inf"), 0.0, largest)
     a, b = tl.exp(log_a - finite), tl.exp(log_b - finite)

@@ -24,8 +24,8 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channe
     Raises ConfigError unless grid multiplies to L and patch divides P.
     """
     check_rank("unpatchify", "tokens", tokens, "B L P")
-    if len(grid) != 3 or len(patch) != 3 or min(patch) < 1:
-        raise ConfigError(f"unpatchify: grid {tuple(grid)}, patch {tuple(patch)}; both are three sizes, those of a patch at least 1")
+    if len(grid) != 3 or len(patch) != 3 or min(patch) < 1 or min(grid) < 0:
+        raise ConfigError(f"unpatchify: grid {tuple(grid)}, patch {tuple(patch)}; both are three sizes, of a patch at least 1, of a grid at least 0")
     if tokens.shape[1] != prod(grid) or tokens.shape[2] % prod(patch):
         raise ConfigError(f"unpatchify: tokens {list(tokens.shape)} are not [B, {prod(grid)}, a multiple of {prod(patch)}] for grid {tuple(grid)}")
     out: Tensor = OP(tokens, list(grid), list(patch), channels_last)

@@ -174,3 +174,11 @@ def test_ops_of_a_meshs_ranks_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_ring_between_ranks_is_no_kernel() -> None:
     assert with_kernels(planned("ring_attention")) == planned("ring_attention")
+
+
+@needs_triton
+def test_logarithms_in_half_precision_are_merged_on_gpus() -> None:
+    (merge,) = (kernel for kernel in kernels_for("sm90") if kernel.name == "lse_merge")
+    halves = replace(merge, arguments={**merge.arguments, "lse_a": "*fp16", "lse_b": "*fp16"})
+    (cubin,) = compile_kernels("sm90", [halves])
+    check(cubin)

@@ -177,6 +177,15 @@ def test_an_fp8_layer_computes_what_float64_does_with_the_same_rounding():
     assert (error <= room).all(), "half an ulp of bfloat16, and the order of float32 sums"
 
 
+def test_a_layer_in_fp8_that_reads_bfloat16_finds_its_steps_in_float32():
+    _, exported, signature = captured(Single, 48, 32)
+    made = quantise(exported, signature, "fp8", ["layer.weight"], {}).module()
+    x = torch.randn(2, 5, 48)
+    with torch.no_grad():
+        exact, y = made(x), made(x.bfloat16())
+    assert float((y - exact).norm() / exact.norm()) < 0.03, "one more rounding of x, which may make another of E4M3"
+
+
 class Modulated(nn.Module):
     """Layers behind a norm of ours, two and then one, and one behind another layer."""
 
