@@ -50,8 +50,8 @@ def quiet_torch() -> Iterator[None]:
 def capture(program: Program, profile: Profile) -> ExportedProgram:
     """The exported graph of `program` at `profile`, in evaluation mode, on the module's own device (meta too).
 
-    Raises ConfigError for a name that cannot be a file name, CompileError naming program, profile and cause if the module
-    cannot be exported, fixes the batch, or does not give the outputs that were declared.
+    Raises ConfigError for a name that cannot be a file name and for sizes that the module itself refuses, CompileError naming program, profile and cause
+    if the module cannot be exported, fixes the batch, or does not give the outputs that were declared.
     """
     if not SAFE_NAME.fullmatch(program.name) or not SAFE_NAME.fullmatch(profile.name) or "." in program.name:
         raise ConfigError(f"program {program.name!r}, profile {profile.name!r}: names are letters, digits, '_' and '-'; a profile's may have '.' too")
@@ -61,6 +61,8 @@ def capture(program: Program, profile: Profile) -> ExportedProgram:
     try:
         with quiet_torch(), _without_partial_graph():
             exported = trace(program.module, signature)
+    except ConfigError as error:  # sizes that the module itself refuses
+        raise ConfigError(f"program {program.name!r} at profile {profile.name!r}: {error}") from error
     except Exception as error:  # export raises whatever the module's own code raises
         raise CompileError(f"program {program.name!r} at profile {profile.name!r} cannot be exported{_cause(error)}") from error
     finally:

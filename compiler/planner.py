@@ -27,15 +27,26 @@ GUIDED = 2
 
 @dataclass(frozen=True)
 class Figure:
-    """A number and where it comes from: "measured: ...", "published: ..." or "assumed: ..."."""
+    """A number and where it comes from: "measured: ...", "published: ..." or "assumed: ...". Raises ConfigError for what is no number, or below 0."""
 
     value: float
     source: str
 
+    def __post_init__(self) -> None:
+        check_number(self.value, "a figure", or_0=True)
+        if not isinstance(self.source, str):
+            raise ConfigError(f"a figure's source is {self.source!r:.50}; a text")
+
+
+def check_number(value: object, what: str, or_0: bool = False) -> None:
+    """Raises ConfigError unless it is a finite number above 0, or 0 where that may be."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < inf or (or_0 and value == 0)):
+        raise ConfigError(f"{what} is {value!r:.50}; a finite number {'of at least' if or_0 else 'above'} 0")
+
 
 @dataclass(frozen=True)
 class Corrections:
-    """What a device reaches. Shares are of the datasheet's peak FLOP/s, memory bandwidth and link rate."""
+    """What a device reaches. Shares are of the datasheet's peak FLOP/s, memory bandwidth and link rate. Raises ConfigError for a share of 0."""
 
     product: Figure
     convolution: Figure
@@ -46,6 +57,10 @@ class Corrections:
     call_s: Figure  # to start one network call
     message_s: Figure  # until a message between ranks begins to arrive
     reserve_bytes: Figure  # of the runtime, libraries and their workspace
+
+    def __post_init__(self) -> None:
+        for name in ("product", "convolution", "attention", "bandwidth", "link"):
+            check_number(getattr(self, name).value, f"the share of {name}")
 
 
 ASSUMED = Corrections(
@@ -94,23 +109,26 @@ def device_of(sku: Sku) -> Device:
 
 
 def read_device(path: Path, sku: Sku) -> Device:
-    """What `reelstep bench planner` measured. Raises ConfigError for another file or SKU."""
+    """What `reelstep bench planner` measured. Raises ConfigError for another file or SKU, and for rates that are no numbers above 0."""
+    again = "`reelstep bench planner --corrections NEWFILE` writes"
     try:
-        data = json.loads(path.read_bytes())
-        if data["sku"] != sku.name:
-            raise ConfigError(f"{path} was measured on {data['sku']!r} and the plan is for {sku.name!r}; measure there, or leave --corrections out")
+        data = json.loads(path.read_bytes(), parse_int=float)  # so that what is too long for one is infinite
+        measured_on, peaks, bandwidth = data["sku"], data["peak_flops"], data["bandwidth_bytes_per_s"]
+        for what, rate in (*((f"the peak in {dtype}", rate) for dtype, rate in peaks.items()), ("bandwidth_bytes_per_s", bandwidth)):
+            check_number(rate, what)
         known = {p: Corrections(**{f.name: Figure(**data["corrections"][p][f.name]) for f in fields(Corrections)}) for p in data["corrections"]}
-        peaks = {str(dtype): float(rate) for dtype, rate in data["peak_flops"].items()}
-        measured = replace(sku, peak_flops=peaks, bandwidth_bytes_per_s=float(data["bandwidth_bytes_per_s"]), source=f"measured: {path}, {data['machine']}")
-        return Device(measured, {precision: known[precision] for precision in FLOAT_BYTES if precision in known})
+        if lacks := [precision for precision in known if precision not in peaks]:
+            raise ConfigError(f"no peak in {', '.join(lacks)}, of which there are corrections")
+        measured = replace(sku, peak_flops=peaks, bandwidth_bytes_per_s=bandwidth, source=f"measured: {path}, {data['machine']}")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; `reelstep bench planner --corrections {path}` writes it") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:  # the first would print the whole file
-        raise ConfigError(f"{path} is not a JSON file of corrections; `reelstep bench planner --corrections NEWFILE` writes one") from error
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} does not hold corrections ({error!r:.200}); `reelstep bench planner --corrections NEWFILE` writes them") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:  # the first would print the whole file
+        raise ConfigError(f"{path} is not a JSON file of corrections; {again} one") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON of another shape than ours
+        raise ConfigError(f"{path} does not hold corrections ({type(error).__name__}: {str(error)[:200]}); {again} them") from error
+    if measured_on != sku.name:
+        raise ConfigError(f"{path} was measured on {measured_on!r} and the plan is for {sku.name!r}; measure there, or leave --corrections out")
+    return Device(measured, {precision: known[precision] for precision in FLOAT_BYTES if precision in known})
 
 
 @dataclass(frozen=True)
@@ -269,15 +287,18 @@ def spent_on_call(transformer: Transformer, rows: int, mesh: Mesh, device: Devic
     block = next(op for op in ops if op.kind == "attention")  # to itself: of one layer, of one block of keys on the ring
     hidden = spent_on([replace(block, count=transformer.layers * (mesh.ring - 1))], device, precision).total
     for transfer in transformer.transfers(rows, mesh, FLOAT_BYTES[precision]):
-        seconds = transfer.bytes / (_link(transfer.axis, mesh, device.sku).bytes_per_s * reached.link.value)
+        seconds = transfer.bytes / (link_of(transfer.axis, mesh, device.sku).bytes_per_s * reached.link.value)
         found += Spent(link=max(0.0, seconds - hidden) if transfer.axis == "ring" else seconds, start=transfer.rounds * reached.message_s.value)
     return found
 
 
-def _link(axis: Axis, mesh: Mesh, sku: Sku) -> Link:
-    """What an axis goes over. Ranks are numbered with tp innermost, then ulysses, ring and cfg, so that what talks most sits closest."""
+def link_of(axis: Axis, mesh: Mesh, sku: Sku) -> Link:
+    """What an axis goes over. Ranks are numbered with tp innermost, then ulysses, ring and cfg, so that what talks most sits closest.
+
+    Where a mesh is larger than a machine, groups of a number that does not divide a machine's lie across its end: of 12 ranks at 8, the second 6 do.
+    """
     spans = {"tp": mesh.tp, "ulysses": mesh.tp * mesh.ulysses, "ring": mesh.tp * mesh.cp, "state": mesh.world}
-    if sku.devices is None or spans[axis] <= sku.devices:
+    if sku.devices is None or mesh.world <= sku.devices or sku.devices % spans[axis] == 0:
         link, where = sku.link, "within a machine"
     else:
         link, where = sku.network, f"between machines of {sku.devices}"
@@ -403,7 +424,7 @@ def _choose(workload: Workload, sampling: Sampling, mesh: Mesh, device: Device, 
 def workload_of(model: str, programs: Sequence[Program], sizes: Mapping[str, Mapping[str, int]], calls: Mapping[str, int]) -> Workload:
     """From a model's programs at the sizes of one row, by program. calls: of one video; what is not named there does not run. Nothing is computed.
 
-    Raises ConfigError for a model without `denoise`, CompileError for sizes it cannot be exported at and for a denoiser that is no transformer.
+    Raises ConfigError for a model without `denoise` and sizes it does not take, CompileError for what cannot be exported and a denoiser that is no transformer.
     """
     named = {program.name: program for program in programs}
     if "denoise" not in named:

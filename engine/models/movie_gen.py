@@ -109,8 +109,11 @@ class Positions(nn.Module):
             self.register_parameter(str(i), nn.Parameter(torch.randn(n, width) * 0.02))
 
     def forward(self, f: int, h: int, w: int) -> Tensor:
-        """Their sum on the token grid, in (t, h, w) order: [L, D]."""
+        """Their sum on the token grid, in (t, h, w) order: [L, D]. Raises ConfigError for a grid that is larger than the tables."""
         t_table, h_table, w_table = self.parameters()
+        most = tuple(len(table) for table in self.parameters())
+        if any(asked > n for asked, n in zip((f, h, w), most, strict=True)):
+            raise ConfigError(f"{f} x {h} x {w} tokens; this model has positions for {' x '.join(map(str, most))}: take fewer frames or a smaller size")
         grid = t_table[:f, None, None] + h_table[None, :h, None] + w_table[None, None, :w]
         return grid.flatten(0, 2)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, fields, replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
 import torch
 
 from reelstep import __main__ as cli
-from reelstep.compiler.cost import Op, Transformer
+from reelstep.compiler.cost import Axis, Op, Transformer
 from reelstep.compiler.planner import (
     ASSUMED,
     Corrections,
@@ -22,6 +25,7 @@ from reelstep.compiler.planner import (
     device_of,
     explain,
     in_words,
+    link_of,
     meshes,
     plot,
     rank,
@@ -135,6 +139,24 @@ def test_machines_without_a_known_network_are_not_joined() -> None:
     assert any("needs a link between machines of 8, and none is known of h200-sxm" in one.reason for one in ranking.dropped)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "axis", "where"),
+    [
+        ("cp=6,ring=3,tp=2", "tp", "within"),  # 12 ranks: 0-7 and 8-11; pairs lie in one machine
+        ("cp=6,ring=3,tp=2", "ulysses", "within"),
+        ("cp=6,ring=3,tp=2", "ring", "between"),
+        ("cfg=2,cp=6", "ulysses", "between"),  # 0-5, and 6-11 in both
+        ("cfg=2,cp=2,tp=3", "tp", "between"),  # 6-8
+        ("cp=4,tp=3", "tp", "between"),
+        ("cfg=2,cp=3", "ulysses", "within"),  # 6 ranks are in one machine
+        ("cfg=2,cp=8", "ulysses", "within"),
+    ],
+)
+def test_a_group_that_lies_across_the_end_of_a_machine_goes_over_the_network(mesh: str, axis: Axis, where: str) -> None:
+    sku = SKUS["h200-sxm"]  # 8 of a machine
+    assert link_of(axis, Mesh.parse(mesh), sku) is (sku.link if where == "within" else sku.network)
+
+
 def test_every_mesh_of_a_number_that_divides_the_devices_is_tried() -> None:
     tried = meshes(8)
     assert len(tried) == len(set(tried))
@@ -213,7 +235,36 @@ def test_measured_rates_are_read_back_and_belong_to_their_sku(tmp_path: Path) ->
         read_device(file, SKUS["cpu"])
 
 
-@pytest.mark.parametrize("data", [b"GIF89a" + bytes(range(128, 256)) * 1000, b"a cat"])
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("peak_flops", "float32"), 0, "the peak in float32 is 0.0; a finite number above 0"),
+        (("peak_flops", "float32"), math.nan, "the peak in float32 is nan"),
+        pytest.param(("peak_flops", "float32"), 10**400, "the peak in float32 is inf", id="more-than-a-float-holds"),
+        (("peak_flops", "float32"), True, "the peak in float32 is True"),
+        (("peak_flops",), {}, "no peak in float32, of which there are corrections"),
+        (("peak_flops",), [1e11], "AttributeError"),
+        (("bandwidth_bytes_per_s",), -2e10, "bandwidth_bytes_per_s is -20000000000.0; a finite number above 0"),
+        (("bandwidth_bytes_per_s",), "2e10", "bandwidth_bytes_per_s is '2e10'"),
+        (("corrections",), ["float32"], "TypeError"),
+        (("corrections", "float32", "product", "value"), 0, "the share of product is 0.0; a finite number above 0"),
+        (("corrections", "float32", "product", "source"), ["measured"], r"a figure's source is \['measured'\]; a text"),
+        (("corrections", "float32", "call_s", "value"), -1e-6, "a figure is -1e-06; a finite number of at least 0"),
+        (("corrections", "float32", "op_s", "value"), None, "a figure is None"),
+    ],
+)
+def test_rates_that_no_device_has_are_refused(place: tuple[str, ...], value: object, message: str, tmp_path: Path) -> None:
+    sku = replace(SKUS["cpu"], peak_flops={"float32": 1e11}, bandwidth_bytes_per_s=2e10)
+    data = json.loads(json.dumps(Device(sku, {"float32": ASSUMED}).to_json()))
+    *outer, last = place
+    reduce(getitem, outer, data)[last] = value
+    file = tmp_path / "cpu.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match=rf"cpu\.json does not hold corrections \(.*{message}.*\); `reelstep bench planner"):
+        read_device(file, SKUS["cpu"])
+
+
+@pytest.mark.parametrize("data", [b"GIF89a" + bytes(range(128, 256)) * 1000, b"a cat", b"[" * 200_000])
 def test_a_file_that_is_no_json_is_refused_in_a_line_without_what_is_in_it(data: bytes, tmp_path: Path) -> None:
     file = tmp_path / "cat.gif"
     file.write_bytes(data)
@@ -279,6 +330,8 @@ def test_the_command_plans_a_model_of_the_zoo(monkeypatch: pytest.MonkeyPatch, c
         (["movie-gen-30b", "--sku", "b200", "--solver", "heun", "--nfe", "5"], "NFE 5 of 'heun', which takes 2 a step; a positive multiple of 2"),
         (["movie-gen-30b", "--sku", "b200", "--gpus", "0"], "--gpus 0; a number above 0"),
         (["movie-gen-30b", "--sku", "b200", "--size", "770x768"], "size 770x768; movie-gen-30b needs sides that are multiples of 8 pixels"),
+        (["reel-tiny", "--sku", "b200", "--frames", "9"], "at profile 'asked': 5 x 8 x 8 tokens; this model has positions for 4 x 8 x 8: take"),
+        (["movie-gen-30b", "--sku", "b200", "--size", "24x24"], "at profile 'asked': patchify: patch (1, 2, 2) does not divide F, H, W = (32, 3, 3)"),
     ],
 )
 def test_a_mistake_is_told_before_any_work(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
