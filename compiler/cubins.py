@@ -22,7 +22,7 @@ from typing import Any
 
 from reelstep.compiler.plan import KernelPlan, Plan, canonical_json
 from reelstep.compiler.storage import replace_file
-from reelstep.errors import CompileError, ReelstepError, StorageError, unknown
+from reelstep.errors import CompileError, NotFound, ReelstepError, StorageError, unknown
 from reelstep.kernels import OPS
 from reelstep.kernels.jit import HAS_TRITON, interpreted, triton
 from reelstep.kernels.op import NAMESPACE, Kernel
@@ -179,18 +179,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write each as FOLDER/NAME.ARCH.cubin")
     options = parser.parse_args(arguments)
     try:
+        chosen = _chosen(options.arch or [*SHARED_LIMIT], options.kernel)
+        if options.out:
+            _make(options.out)
         print(HEADER)
-        for arch, kernels in _chosen(options.arch or [*SHARED_LIMIT], options.kernel).items():
+        for arch, kernels in chosen.items():
             for cubin in compile_kernels(arch, kernels):
                 print(cubin, flush=True)
                 if options.out:
-                    options.out.mkdir(parents=True, exist_ok=True)
-                    (options.out / f"{cubin.kernel}.{arch}.cubin").write_bytes(cubin.code)
+                    replace_file(options.out / f"{cubin.kernel}.{arch}.cubin", cubin.code)
     except ReelstepError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, NotFound) else 1  # as of `reelstep`: 2 for what is wrong with the command
     print("registers and spilled bytes are a thread's, shared bytes a program's; more than 0 spilled is slow")
     return 0
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the folder {folder}: {error.strerror}; choose another with --out") from error
 
 
 def _chosen(archs: Sequence[str], names: Sequence[str] | None) -> dict[str, tuple[Kernel, ...]]:

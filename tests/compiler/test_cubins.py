@@ -113,10 +113,19 @@ def test_the_command_prints_a_row_for_each_and_writes_the_code(tmp_path: Path, c
     assert rows[0] == ["kernel", "arch", "warps", "stages", "registers", "spilled", "shared", "code"]
     assert [row[:2] for row in rows[1:3]] == [["swiglu", "sm90"], ["gelu_tanh", "sm90"]]
     assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == {f"{row[0]}.sm90.cubin": int(row[7]) for row in rows[1:3]}
-    assert main(["--arch", "sm80", "--kernel", "fp8_norm_quantise"]) == 1
-    assert "unknown kernel for sm80 'fp8_norm_quantise'; known: attention" in capsys.readouterr().err
+    assert main(["--arch", "sm80", "--kernel", "fp8_norm_quantise"]) == 2
+    out, err = capsys.readouterr()
+    assert "unknown kernel for sm80 'fp8_norm_quantise'; known: attention" in err
+    assert not out
     assert main(["--arch", "sm80", "--arch", "sm89", "--kernel", "fp8_norm_quantise"]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("fp8")] == ["sm89"], "the only one of them that has E4M3"
+
+
+@needs_triton
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["--arch", "sm90", "--kernel", "swiglu", "--out", str(tmp_path / "file" / "cubins")]) == 1
+    assert capsys.readouterr() == ("", f"error: cannot make the folder {tmp_path}/file/cubins: Not a directory; choose another with --out\n")
 
 
 def planned(*ops: str, sku: str = "h200-sxm") -> Plan:
