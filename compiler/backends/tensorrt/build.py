@@ -13,6 +13,9 @@ from reelstep.compiler.signature import Signature
 from reelstep.compiler.storage import seal, sealed, write_file
 from reelstep.errors import CompileError
 
+STREAM_ABOVE = 0.5
+"""Share of the GPU's memory. A plan with more weights can keep some in host memory: the rest is for activations and other programs. It costs speed."""
+
 
 def row_ranges(max_batch: int) -> tuple[tuple[int, int], ...]:
     """Fewest and most rows of each optimisation profile. TensorRT tunes for the most; one row, the common call, gets a profile of its own."""

@@ -2,7 +2,7 @@
 
 In the cache directory:
   tensorrt-ENGINE.json        what a program of a bundle is on this machine: a plan, its edges, and the content of each of its weights
-  tensorrt-PLAN.plan          named by graph, precision, profile, GPU and versions, and not by weights: variants in weights share it
+  tensorrt-PLAN.plan          named by graph, precision, profile, GPU and versions, and by no weight but integers: variants in weights share it
   tensorrt-weights/SHA256     one weight as the plan wants it (folded, cast), named by its content: plans, profiles, SKUs and variants share it
   tensorrt-MACHINE.timings    what TensorRT measured of its kernels on this GPU
 """
@@ -21,7 +21,7 @@ import torch_tensorrt
 from torch import Tensor
 
 from reelstep.compiler.backends import Graph, Watch
-from reelstep.compiler.backends.tensorrt.build import build_plan, row_ranges
+from reelstep.compiler.backends.tensorrt.build import STREAM_ABOVE, build_plan, row_ranges
 from reelstep.compiler.backends.tensorrt.engine import Plan, TensorRtExecutable
 from reelstep.compiler.backends.tensorrt.network import Network, convert, lower
 from reelstep.compiler.backends.tensorrt.records import Records
@@ -31,9 +31,6 @@ from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.sources import source_hash
 from reelstep.compiler.storage import seal, sealed, write_file
-
-STREAM_ABOVE = 0.5
-"""Share of the GPU's memory. A plan with more weights can keep some in host memory: the rest is for activations and other programs. It costs speed."""
 
 
 def build(graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str, watch: Watch) -> TensorRtExecutable:
@@ -71,11 +68,16 @@ def place() -> str:
 
 
 def plan_key(graph: bytes, signature: Signature, precision: Precision, network: Network, streams: bool, where: str) -> str:
-    """Everything a plan depends on, what lowers and builds the graph among it; no weights."""
+    """Everything a plan depends on, what lowers and builds the graph among it; of weights none but integers and truths, which stay in a stripped plan.
+
+    TensorRT may work them into shapes and indices, and a refit gives only what the plan asks for.
+    """
+    fixed = [[name, hashlib.sha256(_bytes(weight)).hexdigest()] for name, weight in sorted(network.weights.items()) if not weight.is_floating_point()]
     edges = canonical_json(signature.to_json()).decode()
     rows = canonical_json([list(span) for span in row_ranges(signature.max_batch)]).decode()
     made_by = f"torch {torch.__version__}, {source_hash('compiler', 'kernels')}"
-    return digest(hashlib.sha256(graph).hexdigest(), edges, rows, precision, json.dumps(network.groups, sort_keys=True), str(streams), where, made_by)
+    groups = json.dumps(network.groups, sort_keys=True)
+    return digest(hashlib.sha256(graph).hexdigest(), edges, rows, precision, groups, json.dumps(fixed), str(streams), where, made_by)
 
 
 def _make(graph: Graph, signature: Signature, precision: Precision, cache: Path | None, device: torch.device, watch: Watch) -> Plan:
@@ -117,12 +119,16 @@ def saved(entry: Path) -> Plan | None:
     return Plan(path.read_bytes(), tuple(note["inputs"]), tuple(note["outputs"]), weights, note["collectives"], path)
 
 
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def weight_file(folder: Path, content: str) -> Path:
     return folder / "tensorrt-weights" / content
 
 
 def _keep_weight(tensor: Tensor, folder: Path) -> dict[str, Any]:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    data = _bytes(tensor)
     content = hashlib.sha256(data).hexdigest()
     path = weight_file(folder, content)
     if not sealed(path):

@@ -7,6 +7,7 @@ an engine and what surrounds it, and Torch-TensorRT needs torch's CUDA anyway.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from torch import Tensor
 from torch_tensorrt.logging import TRT_LOGGER
 
 from reelstep.compiler.backends import Executable
-from reelstep.compiler.backends.tensorrt.build import row_ranges
+from reelstep.compiler.backends.tensorrt.build import STREAM_ABOVE, row_ranges
 from reelstep.compiler.backends.tensorrt.records import Records
 from reelstep.compiler.signature import Edge, Signature, torch_dtype
 from reelstep.errors import CompileError, InternalError, Unavailable
+
+log = logging.getLogger(__name__)
 
 TRT_DTYPES = {
     torch.float32: trt.DataType.FLOAT, torch.bfloat16: trt.DataType.BF16, torch.float16: trt.DataType.HALF, torch.float8_e4m3fn: trt.DataType.FP8,
@@ -75,10 +78,11 @@ class TensorRtExecutable(Executable):
         with self.records, torch.cuda.device(device):
             self.runtime = trt.Runtime(TRT_LOGGER)
             self.records.watch(self.runtime)
+            torch.cuda.empty_cache()  # what torch keeps for itself TensorRT cannot have, and it counts as taken
             self.engine = self.runtime.deserialize_cuda_engine(plan.data)
             if self.engine is None:
-                raise CompileError(f"{self.where} has a plan that TensorRT {trt.__version__} cannot read. {self.records.explain()}")
-            self.resident = self._place_weights()
+                raise CompileError(self._unloaded(plan.weights))
+            self.records_graphs = self._place_weights() and not plan.collectives  # streamed weights and exchanges were not tried under capture
             self._refit(plan.weights)
             self._check_edges()
             self.buffers = self._allocate()
@@ -124,18 +128,25 @@ class TensorRtExecutable(Executable):
             return
         if rows not in self.contexts:
             self.contexts[rows] = self._context(rows)
-        context = self.contexts[rows]
-        self._enqueue(context)
-        if self._records_graphs():
-            self.stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                self._enqueue(context)  # a second time: the first run of a shape does work that a graph must not hold
-            self.graphs[rows] = graph
+        self._enqueue(self.contexts[rows])
+        if self.records_graphs:
+            self._record(rows)
 
-    def _records_graphs(self) -> bool:
-        """Not where weights are streamed or ranks exchange data: neither was tried under capture."""
-        return self.resident and not self.collectives
+    def _record(self, rows: int) -> None:
+        """Runs a second time, into a graph: the first run of a shape does work that a graph must not hold.
+
+        Where it cannot be recorded the outputs of the first run stand, and this executable goes on without more graphs: right, and slower to launch.
+        """
+        self.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):  # ends the capture whatever happens in it
+                self._enqueue(self.contexts[rows])
+        except (InternalError, RuntimeError) as error:
+            self.records_graphs = False
+            log.warning("%s cannot be recorded as a CUDA graph, and runs without, its kernels launched one by one: %s", self.where, error.__context__ or error)
+        else:
+            self.graphs[rows] = graph
 
     def _enqueue(self, context: trt.IExecutionContext) -> None:
         if not context.execute_async_v3(self.stream.cuda_stream):
@@ -147,11 +158,21 @@ class TensorRtExecutable(Executable):
         if streamable == 0:
             return True
         self.engine.weight_streaming_budget_v2 = 0
-        torch.cuda.empty_cache()  # what torch keeps for itself counts as taken
         free, _ = torch.cuda.mem_get_info(self.device)
         budget = streaming_budget(streamable, self.engine.device_memory_size_v2, free)
         self.engine.weight_streaming_budget_v2 = budget
         return budget >= streamable
+
+    def _unloaded(self, weights: Mapping[str, Tensor]) -> str:
+        """Why TensorRT made no engine of the plan: it says so in its log at best, and a lack of memory is told by what is free."""
+        needed, (free, total) = sum(weight.nbytes for weight in weights.values()), torch.cuda.mem_get_info(self.device)
+        if needed <= free:
+            return f"{self.where} has a plan that TensorRT {trt.__version__} cannot read; remove the engine cache to build it again. {self.records.explain()}"
+        return (
+            f"{self.where} needs {needed / 1e9:.2f} GB for its weights, and {free / 1e9:.2f} of {total / 1e9:.2f} GB are free; load fewer programs on this "
+            "device, or compile the model in fewer bits (--quantise) or for ranks that share its weights (--mesh tp=2). Weights stay in host memory only "
+            f"where they are more than {STREAM_ABOVE:.0%} of the device's memory when the plan is built. {self.records.explain()}"
+        )
 
     def _refit(self, weights: Mapping[str, Tensor]) -> None:
         """Give the stripped plan its weights."""
