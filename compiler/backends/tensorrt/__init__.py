@@ -14,7 +14,7 @@ bundles that differ in weights only (LoRA variants) share a plan, and plans for 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +32,8 @@ from reelstep.parallel.mesh import Mesh
 if TYPE_CHECKING:
     from reelstep.compiler.backends.tensorrt.engine import TensorRtExecutable
 
-NEEDS = {"tensorrt": "tensorrt>=11,<11.1", "torch_tensorrt": "torch-tensorrt>=2.13,<2.14"}
-"""Modules, and what to install for them. Torch-TensorRT states which TensorRT it was built against."""
+NEEDS = {"tensorrt": "11.0", "torch-tensorrt": "2.13", "torch": "2.13"}
+"""Packages and their series: Torch-TensorRT states which TensorRT and torch it was built against, and we build on its interpreter."""
 
 NOT_RUN = (
     "Backend 'tensorrt' has not been run on hardware: its operators are checked against the converters of Torch-TensorRT, and its calls against the "
@@ -41,9 +41,23 @@ NOT_RUN = (
 )
 """For whoever describes a plan: what stands behind this backend."""
 
+
+def installed(package: str) -> str:
+    """Its version, as its metadata has it: importing TensorRT loads gigabytes. Empty if it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 def missing() -> list[str]:
     """What this machine lacks, each with what would help; empty if plans can be built and run here."""
-    lacks = [f"no module {module!r} (pip install '{package}')" for module, package in NEEDS.items() if find_spec(module) is None]
+    found = {package: installed(package) for package in NEEDS}
+    lacks = [
+        f"{package} {series} is needed, and {found[package] or 'none'} is installed (pip install '{package}=={series}.*')"
+        for package, series in NEEDS.items()
+        if not found[package].startswith(f"{series}.")
+    ]
     if not torch.cuda.is_available():
         lacks.append(f"torch {torch.__version__} sees no CUDA device (a CUDA build of torch, the NVIDIA driver and a GPU)")
     return lacks
@@ -62,9 +76,7 @@ class TensorRtBackend(Backend):
     @property
     def collectives(self) -> frozenset[OpOverload]:
         c10d = torch.ops._c10d_functional
-        return frozenset(
-            {c10d.all_reduce.default, c10d.all_gather_into_tensor.default, c10d.all_to_all_single.default, c10d.reduce_scatter_tensor.default}
-        )
+        return frozenset({c10d.all_reduce.default, c10d.all_gather_into_tensor.default, c10d.all_to_all_single.default})
 
     def watched(self, watch: Watch) -> Backend:
         return replace(self, watch=watch)

@@ -32,12 +32,9 @@ REDUCTIONS = {
     "min": trt.ReduceOperation.MIN, "product": trt.ReduceOperation.PROD,
 }  # fmt: skip
 
-COLLECTIVES = frozenset(
-    {
-        tensorrt_fused_nccl_all_gather_op, tensorrt_fused_nccl_all_reduce_op,
-        tensorrt_fused_nccl_all_to_all_op, tensorrt_fused_nccl_reduce_scatter_op,
-    }
-)  # fmt: skip
+COLLECTIVES = frozenset({tensorrt_fused_nccl_all_gather_op, tensorrt_fused_nccl_all_reduce_op, tensorrt_fused_nccl_all_to_all_op})
+
+DYNAMO_ATEN_CONVERTERS.pop(tensorrt_fused_nccl_reduce_scatter_op, None)  # no rank of ours scatters a sum, and theirs would over the wrong ranks
 
 ROOTLESS = -1
 
@@ -95,12 +92,6 @@ def all_reduce(ctx: ConversionContext, target: Any, args: Sequence[Any], kwargs:
 def all_gather(ctx: ConversionContext, target: Any, args: Sequence[Any], kwargs: Any, name: str) -> trt.ITensor:
     """args: tensor, size of the group, group. Along the first dim."""
     return add(ctx, args[0], trt.CollectiveOperation.ALL_GATHER, trt.ReduceOperation.NONE, args[2], name)
-
-
-@converts(tensorrt_fused_nccl_reduce_scatter_op)
-def reduce_scatter(ctx: ConversionContext, target: Any, args: Sequence[Any], kwargs: Any, name: str) -> trt.ITensor:
-    """args: tensor, reduction, size of the group, group. Along the first dim."""
-    return add(ctx, args[0], trt.CollectiveOperation.REDUCE_SCATTER, REDUCTIONS[args[1]], args[3], name)
 
 
 @converts(tensorrt_fused_nccl_all_to_all_op, even)

@@ -33,6 +33,8 @@ import torch.distributed._functional_collectives as functional  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
+from torch_tensorrt.dynamo.conversion import DYNAMO_ATEN_CONVERTERS  # noqa: E402
+from torch_tensorrt.dynamo.lowering.passes.fuse_distributed_ops import tensorrt_fused_nccl_reduce_scatter_op  # noqa: E402
 
 from reelstep.compiler.backends import unwatched  # noqa: E402
 from reelstep.compiler.backends.tensorrt import cache, collectives, engine, network  # noqa: E402
@@ -163,6 +165,7 @@ def check_rank() -> dict[str, Any]:
         "whole": dataclasses.asdict(network.coverage(lowered)),
         "groups": [named[ulysses], named[tensor]],
         "layers": made,
+        "scatters": tensorrt_fused_nccl_reduce_scatter_op in DYNAMO_ATEN_CONVERTERS,
         "uneven": refused(lambda: network.convert(uneven, signature, Records())),
     }
 
@@ -170,29 +173,31 @@ def check_rank() -> dict[str, Any]:
 class Affine(nn.Module):
     """Rows [B, 3] to [B, 2], a second output of integers."""
 
-    def __init__(self, shift: float) -> None:
+    def __init__(self, shift: float, step: int) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.arange(6.0).reshape(3, 2))
         self.b = nn.Parameter(torch.full((2,), shift))
+        self.register_buffer("step", torch.tensor([step]))
 
     def forward(self, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        return x @ self.w + self.b, n + 1
+        return x @ self.w + self.b, n + self.step
 
 
-def affine(shift: float) -> Program:
+def affine(shift: float, step: int = 1) -> Program:
     edges = TensorSpec("x", "float32", ("B", 3)), TensorSpec("n", "int64", ("B", 1))
     outputs = TensorSpec("y", "float32", ("B", 2)), TensorSpec("next", "int64", ("B", 1))
-    return Program("affine", Affine(shift), edges, outputs, (Profile("p", {}, 4),))
+    return Program("affine", Affine(shift, step), edges, outputs, (Profile("p", {}, 4),))
 
 
 class PretendEngine:
     """Computes Affine with the weights that it was given, reading and writing where it was told, as a plan of it would."""
 
-    def __init__(self, streamable: int = 0) -> None:
+    def __init__(self, streamable: int = 0, recordable: bool = True) -> None:
         self.io = {"x": trt.DataType.FLOAT, "n": trt.DataType.INT64, "output0": trt.DataType.FLOAT, "output1": trt.DataType.INT64}
         self.num_io_tensors, self.device_memory_size_v2, self.streamable_weights_size = len(self.io), 64, streamable
         self.weight_streaming_budget_v2 = streamable
         self.weights: dict[str, Tensor] = {}
+        self.recordable, self.capturing, self.captures = recordable, False, 0
         self.contexts: list[PretendContext] = []
 
     def get_tensor_name(self, index: int) -> str:
@@ -237,6 +242,8 @@ class PretendContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert self.memory
+        if self.owner.capturing and not self.owner.recordable:
+            return False
         self.runs += 1
         weights = self.owner.weights
         self.at("output0", 2, torch.float32).copy_(self.at("x", 3, torch.float32) @ weights["w"].reshape(3, 2) + weights["b"])
@@ -287,8 +294,13 @@ def pretend(runtime: PretendEngine) -> Any:
 
         def __enter__(self) -> None:
             self.before = [context.runs for context in runtime.contexts]
+            runtime.capturing = True
+            runtime.captures += 1
 
         def __exit__(self, *_: object) -> None:
+            runtime.capturing = False
+            if not runtime.recordable:
+                raise torch.AcceleratorError("operation failed due to a previous error during capture")
             for context, before in zip(runtime.contexts, self.before, strict=True):
                 self.graph.recorded += [lambda c=context: c.execute_async_v3(0)] * (context.runs - before)  # with whatever shapes the context has by then
 
@@ -329,13 +341,20 @@ def check_run() -> dict[str, Any]:
         graphs = sorted(run.graphs)
         foreign = dataclasses.replace(plan_of(program), data=b"another's")
         unreadable = refused(lambda: engine.TensorRtExecutable(foreign, signature, torch.device("cpu")))
+        with mock.patch.object(torch.cuda, "mem_get_info", return_value=(8, 80 << 30)):
+            crowded = refused(lambda: engine.TensorRtExecutable(foreign, signature, torch.device("cpu")))
         unweighted = dataclasses.replace(plan_of(program), weights={"w": torch.zeros(3, 2)})
         weightless = refused(lambda: engine.TensorRtExecutable(unweighted, signature, torch.device("cpu")))
     short = PretendEngine(streamable=100 << 30)  # more than the 64 GB that are free
     with pretend(short):
         streamed = engine.TensorRtExecutable(plan_of(program), signature, torch.device("cpu"))
         streamed({"x": torch.zeros(2, 3), "n": torch.zeros(2, 1, dtype=torch.int64)})
+    stubborn = PretendEngine(recordable=False)
+    with pretend(stubborn), mock.patch.object(engine.log, "warning") as warned:
+        unrecorded = engine.TensorRtExecutable(plan_of(program), signature, torch.device("cpu"))
+        ones = [unrecorded({"x": torch.ones(rows, 3), "n": torch.zeros(rows, 1, dtype=torch.int64)})["y"].tolist() for rows in (2, 1, 2)]
     return {
+        "crowded": crowded, "ones": ones, "captures": stubborn.captures, "warnings": [call.args[0] % call.args[1:] for call in warned.call_args_list],
         "worst": worst, "graphs": graphs, "profiles": [context.profile for context in runtime.contexts], "unreadable": unreadable, "weightless": weightless,
         "plans": [name for name, value in vars(run).items() if isinstance(value, engine.Plan)],
         "budget": short.weight_streaming_budget_v2, "streamed_graphs": len(streamed.graphs),
@@ -356,15 +375,15 @@ def check_cache() -> dict[str, Any]:
     reads: list[float] = []
 
     def convert(lowered: Any, signature: Signature, records: Records) -> network.Network:
-        weights = {"w": lowered.get_parameter("w").detach(), "b": lowered.get_parameter("b").detach()}
+        weights = {"w": lowered.get_parameter("w").detach(), "b": lowered.get_parameter("b").detach(), "step": lowered.get_buffer("step")}
         return network.Network(None, None, ("x", "n"), ("output0", "output1"), weights, {}, None)
 
     def build_plan(*_: Any) -> bytes:
         builds.append("plan")
         return b"plan"
 
-    def load(folder: Path, shift: float, gpu: str = "NVIDIA H100 80GB HBM3", key: str = "bundle") -> Tensor:
-        program = affine(shift)
+    def load(folder: Path, shift: float, gpu: str = "NVIDIA H100 80GB HBM3", key: str = "bundle", step: int = 1) -> Tensor:
+        program = affine(shift, step)
         exported, _ = apply_passes(capture(program, program.profiles[0]))
 
         def graph() -> Any:
@@ -394,7 +413,8 @@ def check_cache() -> dict[str, Any]:
         for file in weight_files(folder):
             file.write_bytes(b"damaged")
         again, mended = load(folder, 100.0).tolist(), len(builds)
-    return {"outputs": outputs, "shared": shared, "other": other, "ported": ported, "edited": edited, "again": again, "mended": mended}
+        load(folder, 100.0, key="bundle of other steps", step=2)
+    return {"stepped": len(builds), "outputs": outputs, "shared": shared, "other": other, "ported": ported, "edited": edited, "again": again, "mended": mended}
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -54,7 +54,7 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "find_spec", lambda _: None)
+    monkeypatch.setattr(tensorrt, "installed", lambda _: "")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
@@ -63,8 +63,24 @@ def test_without_the_libraries_nothing_runs_and_the_error_says_what_to_install(p
     backend = BACKENDS["tensorrt"]
     assert backend.precisions == ()
     signature = Signature.of(programs[0], programs[0].profiles[0])
-    with pytest.raises(CompileError, match=r"no module 'tensorrt' \(pip install 'tensorrt>=11,<11.1'\).*sees no CUDA device.*work without"):
+    with pytest.raises(CompileError, match=r"tensorrt 11.0 is needed, and none is installed \(pip install 'tensorrt==11.0.\*'\).*no CUDA device.*work without"):
         backend.build(lambda: pytest.fail("the graph was read"), signature, "float32", None, "key")
+
+
+def test_libraries_of_another_series_are_as_good_as_none_and_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before one of them is imported: what does not fit together breaks in the middle of a build, or as a symbol that is not found."""
+    found = {"tensorrt": "10.13.3.9", "torch-tensorrt": "2.13.0", "torch": "2.13.0+cu130"}
+    monkeypatch.setattr(tensorrt, "installed", found.get)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert tensorrt.missing() == ["tensorrt 11.0 is needed, and 10.13.3.9 is installed (pip install 'tensorrt==11.0.*')"]
+    assert BACKENDS["tensorrt"].precisions == ()
+    found["tensorrt"] = "11.0.0.114"
+    assert BACKENDS["tensorrt"].precisions == ("float32", "bfloat16")
+
+
+def test_versions_are_those_of_the_installed_packages() -> None:
+    assert tensorrt.installed("pytest") == pytest.__version__
+    assert tensorrt.installed("no-such-package") == ""
 
 
 @pytest.mark.usefixtures("bare")
@@ -111,18 +127,25 @@ def test_every_call_of_torch_tensorrt_fits_and_the_backends_own_part_of_a_run_is
     assert run["profiles"] == [1, 0, 1, 1], "each number of rows has a context of its own, whose shapes stay as its graph was recorded"
     assert run["plans"] == [], "with which all weights would stay in memory"
     assert "cannot read" in run["unreadable"]
+    assert "needs 0.00 GB for its weights, and 0.00 of 85.90 GB are free; load fewer programs on this device" in run["crowded"]
     assert "wants weights 'b'" in run["weightless"]
     assert run["budget"] == (64 << 30) - 64 - (1 << 30)  # free, less 64 bytes of activations and the reserve
     assert run["streamed_graphs"] == 0
+    assert run["ones"] == [[[13.0, 16.0]] * 2, [[13.0, 16.0]], [[13.0, 16.0]] * 2], "without a graph, as with one"
+    assert run["captures"] == 1, "what failed once is not tried at every call"
+    assert len(run["warnings"]) == 1
+    assert "program 'affine' at profile 'p' cannot be recorded as a CUDA graph, and runs without" in run["warnings"][0]
+    assert "failed to run" in run["warnings"][0], "the reason, and not only that the capture ended badly"
 
     cached = found["cache"]
     assert cached["outputs"] == [[[6.0, 9.0]], [[106.0, 109.0]], [[6.0, 9.0]]]  # sums of the columns of 0..5, plus the shift
-    assert cached["shared"] == {"builds": 1, "reads": 2, "plans": 1, "weights": 3}  # w, and b of each variant
+    assert cached["shared"] == {"builds": 1, "reads": 2, "plans": 1, "weights": 4}  # w, step, and b of each variant
     assert cached["other"] == [[6.0, 9.0]]
-    assert cached["ported"] == {"builds": 2, "plans": 2, "weights": 3}
+    assert cached["ported"] == {"builds": 2, "plans": 2, "weights": 4}
     assert cached["again"] == [[106.0, 109.0]]
     assert cached["edited"] == 3  # a plan is of the sources that made it
     assert cached["mended"] == 3  # the plan was whole
+    assert cached["stepped"] == 4  # an integer stays in the plan
 
     records = found["records"]
     assert records["told"] == [["here: Tactics", 0, 3], ["here: Tactics", 1, 3], ["here: Tactics", 2, 3]]
@@ -170,5 +193,6 @@ def test_a_ranks_graph_with_collectives_is_one_engine_over_the_ranks_of_each_axi
     assert found["groups"] == [[2, 3], [0, 2]]
     exchange, tensor = ["ALL_TO_ALL", "NONE", -1, [2, 3], 2], [0, 2]
     assert found["layers"] == [exchange] * 4 + [["ALL_REDUCE", "SUM", -1, tensor, 2], ["ALL_GATHER", "NONE", -1, tensor, 2]]
+    assert not found["scatters"], "Torch-TensorRT's own would go over all ranks of the world"
     assert "program 'block' at profile 'p'" in found["uneven"]
     assert "no converter for tensorrt.fused_nccl_all_to_all.default (3)" in found["uneven"]
