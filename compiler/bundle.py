@@ -150,12 +150,15 @@ class Bundle:
     def tensors(self) -> dict[str, Tensor]:
         """Every distinct weight, mapped from the file, so that all programs and profiles share one copy."""
         import torch
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if not self.has_weights:
             return {name: torch.empty(t["shape"], dtype=getattr(torch, t["dtype"]), device="meta") for name, t in self.manifest["meta_weights"].items()}
-        with safe_open(self.path / WEIGHTS, "pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # a safe_open is not a mapping
+        try:
+            with safe_open(self.path / WEIGHTS, "pt", device="cpu") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # a safe_open is not a mapping
+        except SafetensorError as error:
+            raise BundleError(f"{self.path / WEIGHTS} holds no weights ({error}); {AGAIN}") from error
 
     def weights_bytes(self, name: str, profile: str, float_bytes: int) -> int:
         """Of what the program reads, with this many bytes for a floating number, but one in 8 bits: no engine of it is smaller."""
@@ -165,7 +168,7 @@ class Bundle:
         return sum(t.numel() * element_bytes(t, float_bytes) for t in used.values())
 
     def program(self, name: str, profile: str) -> ExportedProgram:
-        """The graph with its weights. Raises NotFound for an unknown program or profile."""
+        """The graph with its weights. Raises NotFound for an unknown program or profile, BundleError for weights that are not there."""
         from reelstep.compiler.graphs import load_graph
 
         if name not in self.manifest["programs"]:
@@ -174,6 +177,8 @@ class Bundle:
         if profile not in profiles:
             raise unknown(f"profile of program {name!r}", profile, profiles)
         entry = profiles[profile]
+        if lacks := sorted({*entry["weights"].values()} - self.tensors.keys()):
+            raise BundleError(f"{self.path}: program {name!r} at profile {profile!r} reads {', '.join(lacks)[:200]}, which {WEIGHTS} does not have; {AGAIN}")
         weights = {qualified: self.tensors[stored] for qualified, stored in entry["weights"].items()}
         file = self.path / entry["file"]
         return load_graph(file.read_bytes(), weights, self.signatures[name, profile], str(file))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -36,7 +37,8 @@ ASKED = {each.name for each in fields(Request)} - {"id", "preview_every", "prior
 
 
 class Checkpoints:
-    """A directory of states. Written on a thread of its own, in order; a file is whole or not there.
+    """A directory of states. Written on a thread of its own, in order; a file is whole or not there. Of a request that is quicker than the disk, the newest
+    state alone waits.
 
     every: steps between two states of a request. most: files; the oldest make room. identity: of what runs a model, by its name: bundle, backend,
     precision. Raises ConfigError for numbers below 1, StorageError for a directory that cannot be made.
@@ -47,6 +49,8 @@ class Checkpoints:
             raise ConfigError(f"a checkpoint every {every} steps, at most {most} files; both are at least 1")
         self.folder, self.every, self.identity, self.most = folder, every, identity, most
         self._writer = ThreadPoolExecutor(1, "reelstep-checkpoints")
+        self._waiting: dict[Path, bytes] = {}
+        self._lock = Lock()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -79,8 +83,12 @@ class Checkpoints:
         """Write the state as it is now. What goes wrong with the disk is logged: the request itself is well."""
         tensors: dict[str, Tensor] = {}
         described = json.dumps(plain(state, tensors))
-        data = save(tensors, {"state": described})
-        self._writer.submit(self._write, self.path(request, adapters), data)
+        path, data = self.path(request, adapters), save(tensors, {"state": described})
+        with self._lock:
+            waits = path in self._waiting
+            self._waiting[path] = data
+        if not waits:
+            self._writer.submit(self._write, path)
 
     def forget(self, request: Request, adapters: Sequence[str] = ()) -> None:
         path = self.path(request, adapters)
@@ -90,7 +98,9 @@ class Checkpoints:
         """What was handed over is on the disk afterwards. Idempotent."""
         self._writer.shutdown()
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path) -> None:
+        with self._lock:
+            data = self._waiting.pop(path)
         try:
             replace_file(path, data)
             files = sorted(self.folder.glob("*.state"), key=lambda file: file.stat().st_mtime)

@@ -68,6 +68,9 @@ class Adapter:
         return hashed.hexdigest()
 
 
+CHANGE_THE_REST = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Ways of PEFT to begin that take the adapter's first value out of the weights beside it."""
+
 Blend = Iterable[tuple[Adapter, float]]
 """Adapters and the strength of each; their changes add up."""
 
@@ -132,6 +135,9 @@ def _config(file: Path, keys: Iterable[str], metadata: Mapping[str, str], given:
         return {}
     if other := [name for name in ("use_dora", "alpha_pattern") if config.get(name)]:
         raise ConfigError(f"it was trained with {', '.join(other)}, which is not done here; train it without, or fuse it into the model's weights")
+    if (began := str(config.get("init_lora_weights", ""))).lower().startswith(CHANGE_THE_REST):
+        instead = "save it with PEFT's path_initial_model_for_weight_conversion, by which it becomes one for the model as it is"
+        raise ConfigError(f"it began with init_lora_weights {began[:40]!r}, which changes the model's own weights as well, and they are not in it; {instead}")
     return config
 
 

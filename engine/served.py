@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, zeros
 
-from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.bundle import AGAIN, Bundle
 from reelstep.engine.lora import Adapter, check_rank, pack, read_adapter
 from reelstep.engine.models.spec import GRID, ModelSettings
 from reelstep.engine.request import Fit, Request
@@ -21,7 +21,7 @@ from reelstep.engine.samplers.schedules import SCHEDULES
 from reelstep.engine.samplers.step_cache import PIECES, STEP_CACHES, CacheOptions
 from reelstep.engine.samplers.step_cache import Rule as CacheRule
 from reelstep.engine.samplers.tables import SOLVERS
-from reelstep.errors import AlreadyExists, ConfigError, Overloaded, unknown
+from reelstep.errors import AlreadyExists, BundleError, ConfigError, Overloaded, unknown
 
 RETRY_FULL_S = 60.0
 """When there are as many LoRAs as may be: nobody knows when one will be unloaded."""
@@ -170,11 +170,17 @@ class ServedModel:
 
     @classmethod
     def of(cls, bundle: Bundle, loras: Mapping[str, Path] | None = None) -> ServedModel:
-        """loras: files by the names that requests use. Raises ConfigError for one that is not for this model, or where the bundle takes none."""
-        tables = {key: Table.from_json(data) for key, data in bundle.solvers.items()}
-        fitted = {name: Fitted.from_json(data) for name, data in bundle.fitted.items()}
+        """loras: files by the names that requests use. Raises ConfigError for one that is not for this model, or where the bundle takes none, BundleError for
+        settings, solvers or fits of another shape than these are.
+        """
+        try:
+            tables = {key: Table.from_json(data) for key, data in bundle.solvers.items()}
+            fitted = {name: Fitted.from_json(data) for name, data in bundle.fitted.items()}
+            settings = ModelSettings.from_json(bundle.settings)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            text = f"{bundle.path} has settings, solvers or fits that cannot be read ({type(error).__name__}: {str(error)[:200]}); {AGAIN}"
+            raise BundleError(text) from error
         in_pieces = {*PIECES} <= {program for program, _ in bundle.signatures}
-        settings = ModelSettings.from_json(bundle.settings)
         adapters = read_loras(bundle.plan.model, settings, loras) if loras else {}
         return cls(bundle.plan.model, bundle.plan.version, settings, schedules_of(settings), tables, fitted, in_pieces, adapters)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from reelstep.compiler import storage
 from reelstep.compiler.bundle import Bundle
@@ -22,6 +23,7 @@ from reelstep.compiler.describe import describe, describe_json
 from reelstep.compiler.load import load
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import Program
+from reelstep.engine.served import ServedModel
 from reelstep.errors import BundleError, CompileError, NotFound, StorageError
 
 HERE = Path(__file__)
@@ -141,6 +143,30 @@ def test_a_manifest_of_another_shape_is_refused(copy: Path, change: dict[str, An
     rewrite_manifest(copy, lambda m: m.update(change))
     with pytest.raises(BundleError, match=r"(cannot be read as a bundle|gives no sha256).*run `reelstep compile` again"):
         Bundle.open(copy)
+
+
+def put(copy: Path, name: str, data: bytes) -> None:
+    """A file that is whole by what the manifest says, and holds something else."""
+    (copy / name).write_bytes(data)
+    rewrite_manifest(copy, lambda m: m["files"].update({name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}))
+
+
+def test_weights_that_are_none_or_not_there_are_told_when_they_are_read(copy: Path) -> None:
+    put(copy, "weights.safetensors", b"junk" * 10)
+    with pytest.raises(BundleError, match=r"weights\.safetensors holds no weights .*run `reelstep compile` again"):
+        Bundle.open(copy).program("denoise", "l4")
+    put(copy, "weights.safetensors", save({"other": torch.zeros(1)}))
+    with pytest.raises(BundleError, match=r"program 'denoise' at profile 'l4' reads .*, which weights\.safetensors does not have"):
+        Bundle.open(copy).program("denoise", "l4")
+
+
+@pytest.mark.parametrize("folder", ["solvers", "fitted", "settings"])
+def test_settings_solvers_and_fits_of_another_shape_are_refused(copy: Path, folder: str) -> None:
+    if folder != "settings":
+        (copy / folder).mkdir(exist_ok=True)
+        put(copy, f"{folder}/x.json", b"{}")
+    with pytest.raises(BundleError, match=r"has settings, solvers or fits that cannot be read .*run `reelstep compile` again"):
+        ServedModel.of(Bundle.open(copy))
 
 
 def test_a_manifest_that_lacks_a_field_says_which(copy: Path) -> None:

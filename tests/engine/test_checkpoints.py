@@ -148,6 +148,16 @@ def test_the_oldest_make_room_and_a_full_disk_harms_no_request(engines, request_
     store.close()
     assert [found and found.step for found in map(store.find, requests)] == [None, None, 2, 3]
 
+    slow, written = threading.Event(), []
+    monkeypatch.setattr("reelstep.engine.checkpoints.replace_file", lambda path, data: (slow.wait(10), written.append(data)))
+    store = Checkpoints(tmp_path / "slow", 1, {"toy": "a"})
+    for step in range(20):
+        store.keep(requests[0], PipelineState(step=step))
+    store.keep(requests[1], PipelineState(step=0))
+    slow.set()
+    store.close()
+    assert len(written) <= 3, "the first, the newest, and another request's"
+
     def full(path: Path, data: bytes) -> None:
         raise StorageError("no space")
 

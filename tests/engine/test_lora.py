@@ -128,6 +128,7 @@ def with_a(change: Tensor, name: str = LAYERS[0], letter: str = "A") -> dict[str
 
 DORA = {"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})}
 PATTERN = {"lora_adapter_metadata": json.dumps({"transformer.alpha_pattern": {"q": 3}})}
+PISSA = {"lora_adapter_metadata": json.dumps({"transformer.init_lora_weights": "pissa_niter_16"})}
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,7 @@ PATTERN = {"lora_adapter_metadata": json.dumps({"transformer.alpha_pattern": {"q
         (peft(matrices()), {"base_model": "other"}, r"trained on 'other' and this is 'tiny'"),
         (peft(matrices()), DORA, "trained with use_dora, which is not done here"),
         (peft(matrices()), PATTERN, "trained with alpha_pattern"),
+        (peft(matrices()), PISSA, "began with init_lora_weights 'pissa_niter_16', which changes the model's own weights as well"),
         (peft(matrices(), "base_model.model."), None, r"PEFT keeps alpha in adapter_config\.json, and there is none beside it"),
     ],
 )
@@ -380,6 +382,12 @@ def test_a_fused_bundle_runs_the_changed_weights_and_says_so(small: ModelSpec, t
     assert f"- style at strength 0.5, rank 2 in 2 layers, sha256 {fused.digest}" in bundle.model_card
     assert [stage for stage in told if stage.startswith("fused style at strength 0.5")]
     assert not [key for key in bundle.signatures if key[0] != "denoise"]
+
+
+def test_one_adapter_is_fused_once(small: ModelSpec, tmp_path: Path) -> None:
+    files = [saved(tmp_path, peft(matrices()), name=name) for name in ("style", "again")]
+    with pytest.raises(ConfigError, match=r"again\.safetensors is the one of .*style\.safetensors; give it once, with the sum of both strengths"):
+        build_bundle("tiny", backend="eager", precision=None, out=tmp_path / "fused.reel", cache=None, loras=[(file, 0.5) for file in files])
 
 
 @torch.no_grad()
