@@ -26,7 +26,7 @@ SECRET, SECRET_BYTES = "seal.secret", 32
 """One to a cache folder."""
 
 UNFINISHED = ".new-"
-"""Ends what the names of directories begin with that things are built in, beside where they will lie."""
+"""In the names of directories that are filled beside where they, or what is in them, will lie."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Of a disk, as an OSError says it."""

@@ -210,10 +210,11 @@ def fuse_loras(settings: ModelSettings, model: str, linears: Mapping[str, nn.Lin
     for file, _, strength in read:
         if bad := bad_strength(strength):
             raise ConfigError(f"LoRA {file}: {bad}")
-    seen: dict[str, Path] = {}
+    known: dict[str, Path] = {}
     for file, adapter, _ in read:
-        if (other := seen.setdefault(adapter.fingerprint, file)) is not file:
-            raise ConfigError(f"LoRA {file} is the one of {other}; give it once, with the sum of both strengths")
+        if adapter.fingerprint in known:
+            raise ConfigError(f"LoRA {file} is the one of {known[adapter.fingerprint]}; give it once, with the sum of both strengths")
+        known[adapter.fingerprint] = file
     fuse(linears, [(adapter, strength) for _, adapter, strength in read])
     fused = tuple(Fused(file.stem, adapter.digest, strength, adapter.rank, len(adapter.pairs)) for file, adapter, strength in read)
     return replace(settings, defaults={task: replace(d, menu={}) for task, d in settings.defaults.items()}, fused=fused)
