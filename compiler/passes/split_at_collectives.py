@@ -33,9 +33,7 @@ from reelstep.parallel.context import ring_attention
 aten = torch.ops.aten
 
 RING: OpOverload = ring_attention._opoverload
-COLLECTIVES = frozenset(
-    {c10d.all_reduce.default, c10d.all_gather_into_tensor.default, c10d.all_to_all_single.default, c10d.reduce_scatter_tensor.default, RING}
-)
+COLLECTIVES = frozenset({c10d.all_reduce.default, c10d.all_gather_into_tensor.default, c10d.all_to_all_single.default, RING})
 DTYPES: dict[torch.dtype, DType] = {torch_dtype(name): name for name in get_args(DType)}
 
 
