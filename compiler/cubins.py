@@ -115,10 +115,7 @@ def _figures(op: str, kernel: Kernel, arch: str, folder: Path | None) -> KernelP
         with suppress(ValueError, TypeError):  # damaged: measured again
             return KernelPlan(**json.loads(file.read_bytes()))
     found = _measured(op, kernel.name, arch)
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot make the cache directory {folder}: {error.strerror}; choose another with --cache") from error
+    _make(folder, "cache directory", "--cache", mode=0o700)
     replace_file(file, canonical_json(asdict(found)))
     return found
 
@@ -181,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen = _chosen(options.arch or [*SHARED_LIMIT], options.kernel)
         if options.out:
-            _make(options.out)
+            _make(options.out, "folder", "--out")
         print(HEADER)
         for arch, kernels in chosen.items():
             for cubin in compile_kernels(arch, kernels):
@@ -195,11 +192,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, called: str, option: str, mode: int = 0o777) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot make the folder {folder}: {error.strerror}; choose another with --out") from error
+        raise StorageError(f"cannot make the {called} {folder}: {error.strerror}; choose another with {option}") from error
 
 
 def _chosen(archs: Sequence[str], names: Sequence[str] | None) -> dict[str, tuple[Kernel, ...]]:

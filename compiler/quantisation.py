@@ -96,7 +96,8 @@ class Quantisation:
 
     def check(self, backend: str, sku: Sku) -> None:
         """Raises ConfigError where the backend or the SKU cannot do it."""
-        if self.scheme in RATES and (rate := RATES[self.scheme]).peak not in sku.peak_flops:
+        if not multiplies(self.scheme, sku):
+            rate = RATES[self.scheme]
             known = ", ".join(name for name, other in SKUS.items() if rate.peak in other.peak_flops)
             raise ConfigError(f"{self.scheme} on {sku.name} ({sku.arch}), which multiplies no {rate.numbers}; use {runs_there(sku)} there, or one of: {known}")
         if backend not in RUN_BY[self.scheme]:
@@ -105,10 +106,14 @@ class Quantisation:
             raise ConfigError(f"{self.scheme} with backend {backend!r} on {sku.name}, which makes nothing of it; use {advice}")
 
 
+def multiplies(scheme: Scheme, sku: Sku) -> bool:
+    """Whether a SKU has products of a scheme's numbers."""
+    return scheme not in RATES or RATES[scheme].peak in sku.peak_flops
+
+
 def engines_for(scheme: Scheme, sku: Sku) -> list[str]:
     """Backends whose engines run a scheme on a SKU."""
-    multiplies = scheme not in RATES or RATES[scheme].peak in sku.peak_flops
-    return [name for name in RUN_BY[scheme] if multiplies and BACKENDS[name].runs and BACKENDS[name].runs_on(sku.arch)]
+    return [name for name in RUN_BY[scheme] if multiplies(scheme, sku) and BACKENDS[name].runs and BACKENDS[name].runs_on(sku.arch)]
 
 
 def runs_there(sku: Sku) -> str:

@@ -29,7 +29,7 @@ from reelstep.compiler.graphs import dump_graph
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
-from reelstep.compiler.sources import source_hash
+from reelstep.compiler.sources import made_of
 from reelstep.compiler.storage import seal, sealed, write_file
 
 
@@ -75,9 +75,8 @@ def plan_key(graph: bytes, signature: Signature, precision: Precision, network: 
     fixed = [[name, hashlib.sha256(_bytes(weight)).hexdigest()] for name, weight in sorted(network.weights.items()) if not weight.is_floating_point()]
     edges = canonical_json(signature.to_json()).decode()
     rows = canonical_json([list(span) for span in row_ranges(signature.max_batch)]).decode()
-    made_by = f"torch {torch.__version__}, {source_hash('compiler', 'kernels')}"
-    groups = json.dumps(network.groups, sort_keys=True)
-    return digest(hashlib.sha256(graph).hexdigest(), edges, rows, precision, groups, json.dumps(fixed), str(streams), where, made_by)
+    groups, by = json.dumps(network.groups, sort_keys=True), f"torch {torch.__version__}"
+    return made_of(hashlib.sha256(graph).hexdigest(), edges, rows, precision, groups, json.dumps(fixed), str(streams), where, by)
 
 
 def _make(graph: Graph, signature: Signature, precision: Precision, cache: Path | None, device: torch.device, watch: Watch) -> Plan:

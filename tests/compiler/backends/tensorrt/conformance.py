@@ -36,6 +36,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch_tensorrt.dynamo.conversion import DYNAMO_ATEN_CONVERTERS  # noqa: E402
 from torch_tensorrt.dynamo.lowering.passes.fuse_distributed_ops import tensorrt_fused_nccl_reduce_scatter_op  # noqa: E402
 
+from reelstep.compiler import sources  # noqa: E402
 from reelstep.compiler.backends import unwatched  # noqa: E402
 from reelstep.compiler.backends.tensorrt import cache, collectives, engine, network  # noqa: E402
 from reelstep.compiler.backends.tensorrt.records import Progress, Records  # noqa: E402
@@ -407,7 +408,7 @@ def check_cache() -> dict[str, Any]:
         shared = {"builds": len(builds), "reads": len(reads), "plans": len(list(folder.glob("*.plan"))), "weights": len(weight_files(folder))}
         other = load(folder, 0.0, "NVIDIA H200").tolist()
         ported = {"builds": len(builds), "plans": len(list(folder.glob("*.plan"))), "weights": len(weight_files(folder))}
-        with mock.patch.object(cache, "source_hash", return_value="edited"):
+        with mock.patch.object(sources, "source_hash", return_value="edited"):
             load(folder, 0.0, key="bundle, by edited sources")
         edited = len(builds)
         for file in weight_files(folder):
