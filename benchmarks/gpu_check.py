@@ -460,6 +460,7 @@ def words_to_video(bench: Bench) -> Iterator[Finding]:
     from reelstep.compiler.capture import capture  # here: these want einops, and the other parts do not
     from reelstep.compiler.passes import apply_passes
     from reelstep.compiler.passes.quantise import linears, quantise
+    from reelstep.compiler.program import Program
     from reelstep.compiler.signature import Signature
     from reelstep.engine.models.byte_text import tokenize
     from reelstep.engine.models.reel_tiny import SPEC
@@ -493,11 +494,24 @@ def words_to_video(bench: Bench) -> Iterator[Finding]:
     yield checked("reel-tiny, op by op, float32", relative(video, truth), 1e-3, seconds)
     from reelstep.compiler.backends.inductor import InductorBackend  # here: without a C++ compiler what is above still ran
 
-    denoise = next(program for program in SPEC.programs(SPEC.build()) if program.name == "denoise")  # with weights of its own: those above have moved
+    def denoiser() -> Program:
+        """With weights of its own: those above have moved."""
+        return next(program for program in SPEC.programs(SPEC.build()) if program.name == "denoise")
+
+    denoise = denoiser()
     profile, backend = denoise.profile("video"), InductorBackend(device=str(bench.device), autotune=False)
     signature = Signature.of(denoise, profile)
     exported, _ = apply_passes(capture(denoise, profile), keep=backend.keeps("sm"))
     in_fp8 = quantise(exported, signature, "fp8", linears(exported).values(), {})
+    given = {edge.name: edge.zeros(1, bench.device) for edge in signature.inputs}
+    module = denoiser().module.to(bench.device, torch.bfloat16)
+    halves = [x.bfloat16() for x in signature.ordered(given)]
+    peer = per_call(lambda: module(*halves), bench)
+    yield Finding("reel-tiny, denoiser's call, op by op, bfloat16", peer)
+
+    def beside(what: str, seconds: float) -> Finding:
+        return Finding(f"reel-tiny, denoiser's call, {what}", seconds, note=f"{peer / seconds:.1f} times as fast as op by op")
+
     with TemporaryDirectory() as folder:
 
         def built_for(dtype: str, cuda_graphs: bool) -> Run:
@@ -506,12 +520,27 @@ def words_to_video(bench: Bench) -> Iterator[Finding]:
 
         for dtype, cuda_graphs in (("bfloat16", False), ("bfloat16", True), ("E4M3", True)):
             began = time.perf_counter()
-            runs["denoise"] = built_for(dtype, cuda_graphs)
+            runs["denoise"] = run = built_for(dtype, cuda_graphs)
             built = time.perf_counter() - began
             video, seconds = timed(runs)
-            what = f"reel-tiny, denoiser by inductor, {dtype}{', CUDA graphs' if cuda_graphs else ''}"
-            row = Finding(what, seconds, error=relative(video, truth), note=f"engine ready in {built:.0f} s")
+            how = f"by inductor, {dtype}{', CUDA graphs' if cuda_graphs else ''}"
+            row = Finding(f"reel-tiny, denoiser {how}", seconds, error=relative(video, truth), note=f"engine ready in {built:.0f} s")
             yield row if dtype == "E4M3" else replace(row, allowed=5e-2, right=row.error is not None and row.error <= 5e-2)
+            yield beside(how, per_call(lambda run=run: run(given), bench))  # type: ignore[misc]
+    compiled = torch.compile(module, mode="reduce-overhead")
+    yield beside("torch.compile, bfloat16, CUDA graphs", per_call(lambda: compiled(*halves), bench))
+
+
+def per_call(run: Callable[[], object], bench: Bench, calls: int = 30) -> float:
+    """Seconds until a call has ended, its launches among them: the median."""
+
+    def ended() -> None:
+        run()
+        bench.wait()
+
+    for _ in range(3):
+        ended()
+    return statistics.median(timeit(ended, number=1) for _ in range(calls))
 
 
 @contextmanager
@@ -600,15 +629,15 @@ class Part:
 
 
 PARTS = (
-    Part("ceilings", 15, ceilings),
-    Part("kernels", 45, memory_bound),
-    Part("attention", 60, attention_rates),
-    Part("fp8", 30, fp8_layers),
-    Part("block", 40, one_block),
-    Part("ranks", 45, rank_shapes),
+    Part("ceilings", 10, ceilings),
+    Part("kernels", 40, memory_bound),
+    Part("attention", 50, attention_rates),
+    Part("fp8", 20, fp8_layers),
+    Part("block", 30, one_block),
+    Part("ranks", 35, rank_shapes),
     Part("correctness", 90, correctness),
-    Part("forward", 80, whole_forward),
-    Part("end to end", 120, end_to_end),
+    Part("forward", 70, whole_forward),
+    Part("end to end", 180, end_to_end),
 )
 """In the order they run: 525 s in all. What shares are of comes first, and what may end its process last."""
 
@@ -636,20 +665,24 @@ def at_most(seconds: float) -> Iterator[None]:
 def run_parts(
     bench: Bench, parts: Sequence[Part], tell: Callable[[str], None] = print, keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of all parts. What a part raises becomes its last row, and the next part runs. keep: gets the rows so far after each part."""
+    """Rows of all parts. What a part raises becomes its last row, and the next part runs. keep: gets the rows so far after each."""
     rows: list[dict[str, Any]] = []
+
+    def add(part: Part, finding: Finding) -> None:
+        rows.append({"part": part.name, **asdict(finding)})
+        keep(rows)
+
     for part in parts:
         began = time.perf_counter()
         try:
             with at_most(part.budget_s), torch.inference_mode():
                 for finding in part.find(bench):
-                    rows.append({"part": part.name, **asdict(finding)})
+                    add(part, finding)
         except (Exception, Overran) as error:  # noqa: BLE001  # whatever it is, it is written down, and the other parts run
-            rows.append({"part": part.name, **asdict(Finding("failed", note=f"{type(error).__name__}: {str(error).strip()[:400]}"))})
+            add(part, Finding("failed", note=f"{type(error).__name__}: {str(error).strip()[:400]}"))
         gc.collect()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
-        keep(rows)
         tell(f"{part.name}: {time.perf_counter() - began:.1f} s")
     return rows
 

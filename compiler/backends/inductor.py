@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import signal
+import subprocess
+import sys
 import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar
@@ -156,14 +160,14 @@ class InductorBackend(Backend):
             try:
                 with tempfile.TemporaryDirectory(prefix="reelstep-inductor-") as folder:
                     path = Path(folder) / "engine.pt2"
-                    self._package(graph(), signature, precision, path)
+                    self._package(graph, signature, precision, path)
                     return self._load(path, signature)
             except OSError as error:
                 raise StorageError(f"{_where(signature)} cannot be compiled: {error}. Free some space, or set TMPDIR to a folder with more") from error
         machine = "\n".join([key, precision, str(torch.__version__), *self._machine()])
         path = cache / f"inductor-{hashlib.sha256(machine.encode()).hexdigest()}.pt2"
         if not sealed(path):
-            seal(path, lambda temporary: self._package(graph(), signature, precision, temporary))
+            seal(path, lambda temporary: self._package(graph, signature, precision, temporary))
         return self._load(path, signature)
 
     def _machine(self) -> list[str]:
@@ -174,8 +178,9 @@ class InductorBackend(Backend):
         found = torch.cuda.get_device_properties(self.device)
         return [*cpu, found.name, f"{found.major}.{found.minor}", str(torch.version.cuda), str(self.autotune)]
 
-    def _package(self, exported: ExportedProgram, signature: Signature, precision: Precision, path: Path) -> None:
+    def _package(self, graph: Graph, signature: Signature, precision: Precision, path: Path) -> None:
         _check_compiler(signature)
+        exported = graph()
         try:
             with quiet_torch(), quiet_tuning(), torch.no_grad(), fresh_cache(dir=str(path.parent)):  # sources and a second copy of all weights go with it
                 lowered = self._lowered(exported, signature, precision)
@@ -233,10 +238,37 @@ def _where(signature: Signature) -> str:
 
 def _check_compiler(signature: Signature) -> None:
     try:
-        get_cpp_compiler()
+        compiler = get_cpp_compiler()
     except InvalidCxxCompiler as error:
         text = "backend 'inductor' needs a C++ compiler and found none; install g++ or set CXX, or use backend 'openvino'"
         raise CompileError(f"{_where(signature)}: {text}") from error
+    if fault := runtime_fault(compiler):
+        text = f"backend 'inductor' cannot use the C++ compiler {compiler}: what it makes does not run beside PyTorch here, as if its C++ library were another"
+        raise CompileError(f"{_where(signature)}: {text} ({fault}); set CXX to this system's own, such as /usr/bin/g++")
 
+
+MATCHES = """
+#include <regex>
+#include <string>
+extern "C" int matches() { return std::regex_match(std::string("reel"), std::regex("[a-z]+")); }
+"""
+"""What an engine does first: the patterns of the C++ library read its locales, which a library linked with another copy of them finds in none."""
+
+
+@cache
+def runtime_fault(compiler: str) -> str | None:
+    """What becomes of a process that loads PyTorch and what `compiler` makes, if it does not end well: an engine would end the process that opens it. None too
+    if it makes nothing, which the build will explain.
+    """
+    with tempfile.TemporaryDirectory(prefix="reelstep-inductor-") as folder:
+        source, library = Path(folder) / "matches.cpp", Path(folder) / "matches.so"
+        source.write_text(MATCHES)
+        if subprocess.run([compiler, "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(library)], capture_output=True, check=False).returncode:
+            return None
+        script = "import ctypes, sys, torch; sys.exit(0 if ctypes.CDLL(sys.argv[1]).matches() else 'it found no match')"
+        done = subprocess.run([sys.executable, "-P", "-c", script, str(library)], capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        return f"the process was ended by {signal.Signals(-done.returncode).name}"
+    return done.stderr.strip().splitlines()[-1] if done.returncode else None
 
 BACKEND = InductorBackend()

@@ -130,7 +130,7 @@ def test_an_engine_is_built_on_the_gpu_of_the_graph_with_our_ops(for_h100: Bundl
     gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     given: list[Any] = []
-    monkeypatch.setattr(InductorBackend, "_package", lambda self, exported, *rest: (given.append((self.device, exported)), rest[-1].write_bytes(b"")))
+    monkeypatch.setattr(InductorBackend, "_package", lambda self, graph, *rest: (given.append((self.device, graph())), rest[-1].write_bytes(b"")))
     monkeypatch.setattr(InductorBackend, "_load", lambda self, path, signature: None)
     assert [each.state for each in finalize(for_h100, tmp_path / "cache")] == ["built"]
     ((device, exported),) = given

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -57,6 +58,18 @@ def test_without_a_gpu_nothing_is_built_for_one(programs: tuple[Program, ...], m
     signature = Signature.of(programs[0], programs[0].profiles[0])
     with pytest.raises(CompileError, match=r"'denoise' at profile 'l4' cannot be built for cuda by backend 'inductor' here: torch .* sees no CUDA device"):
         BACKENDS["inductor"].on("sm90").build(lambda: pytest.fail("the graph was read"), signature, "bfloat16", None, "key")
+
+
+def test_a_compiler_whose_library_would_end_the_process_is_refused_before_the_graph_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that links its own copy of the C++ library into all it makes, as those that come in one folder do: loading such an engine is a fatal signal."""
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -static-libstdc++ -static-libgcc\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(inductor, "get_cpp_compiler", lambda: str(compiler))
+    program = denoise_program(MovieGenTransformer(CONFIG), 8, (Profile("video", {"F": 2, "H": 4, "W": 4}, 2),))
+    why = rf"cannot use the C\+\+ compiler {re.escape(str(compiler))}: .* \(the process was ended by SIG\w+\); set CXX to this system's own, such as /usr"
+    with pytest.raises(CompileError, match=why):
+        InductorBackend().build(lambda: pytest.fail("it was built"), Signature.of(program, program.profiles[0]), "float32", tmp_path, "key")
 
 
 @pytest.mark.slow
@@ -307,11 +320,12 @@ def test_engines_are_recorded_one_after_the_other(pretended: None, monkeypatch: 
 
 
 @pytest.mark.gpu
-def test_an_engine_on_a_gpu_is_the_model_and_a_replay_of_it_the_same_for_any_number_of_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("autotune", [False, True])
+def test_an_engine_on_a_gpu_is_the_model_and_a_replay_of_it_the_same_for_any_number_of_rows(tmp_path: Path, autotune: bool) -> None:
     torch.manual_seed(0)
     model = MovieGenTransformer(CONFIG).eval()
     program = denoise_program(model, 8, (Profile("video", {"F": 2, "H": 4, "W": 4}, 2),))
-    signature, backend = Signature.of(program, program.profiles[0]), InductorBackend(device="cuda", autotune=False)
+    signature, backend = Signature.of(program, program.profiles[0]), InductorBackend(device="cuda", autotune=autotune)
     exported, _ = apply_passes(capture(program, program.profiles[0]), keep=backend.keeps("sm90"))
     replayed = backend.build(lambda: exported, signature, "bfloat16", tmp_path, "key")
     launched = replace(backend, cuda_graphs=False).build(lambda: pytest.fail("it is in the cache"), signature, "bfloat16", tmp_path, "key")
