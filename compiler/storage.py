@@ -89,7 +89,7 @@ def whole_directory(target: Path, replaceable: Callable[[Path], bool]) -> Iterat
     `replaceable` lies at `target`. A process killed between the two renames leaves the old directory beside `target`,
     named `.NAME.old-*`.
     """
-    check_replaceable(target, replaceable)
+    _refuse_other(target, replaceable)
     begins = f".{target.name}{UNFINISHED}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,9 +108,13 @@ def whole_directory(target: Path, replaceable: Callable[[Path], bool]) -> Iterat
 
 def check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> None:
     """Raises StorageError if something that may not be replaced lies there, or nothing can be written beside it."""
+    _refuse_other(target, replaceable)
+    check_writable(target.parent)
+
+
+def _refuse_other(target: Path, replaceable: Callable[[Path], bool]) -> None:
     if target.exists() and not replaceable(target):
         raise StorageError(f"{target} exists and is not what would be written there; nothing was changed. Remove it or choose another path")
-    check_writable(target.parent)
 
 
 def check_writable(folder: Path) -> None:

@@ -108,7 +108,6 @@ def build_bundle(
     spec, target = MODELS[name], SKUS[sku]
     mesh = mesh if mesh is not None and mesh.world > 1 else None
     choice = choose_precision(backend, target, precision, mesh)  # before the work, as all that follows
-    check_replaceable(out, is_bundle)
     if step_cache and spec.pieces is None:
         raise ConfigError(f"model {name!r} does not come in the pieces that a step cache needs; compile it without")
     if spec.adaptable is None and (loras or lora_rank is not None):
@@ -123,10 +122,9 @@ def build_bundle(
         raise ConfigError(f"--mesh {mesh} with {other}, whose programs no rank can share; leave one of the two out")
     parts = sharded_parts(spec) if mesh is not None else ()
     module = spec.build()
-    if cache is not None and BACKENDS[backend].runs and on_this_machine(sku):
-        if any(weight.is_meta for weight in module.parameters()):
-            raise ConfigError(f"model {name!r} comes without weights, so backend {backend!r} has no engine to build of it here; plan it with --backend null")
-        check_writable(cache)
+    builds = cache is not None and BACKENDS[backend].runs and on_this_machine(sku)
+    if builds and any(weight.is_meta for weight in module.parameters()):
+        raise ConfigError(f"model {name!r} comes without weights, so backend {backend!r} has no engine to build of it here; plan it with --backend null")
     linears = spec.adaptable(module) if spec.adaptable else {}
     layout = None if lora_rank is None else Layout(lora_rank, layers_of(linears))
     settings, own = replace(spec.settings, lora=layout), spec.fitted
@@ -150,6 +148,9 @@ def build_bundle(
             progress(f"{out} is what would be made: nothing to compile", 0, 1)
             build_here(kept, cache, progress)
             return kept
+    check_replaceable(out, is_bundle)  # after that: what is done may lie where nothing can be written
+    if cache is not None and builds:
+        check_writable(cache)
     bundle = compile_model(
         model=spec.name,
         version=spec.version,

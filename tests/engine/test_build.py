@@ -215,6 +215,13 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, monke
         build_bundle("dit-mid", backend="openvino", precision=None, **places)
 
 
+def test_what_is_done_is_found_where_nothing_can_be_written(compile_toy, monkeypatch):
+    compile_toy()
+    for check in ("check_writable", "check_replaceable"):
+        monkeypatch.setattr(build, check, lambda *_: pytest.fail("a place to write was looked for"))
+    assert not compile_toy()[1]
+
+
 def test_who_stops_while_engines_are_built_finds_the_bundle_done(compile_toy, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
