@@ -37,7 +37,7 @@ from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.step_cache import CacheOptions
 from reelstep.engine.samplers.tables import SOLVERS
 from reelstep.engine.served import ServedModel, build_table, schedules_of, table_name
-from reelstep.errors import BundleError, ConfigError, InvalidRequest, NotFound, StorageError
+from reelstep.errors import BundleError, CompileError, ConfigError, InvalidRequest, NotFound, StorageError
 from reelstep.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -151,6 +151,8 @@ def build_bundle(
     check_replaceable(out, is_bundle)  # after that: what is done may lie where nothing can be written
     if cache is not None and builds:
         check_writable(cache)
+        if mesh is None and (lacks := BACKENDS[backend].on(target.arch).lacks()):  # ranks build their own
+            raise CompileError(f"backend {backend!r} can build no engine here: {lacks}")
     bundle = compile_model(
         model=spec.name,
         version=spec.version,

@@ -87,6 +87,10 @@ class Backend(Protocol):
         """What ranks of a mesh cannot run on an arch, and what to take instead; None where they can."""
         return None
 
+    def lacks(self) -> str | None:
+        """What this machine is without that a build of its engines needs, and what to do; None where nothing is missing. To load them may need less."""
+        return None
+
     def keeps(self, arch: str) -> frozenset[str]:
         """Ops of `reelstep.kernels` that it runs whole on an arch; its graphs have the formulas of the others."""
         return frozenset()

@@ -149,13 +149,20 @@ class InductorBackend(Backend):
     def keeps(self, arch: str) -> frozenset[str]:
         return frozenset(OPS) if is_gpu(arch) else frozenset()  # a call to one cannot be fused with what stands beside it
 
+    def lacks(self) -> str | None:
+        return self._no_device() or compiler_fault()
+
+    def _no_device(self) -> str | None:
+        if self.device == "cpu" or torch.cuda.is_available():
+            return None
+        return f"torch {torch.__version__} sees no CUDA device; it needs a CUDA build of torch, the NVIDIA driver and a GPU"
+
     def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> InductorExecutable:
         if precision not in self.precisions:
             text = f"builds {' and '.join(self.precisions)} for {self.device}, not {precision}"
             raise CompileError(f"backend 'inductor' {text}; use precision {self.precisions[0]} or backend 'openvino'")
-        if self.device != "cpu" and not torch.cuda.is_available():
-            text = f"torch {torch.__version__} sees no CUDA device; it needs a CUDA build of torch, the NVIDIA driver and a GPU"
-            raise CompileError(f"{_where(signature)} cannot be built for {self.device} by backend 'inductor' here: {text}")
+        if no_device := self._no_device():
+            raise CompileError(f"{_where(signature)} cannot be built for {self.device} by backend 'inductor' here: {no_device}")
         if cache is None:
             try:
                 with tempfile.TemporaryDirectory(prefix="reelstep-inductor-") as folder:
@@ -179,7 +186,8 @@ class InductorBackend(Backend):
         return [*cpu, found.name, f"{found.major}.{found.minor}", str(torch.version.cuda), str(self.autotune)]
 
     def _package(self, graph: Graph, signature: Signature, precision: Precision, path: Path) -> None:
-        _check_compiler(signature)
+        if fault := compiler_fault():
+            raise CompileError(f"{_where(signature)} cannot be built by backend 'inductor' here: {fault}")
         exported = graph()
         try:
             with quiet_torch(), quiet_tuning(), torch.no_grad(), fresh_cache(dir=str(path.parent)):  # sources and a second copy of all weights go with it
@@ -236,15 +244,16 @@ def _where(signature: Signature) -> str:
     return f"program {signature.program!r} at profile {signature.profile!r}"
 
 
-def _check_compiler(signature: Signature) -> None:
+def compiler_fault() -> str | None:
+    """What is wrong with the C++ compiler that PyTorch would call, and what to do."""
     try:
         compiler = get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        text = "backend 'inductor' needs a C++ compiler and found none; install g++ or set CXX, or use backend 'openvino'"
-        raise CompileError(f"{_where(signature)}: {text}") from error
+    except (InvalidCxxCompiler, OSError):  # a file that may not be run is the second
+        return "it needs a C++ compiler and found none; install g++ or set CXX, or use backend 'openvino'"
     if fault := runtime_fault(compiler):
-        text = f"backend 'inductor' cannot use the C++ compiler {compiler}: what it makes does not run beside PyTorch here, as if its C++ library were another"
-        raise CompileError(f"{_where(signature)}: {text} ({fault}); set CXX to this system's own, such as /usr/bin/g++")
+        text = f"what the C++ compiler {compiler} makes does not run beside PyTorch, as if its C++ library were another"
+        return f"{text} ({fault}); set CXX to this system's own, such as /usr/bin/g++"
+    return None
 
 
 MATCHES = """

@@ -29,7 +29,7 @@ from reelstep.engine.samplers.schedules import linear
 from reelstep.engine.samplers.step_cache import PIECES
 from reelstep.engine.samplers.tables import SOLVERS
 from reelstep.engine.served import ServedModel, table_name
-from reelstep.errors import ConfigError, StorageError
+from reelstep.errors import CompileError, ConfigError, StorageError
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +213,14 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, monke
     places = {"out": tmp_path / "dit.reel", "cache": tmp_path / "cache"} | {place: tmp_path / "file" / "here"}
     with pytest.raises(StorageError, match=r"cannot write into .*file: Not a directory"):
         build_bundle("dit-mid", backend="openvino", precision=None, **places)
+
+
+def test_what_a_build_of_engines_needs_is_looked_for_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "compile_model", lambda **_: pytest.fail("it was captured"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(CompileError, match=r"backend 'inductor' can build no engine here: it needs a C\+\+ compiler and found none; install g\+\+ or set CXX"):
+        build_bundle("dit-mid", backend="inductor", precision=None, out=tmp_path / "dit.reel", cache=tmp_path / "cache")
+    assert not (tmp_path / "dit.reel").exists()
 
 
 def test_what_is_done_is_found_where_nothing_can_be_written(compile_toy, monkeypatch):

@@ -98,11 +98,13 @@ class TensorRtBackend(Backend):
         ulysses = f"cp={mesh.cp} with ring=1, which trades heads for tokens (Ulysses), or tp={mesh.cp} in place of cp"
         return f"ring={mesh.ring} sends keys and values from stage to stage, and TensorRT has no layer for that; use {ulysses}, or plan it with backend 'null'"
 
+    def lacks(self) -> str | None:
+        return "; ".join(missing()) or None
+
     def build(self, graph: Graph, signature: Signature, precision: Precision, cache: Path | None, key: str) -> TensorRtExecutable:
-        lacks = missing()
-        if lacks:
+        if lacks := self.lacks():
             raise CompileError(
-                f"backend 'tensorrt' cannot build or run program {signature.program!r} here: {'; '.join(lacks)}. Compiling a bundle for it and checking "
+                f"backend 'tensorrt' cannot build or run program {signature.program!r} here: {lacks}. Compiling a bundle for it and checking "
                 "its operators (docs/tensorrt.md) work without; backends 'inductor' and 'openvino' run here"
             )
         from reelstep.compiler.backends.tensorrt.cache import build  # only here: the libraries may be absent
