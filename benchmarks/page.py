@@ -42,8 +42,18 @@ SECTIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "A GPU against its own ceilings",
         "`share` is of the copy for what memory bounds, of the large product for the rest; a block's is of the data sheet's peak, as MFU is. Shapes are a "
         "block's of Movie Gen 30B at 73,728 tokens. Errors are of the values, those of `correctness` against twice the formula's own and one rounding "
-        "(in this run the nearest to its bound is an example without values: 0). After these parts loading an engine ended the process (docs/gpu_check.md).",
+        "(in this run the nearest to its bound is an example without values: 0). What has run since and what has not: docs/gpu_check.md.",
         ("part", "what", "seconds", "rate", "unit", "share", "aim", "error", "allowed", "right", "note"),
+    ),
+    "gpu_forward": (
+        "The whole of Movie Gen 30B at 73,728 tokens, on random weights",
+        "A forward of all 48 blocks on one GPU; its share is of the data sheet's peak.",
+        ("part", "what", "seconds", "rate", "unit", "share", "note"),
+    ),
+    "gpu_kernels": (
+        "The kernels once more",
+        "As above, after they were changed; the run was stopped in the next part.",
+        ("part", "what", "seconds", "rate", "unit", "share", "aim", "note"),
     ),
     "startup": (
         "From a command to its result",
