@@ -74,8 +74,8 @@ def define(
     """Register `reelstep::NAME` with the signature of `reference`, which must give new tensors.
 
     fake: the same outputs without values. run: what calls run on every device, for an op that chooses by itself; if None, the reference on a CPU and
-    the kernel on a GPU, and the outputs are contiguous, as `fake` must make them. The custom op has no autograd; `Op.__call__` does not use it where a
-    derivative is wanted.
+    in float64, the kernel on a GPU, and the outputs are contiguous, as `fake` must make them. The custom op has no autograd; `Op.__call__` does not use it
+    where a derivative is wanted.
     """
     from reelstep.kernels.jit import HAS_TRITON  # here: who only reads the table of ops is spared Triton's import
 
@@ -87,8 +87,18 @@ def define(
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", run or formula, mutates_args=(), schema=schema)
     op.register_fake(fake)
     if run is None and HAS_TRITON:
-        op.register_kernel("cuda")(launch)
+        op.register_kernel("cuda")(exactly(launch, formula))
     return Op(name, reference, decomposition or reference, launch, kernels, examples)
+
+
+def exactly(launch: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, which computes in float32; the formula where an argument is float64 and asks for more."""
+
+    def run(*arguments: Any) -> Any:
+        double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in arguments)
+        return (formula if double else launch)(*arguments)
+
+    return run
 
 
 def differentiated(arguments: Any) -> bool:

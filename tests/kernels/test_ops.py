@@ -20,7 +20,7 @@ from torch import Tensor
 from reelstep.benchmarks.gpu_check import DTYPES, FROM_HALVES, doubled, error_and_bound, tensors
 from reelstep.kernels import OPS
 from reelstep.kernels.jit import HAS_TRITON
-from reelstep.kernels.op import Make, Op
+from reelstep.kernels.op import Make, Op, exactly
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -134,11 +134,18 @@ def test_a_kernel_on_a_gpu_is_its_formula(name: str, dtype: torch.dtype) -> None
     compare_kernel(name, dtype, "cuda")
 
 
+def test_a_kernel_is_given_no_float64_which_it_would_round() -> None:
+    run = exactly(lambda *_: "kernel", lambda *_: "formula")
+    half, double = torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64)
+    assert [run(half, 0.5), run(half, None, double), run(double)] == ["kernel", "formula", "formula"]
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", OPS)
-def test_an_op_on_a_gpu_is_its_formula(name: str) -> None:
+def test_an_op_on_a_gpu_is_its_formula(name: str, dtype: torch.dtype) -> None:
     op = OPS[name]
-    for i, arguments in enumerate(examples(op, torch.bfloat16, "cuda")):
+    for i, arguments in enumerate(examples(op, dtype, "cuda")):
         compare(op.overload(*arguments), op.reference(*arguments), op.reference(*doubled(arguments)), f"{name} example {i}", FROM_HALVES)
 
 
