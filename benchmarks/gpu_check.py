@@ -506,7 +506,7 @@ def words_to_video(bench: Bench) -> Iterator[Finding]:
     given = {edge.name: edge.zeros(1, bench.device) for edge in signature.inputs}
     module = denoiser().module.to(bench.device, torch.bfloat16)
     halves = [x.bfloat16() for x in signature.ordered(given)]
-    peer = per_call(lambda: module(*halves), bench)
+    peer = per_call(partial(module, *halves), bench)
     yield Finding("reel-tiny, denoiser's call, op by op, bfloat16", peer)
 
     def beside(what: str, seconds: float) -> Finding:
@@ -526,9 +526,9 @@ def words_to_video(bench: Bench) -> Iterator[Finding]:
             how = f"by inductor, {dtype}{', CUDA graphs' if cuda_graphs else ''}"
             row = Finding(f"reel-tiny, denoiser {how}", seconds, error=relative(video, truth), note=f"engine ready in {built:.0f} s")
             yield row if dtype == "E4M3" else replace(row, allowed=5e-2, right=row.error is not None and row.error <= 5e-2)
-            yield beside(how, per_call(lambda run=run: run(given), bench))  # type: ignore[misc]
+            yield beside(how, per_call(partial(run, given), bench))
     compiled = torch.compile(module, mode="reduce-overhead")
-    yield beside("torch.compile, bfloat16, CUDA graphs", per_call(lambda: compiled(*halves), bench))
+    yield beside("torch.compile, bfloat16, CUDA graphs", per_call(partial(compiled, *halves), bench))
 
 
 def per_call(run: Callable[[], object], bench: Bench, calls: int = 30) -> float:

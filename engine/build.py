@@ -122,8 +122,8 @@ def build_bundle(
         raise ConfigError(f"--mesh {mesh} with {other}, whose programs no rank can share; leave one of the two out")
     parts = sharded_parts(spec) if mesh is not None else ()
     module = spec.build()
-    builds = cache is not None and BACKENDS[backend].runs and on_this_machine(sku)
-    if builds and any(weight.is_meta for weight in module.parameters()):
+    engines = cache if BACKENDS[backend].runs and on_this_machine(sku) else None  # where they go
+    if engines is not None and any(weight.is_meta for weight in module.parameters()):
         raise ConfigError(f"model {name!r} comes without weights, so backend {backend!r} has no engine to build of it here; plan it with --backend null")
     linears = spec.adaptable(module) if spec.adaptable else {}
     layout = None if lora_rank is None else Layout(lora_rank, layers_of(linears))
@@ -149,8 +149,8 @@ def build_bundle(
             build_here(kept, cache, progress)
             return kept
     check_replaceable(out, is_bundle)  # after that: what is done may lie where nothing can be written
-    if cache is not None and builds:
-        check_writable(cache)
+    if engines is not None:
+        check_writable(engines)
         if mesh is None and (lacks := BACKENDS[backend].on(target.arch).lacks()):  # ranks build their own
             raise CompileError(f"backend {backend!r} can build no engine here: {lacks}")
     bundle = compile_model(
