@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -245,40 +246,52 @@ def replicas(folder: Path, count: int = 2, call_s: float = 0.0) -> Restarting:
     return Restarting([partial(begin, Whole(folder, call_s))] * count, MANY)
 
 
-def undisturbed(requests: int, steps: int) -> list[np.ndarray[Any, Any]]:
-    engine, frames = engine_on(Inline({MODEL: alone()})), []
-    for number in range(requests):
-        heard = Heard()
-        engine.submit(ask(number, steps), heard)
-        frames.append(heard.result().media.frames)
-    engine.close(1.0)
-    return frames
+@contextmanager
+def requests(executor: Restarting, steps: int) -> Iterator[list[Heard]]:
+    """As long as the block runs, requests come, so that whatever ends then is in use; afterwards each has what it gets of an engine that nothing disturbs."""
+    engine, heard, coming = engine_on(executor), list[Heard](), threading.Event()
+    coming.set()
+
+    def submit() -> None:
+        while coming.is_set():
+            listener = Heard()
+            engine.submit(ask(len(heard), steps), listener)
+            heard.append(listener)
+            if len(heard) > 16:
+                heard[-16].ended.wait(300)
+
+    submitter = threading.Thread(target=submit, daemon=True)
+    submitter.start()
+    try:
+        yield heard
+        coming.clear()
+        submitter.join(300)
+        frames = [each.result(300).media.frames for each in heard]
+    finally:
+        coming.clear()
+        engine.close(1.0)
+    calm = engine_on(Inline({MODEL: alone()}))
+    for number, got in enumerate(frames):
+        want = Heard()
+        calm.submit(ask(number, steps), want)
+        assert np.array_equal(got, want.result().media.frames)
+    calm.close(1.0)
 
 
 def test_a_node_and_a_rank_killed_while_videos_are_made_change_no_pixel(nodes: Nodes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
     executor = replicas(tmp_path, call_s=0.02)
-    engine = engine_on(executor)
     assert executor.capacity == 2
-    heard = [Heard() for _ in range(8)]
-    for number, each in enumerate(heard):
-        engine.submit(ask(number, 40), each)
-    until(lambda: len(set(pids(tmp_path))) == 2 and len(pids(tmp_path)) > 20)
-    first, second = executor._places
-    assert first.replica is not None
-    assert second.replica is not None
-    nodes.kill(first.replica.nodes[0])  # type: ignore[attr-defined]
-    until(lambda: executor.reruns > 0 or executor.capacity == 1)
-    calls = len(pids(tmp_path))
-    until(lambda: len(pids(tmp_path)) > calls)  # the last call until now may have been one of the replica that is gone, and the next one is not
-    os.kill(pids(tmp_path)[0], signal.SIGKILL)
-    nodes.add()
-    results = [each.result() for each in heard]
-    until(lambda: executor.capacity == 2, 60)
-    assert executor.restarts >= 2
-    engine.close(1.0)
-    for result, want in zip(results, undisturbed(8, 40), strict=True):
-        assert np.array_equal(result.media.frames, want)
+    with requests(executor, 40):
+        until(lambda: len(set(pids(tmp_path))) == 2 and len(pids(tmp_path)) > 20)
+        replica: Any = executor._places[0].replica
+        nodes.kill(replica.nodes[0])
+        until(lambda: executor.reruns > 0)
+        calls = len(pids(tmp_path))
+        until(lambda: len(pids(tmp_path)) > calls)  # the last call until now may have been one of the replica that is gone, and the next one is not
+        os.kill(pids(tmp_path)[0], signal.SIGKILL)
+        nodes.add()
+        until(lambda: executor.restarts >= 2 and executor.capacity == 2, 60)
 
 
 def test_a_replica_on_a_drained_node_is_replaced_first_and_then_closed(nodes: Nodes, tmp_path: Path) -> None:
@@ -337,39 +350,20 @@ def test_a_bundle_on_a_mesh_of_actors_gives_one_devices_numbers(nodes: Nodes, co
 def test_twenty_kills_at_random_times_under_two_hundred_requests_lose_none(nodes: Nodes, tmp_path: Path) -> None:
     draw = random.Random(7)
     executor = replicas(tmp_path, call_s=0.02)
-    engine = engine_on(executor)
-    heard: list[Heard] = []
-    stormy = threading.Event()
-    stormy.set()
-
-    def submit() -> None:
-        while len(heard) < 200 or stormy.is_set():  # 200, and more where they are done before the last kill
-            listener = Heard()
-            engine.submit(ask(len(heard), 10), listener)
-            heard.append(listener)
-            if len(heard) > 16:
-                heard[-16].ended.wait(300)
-
-    submitter = threading.Thread(target=submit, daemon=True)
-    submitter.start()
-    killed = 0
-    while killed < 20:  # here, as Ray adds nodes in a main thread only
-        time.sleep(draw.uniform(0.0, 2.0))
-        alive = [pid for pid in dict.fromkeys(pids(tmp_path)) if Path(f"/proc/{pid}").exists()]
-        if killed % 5 == 4:
-            nodes.kill(draw.choice(sorted(node.node_id for node in nodes.cluster.worker_nodes)))
-            nodes.add()
-            killed += 1
-        elif alive:
-            os.kill(draw.choice(alive), signal.SIGKILL)
-            killed += 1
-    stormy.clear()
-    submitter.join(300)
-    results = [each.result(300) for each in heard]
+    with requests(executor, 10) as heard:
+        killed = 0
+        while killed < 20:  # here, as Ray adds nodes in a main thread only
+            time.sleep(draw.uniform(0.0, 2.0))
+            alive = [pid for pid in dict.fromkeys(pids(tmp_path)) if Path(f"/proc/{pid}").exists()]
+            if killed % 5 == 4:
+                nodes.kill(draw.choice(sorted(node.node_id for node in nodes.cluster.worker_nodes)))
+                nodes.add()
+                killed += 1
+            elif alive:
+                os.kill(draw.choice(alive), signal.SIGKILL)
+                killed += 1
+        until(lambda: len(heard) >= 200, 300)
     assert executor.reruns > 0
-    engine.close(1.0)
-    for result, want in zip(results, undisturbed(len(heard), 10), strict=True):
-        assert np.array_equal(result.media.frames, want)
 
 
 def test_every_gpu_has_the_name_that_ray_gives_it_and_a_share_asks_for_it() -> None:
