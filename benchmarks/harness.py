@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +24,7 @@ from rich.table import Table
 from reelstep.compiler.skus import SKUS
 
 Row = Mapping[str, Any]
+K = TypeVar("K")
 
 
 def parser(name: str, question: str) -> argparse.ArgumentParser:
@@ -119,7 +120,7 @@ SETTLED_S = 0.02
 """Longer than OpenMP's threads look for work, awake, after a call."""
 
 
-def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, Timing]:
+def interleave(contenders: Mapping[K, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[K, Timing]:
     """Time each contender once per round, so that a machine that slows down slows them all.
 
     Every round has an order of its own (seeded): a contender leaves caches and clocks to the one after it, and no one shall always have the same neighbour.
@@ -128,7 +129,7 @@ def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warm
     for run in contenders.values():
         for _ in range(warmup):
             run()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[K, list[float]] = {name: [] for name in contenders}
     shuffler = random.Random(0)
     for _ in range(rounds):
         for name in shuffler.sample(list(contenders), len(contenders)):
