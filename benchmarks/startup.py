@@ -17,6 +17,7 @@ from reelstep.benchmarks.harness import interleave, parser, report
 from reelstep.engine.models import MODELS
 from reelstep.errors import ReelstepError
 
+COMPILED = ("reel-tiny", "reel-tiny-flash", "dit-mid")
 PROMPT = "a red heart bounces"
 IMPORT = "import os, torch; os._exit(0)"
 """What no command of ours can be quicker than: it ends at once, as they do, since to take apart what was imported takes half as long again."""
@@ -34,9 +35,7 @@ reelstep = partial(python, "-m", "reelstep")
 
 def main(argv: Sequence[str]) -> None:
     options = parser("startup", __doc__ or "")
-    options.add_argument(
-        "--models", nargs="+", choices=tuple(MODELS), default=["reel-tiny", "reel-tiny-flash", "dit-mid"], metavar="MODEL", help="to compile (default: %(default)s)"
-    )
+    options.add_argument("--models", nargs="+", choices=tuple(MODELS), default=COMPILED, metavar="MODEL", help="to compile (default: %(default)s)")
     options.add_argument("--rounds", type=int, default=10, help="of what is quick (default: %(default)s)")
     args = options.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="reelstep-startup-") as folder:
