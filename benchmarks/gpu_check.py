@@ -45,7 +45,7 @@ from reelstep.kernels import OPS
 from reelstep.kernels.attention_choice import ATTENTIONS
 from reelstep.kernels.fp8_norm_quantise import LARGEST
 from reelstep.kernels.jit import HAS_TRITON, interpreted
-from reelstep.kernels.op import Op
+from reelstep.kernels.op import Op, tensors_of
 from reelstep.kernels.qk_norm_rope import rotary_3d
 
 COPY_AIM, ATTENTION_AIM, BLOCK_AIM = 0.85, 0.65, 0.60
@@ -160,10 +160,6 @@ class Bench:
         return Finding(what, seconds, rate / 1e12, "TFLOP/s", self.matmul_flops_per_s and rate / self.matmul_flops_per_s, aim, note=note)
 
 
-def tensors(values: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
-
-
 def doubled(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """With tensors of floating numbers in float64."""
     found: tuple[Any, ...] = pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, arguments)
@@ -185,7 +181,7 @@ def largest_error(found: Tensor, truth: Tensor) -> float:
 def error_and_bound(found: Any, formula: Any, truth: Any, float32: float) -> tuple[float, float]:
     """Of the output that is nearest to its bound: twice the formula's own error against float64, and one rounding; `float32` of the largest value there."""
     pairs = []
-    for one, like, exact in zip_longest(tensors(found), tensors(formula), tensors(truth)):
+    for one, like, exact in zip_longest(tensors_of(found), tensors_of(formula), tensors_of(truth)):
         if (one.shape, one.dtype) != (like.shape, like.dtype):
             return math.inf, 0.0
         finite = exact.double()[exact.double().isfinite()]
@@ -268,7 +264,7 @@ def memory_bound(bench: Bench) -> Iterator[Finding]:
     """Bytes: each argument read once, each output written once."""
     for name, arguments, note in large_examples(bench):
         op = OPS[name].overload
-        bytes_ = sum(x.nbytes for x in (*tensors(arguments), *tensors(op(*arguments))))
+        bytes_ = sum(x.nbytes for x in (*tensors_of(arguments), *tensors_of(op(*arguments))))
         yield bench.moved(name, bench.seconds(partial(op, *arguments)), bytes_, note=note)
 
 

@@ -95,17 +95,21 @@ def exactly(launch: Callable[..., Any], formula: Callable[..., Any]) -> Callable
     """The kernel, which computes in float32; the formula where an argument is float64 and asks for more."""
 
     def run(*arguments: Any) -> Any:
-        double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in arguments)
-        return (formula if double else launch)(*arguments)
+        return (formula if any(x.dtype == torch.float64 for x in tensors_of(arguments)) else launch)(*arguments)
 
     return run
 
 
 def differentiated(arguments: Any) -> bool:
     """Whether autograd follows any of the arguments: backwards, or forwards with a tangent."""
-    tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
+    tensors = tensors_of(arguments)
     backwards = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return backwards or any(unpack_dual(x).tangent is not None for x in tensors)
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """Those in it, also in lists."""
+    return [x for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
 
 
 def wide(x: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelstep.benchmarks.gpu_check import DTYPES, FROM_HALVES, doubled, error_and_bound, tensors
+from reelstep.benchmarks.gpu_check import DTYPES, FROM_HALVES, doubled, error_and_bound
 from reelstep.kernels import OPS
 from reelstep.kernels.jit import HAS_TRITON
-from reelstep.kernels.op import Make, Op, exactly
+from reelstep.kernels.op import Make, Op, exactly, tensors_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -60,7 +60,7 @@ def examples(op: Op, dtype: torch.dtype, device: str = "cpu", layout: str = "con
 
 def compare(found: Any, formula: Any, truth: Any, what: str, float32: float = 4 * torch.finfo(torch.float32).eps) -> None:
     """The kernel may err twice as much as the formula in float32 does, and by one rounding of its output; four in float32, since the order of sums differs."""
-    for one, like in zip_longest(tensors(found), tensors(formula)):
+    for one, like in zip_longest(tensors_of(found), tensors_of(formula)):
         assert (one.shape, one.dtype) == (like.shape, like.dtype), what
     error, bound = error_and_bound(found, formula, truth, float32)
     assert error <= bound, f"{what}: error {error:.3e}, allowed {bound:.3e}"
@@ -138,6 +138,7 @@ def test_a_kernel_is_given_no_float64_which_it_would_round() -> None:
     run = exactly(lambda *_: "kernel", lambda *_: "formula")
     half, double = torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64)
     assert [run(half, 0.5), run(half, None, double), run(double)] == ["kernel", "formula", "formula"]
+    assert [run(half, [half, half]), run(half, [half, double])] == ["kernel", "formula"], "as a solver's past velocities are given"
 
 
 @pytest.mark.gpu
