@@ -19,7 +19,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -46,7 +45,7 @@ from reelstep.engine.request import Call
 from reelstep.errors import BundleError, ConfigError, NotFound, Unavailable
 from reelstep.parallel.mesh import Mesh
 from reelstep.tests.engine.executors import small_model
-from reelstep.tests.engine.executors.toy_engine import Heard, ask, engine_on, point, until
+from reelstep.tests.engine.executors.toy_engine import Heard, ask, check_against_one_process, engine_on, point, until
 from reelstep.tests.engine.executors.toy_ranks import MODEL, Toy, Whole, alone
 
 PATIENT = Patience(place_s=30.0, pulse_s=4.0)
@@ -249,7 +248,7 @@ def replicas(folder: Path, count: int = 2, call_s: float = 0.0) -> Restarting:
 
 @contextmanager
 def requests(executor: Restarting, steps: int) -> Iterator[list[Heard]]:
-    """As long as the block runs, requests come, so that whatever ends then is in use; afterwards each has what it gets of an engine that nothing disturbs."""
+    """As long as the block runs, requests come, so that whatever ends then is in use; afterwards each has what it gets in one process."""
     engine, heard, coming = engine_on(executor), list[Heard](), threading.Event()
     coming.set()
 
@@ -267,16 +266,12 @@ def requests(executor: Restarting, steps: int) -> Iterator[list[Heard]]:
         yield heard
         coming.clear()
         submitter.join(300)
-        frames = [each.result(300).media.frames for each in heard]
+        for each in heard:
+            each.result(300)
     finally:
         coming.clear()
         engine.close(1.0)
-    calm = engine_on(Inline({MODEL: alone()}))
-    for number, got in enumerate(frames):
-        want = Heard()
-        calm.submit(ask(number, steps), want)
-        assert np.array_equal(got, want.result().media.frames)
-    calm.close(1.0)
+    check_against_one_process(heard, lambda _: steps)
 
 
 def test_a_node_and_a_rank_killed_while_videos_are_made_change_no_pixel(nodes: Nodes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

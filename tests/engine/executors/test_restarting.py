@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,7 +26,7 @@ from reelstep.engine.loop import Engine
 from reelstep.engine.request import Call, Failed
 from reelstep.errors import BundleError, ConfigError, Unavailable
 from reelstep.parallel.mesh import Mesh
-from reelstep.tests.engine.executors.toy_engine import Heard, ask, engine_on, point, until
+from reelstep.tests.engine.executors.toy_engine import Heard, ask, check_against_one_process, engine_on, point, until
 from reelstep.tests.engine.executors.toy_ranks import MODEL, Toy, alone
 
 FEW = Bounds(starts=3, window_s=60.0, reruns=2)
@@ -389,8 +388,8 @@ def test_a_rank_that_hangs_while_its_heart_beats_is_named_in_time_and_no_bit_cha
     looking = threading.Thread(target=look, daemon=True)
     looking.start()
     heard = Heard()
-    engine.submit(ask(2, 5), heard)  # its denoiser calls are of one kind
-    check_against_one_process([heard], first=2)
+    engine.submit(ask(2, steps_of(2)), heard)  # its denoiser calls are of one kind
+    check_against_one_process([heard], steps_of, first=2)
     looking.join(20)
     assert allowance.least_s - 0.5 < found[0] < allowance.least_s + 0.5
     assert executor.restarts == 1
@@ -399,23 +398,15 @@ def test_a_rank_that_hangs_while_its_heart_beats_is_named_in_time_and_no_bit_cha
     engine.close(0)
 
 
+def steps_of(number: int) -> int:
+    return 3 + number % 3
+
+
 def submitted(engine: Engine, count: int) -> list[Heard]:
     heard = [Heard() for _ in range(count)]
     for number, listener in enumerate(heard):
-        engine.submit(ask(number, 3 + number % 3), listener)
+        engine.submit(ask(number, steps_of(number)), listener)
     return heard
-
-
-def check_against_one_process(heard: list[Heard], first: int = 0) -> None:
-    """Pictures and counts of the same requests, numbered from `first`, in one process that nobody kills."""
-    engine = engine_on(Inline({MODEL: alone()}))
-    for number, there in enumerate(heard, first):
-        here = Heard()
-        engine.submit(ask(number, 3 + number % 3), here)
-        found, wanted = there.result(), here.result()
-        assert np.array_equal(found.media.frames, wanted.media.frames), number
-        assert (found.usage.nfe, found.usage.forwards) == (wanted.usage.nfe, wanted.usage.forwards) == (3 + number % 3, 2 * (3 + number % 3))
-    engine.close(0)
 
 
 def test_no_running_request_is_lost_to_a_kill_and_results_and_counts_are_those_without_it(killable: Killable) -> None:
@@ -423,7 +414,7 @@ def test_no_running_request_is_lost_to_a_kill_and_results_and_counts_are_those_w
     engine = engine_on(executor)
     killer = killable.kill_in_call(0)
     heard = submitted(engine, 5)
-    check_against_one_process(heard)
+    check_against_one_process(heard, steps_of)
     killer.join(20)
     assert executor.restarts == 1
     assert executor.reruns >= 2, "both branches of at least one request"
@@ -469,11 +460,11 @@ def test_of_60_requests_none_is_lost_to_20_random_kills(killable: Killable) -> N
     while len(heard) < 60 or killer.is_alive():  # 60, and more where they are done before the last kill
         number = len(heard)
         heard.append(Heard())
-        engine.submit(ask(number, 3 + number % 3), heard[-1])
+        engine.submit(ask(number, steps_of(number)), heard[-1])
         if number % 3 == 2:
             heard[-1].result()
     done.set()
     killer.join(20)
     until(lambda: executor.restarts == 20, 60.0)
-    check_against_one_process(heard)
+    check_against_one_process(heard, steps_of)
     engine.close(0)

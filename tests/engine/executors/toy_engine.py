@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from reelstep.engine.executors.inline import Inline
 from reelstep.engine.loop import Engine
 from reelstep.engine.models.spec import ModelSettings
 from reelstep.engine.request import Call, Defaults, Event, Failed, Finished, Limits, Request
 from reelstep.engine.served import ServedModel
-from reelstep.tests.engine.executors.toy_ranks import MODEL
+from reelstep.tests.engine.executors.toy_ranks import MODEL, alone
 
 SETTINGS = ModelSettings(
     tasks=("text_to_video",), limits=Limits(sizes=((16, 16),), frames=(8,), max_steps=100, max_scale=20.0, max_count=4, max_prompt_bytes=31),
@@ -63,3 +65,15 @@ def ask(number: int, steps: int) -> Request:
 
 def engine_on(executor: Any) -> Engine:
     return Engine({MODEL: ServedModel(MODEL, "1", SETTINGS, ("linear",), {})}, executor, max_running=8, release=getattr(executor, "close", None))
+
+
+def check_against_one_process(heard: Sequence[Heard], steps: Callable[[int], int], first: int = 0) -> None:
+    """Pictures and counts of the same requests, numbered from `first`, in one process that nobody kills. steps: of the request of a number."""
+    engine = engine_on(Inline({MODEL: alone()}))
+    for number, there in enumerate(heard, first):
+        here = Heard()
+        engine.submit(ask(number, steps(number)), here)
+        found, wanted = there.result(), here.result()
+        assert np.array_equal(found.media.frames, wanted.media.frames), number
+        assert (found.usage.nfe, found.usage.forwards) == (wanted.usage.nfe, wanted.usage.forwards) == (steps(number), 2 * steps(number))
+    engine.close(0)
