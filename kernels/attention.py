@@ -28,6 +28,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, sc
     check_rank("attention", "q", q, "B N L K")
     check_rank("attention", "k", k, "B N S K")
     b, n, _, width = q.shape
+    if width == 0:
+        raise ConfigError("attention: heads of no values (K is 0); give each at least one")
     check_shape("attention", "k", k, (b, n, k.shape[2], width))
     check_shape("attention", "v", v, tuple(k.shape))
     if lengths is not None:
@@ -71,7 +73,9 @@ def decomposition(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale
     mask = None if lengths is None else counted(lengths, k.shape[2])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = scale * wide(q) @ wide(k).mT
-    return out, (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).logsumexp(-1)
+    if lengths is None or mask is None:
+        return out, scores.logsumexp(-1)
+    return out.masked_fill((lengths <= 0)[:, None, None, None], 0), scores.masked_fill(~mask, -torch.inf).logsumexp(-1)  # no key: a runtime may give NaN
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, implementation: str) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from reelstep.kernels.jit import unit_rows
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
+ALIGNED = 16  # bytes
 
 
 def refuses(q: Tensor, lengths: Tensor | None) -> str | None:
@@ -34,6 +35,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -
     q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)  # called directly, some of them read rows as if in one piece and do not check
     if q.device.type == "cpu":
         return _on_cpu(q, k, v, lengths, scale)
+    q, k, v = aligned(q), aligned(k), aligned(v)
     if q.dtype == torch.float32:
         out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
     elif _cudnn_is_better(q, k):
@@ -43,6 +45,12 @@ def run(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -
     b, n, length, _ = q.shape
     # One of them pads the queries to a multiple of 32, one has a last dim of 1.
     return as_tokens(out), lse.reshape(b, n, -1)[..., :length].contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x itself if each of its rows begins where loads of 16 bytes may, which a GPU's kernels use without looking; else a copy."""
+    at = (x.data_ptr(), *(stride * x.element_size() for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1))
+    return x if all(place % ALIGNED == 0 for place in at) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _cudnn_is_better(q: Tensor, k: Tensor) -> bool:

@@ -144,11 +144,17 @@ def quantise_weight(weight: Tensor, scheme: Scheme) -> Stored:
 
 
 def e4m3_linear(rows: tuple[Tensor, Tensor], weight: Tensor, step: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """rows: of `e4m3_rows`, K wide; weight: [N, K] in E4M3, its steps [N, 1]. Gives [..., N]; GPUs give the product in bfloat16 alone."""
+    """rows: of `e4m3_rows`, K wide; weight: [N, K] in E4M3, its steps [N, 1]. Gives [..., N]; GPUs give the product in bfloat16 alone.
+
+    They sum in fewer bits than float32 has, which is what their product with steps for rows is fast with; a CPU sums in float32 as ever.
+    """
     values, own = rows
-    product = torch._scaled_mm(values.flatten(0, -2), weight.t(), scale_a=own.flatten()[:, None], scale_b=step.t(), out_dtype=torch.bfloat16)
-    y: Tensor = product.to(dtype).unflatten(0, values.shape[:-1])
-    return y if bias is None else y + bias
+    product = torch._scaled_mm(
+        values.flatten(0, -2), weight.t(), scale_a=own.flatten()[:, None], scale_b=step.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+    )  # fmt: skip
+    y: Tensor = product if bias is None else product + bias.to(product.dtype)
+    given: Tensor = y.to(dtype).unflatten(0, values.shape[:-1])
+    return given
 
 
 class Quantising(Interpreter):

@@ -16,9 +16,11 @@ from importlib import import_module
 from pathlib import Path
 from subprocess import run
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from reelstep.benchmarks import gpu_check
 from reelstep.benchmarks.gpu_check import (
@@ -31,6 +33,7 @@ from reelstep.benchmarks.gpu_check import (
     Sizes,
     check_op,
     checked,
+    doubled,
     error_and_bound,
     large_examples,
     rank_pieces,
@@ -92,6 +95,38 @@ def test_a_wrong_op_is_found_wrong(bench: Bench) -> None:
     assert found.right is False
     assert found.error is not None
     assert 1e-4 < found.error < 1e-3, "the two forms of GELU differ by at most 5e-4"
+
+
+@pytest.mark.parametrize(
+    "rounded",
+    [
+        lambda exact: torch.where(exact.double().abs() < 48, torch.zeros_like(exact, dtype=torch.float32), exact.float()),
+        lambda exact: torch.where(exact.double() > 0, exact.float() * (1 - 2**-4), exact.float()),
+    ],
+    ids=["small ones are lost", "cut off"],
+)
+def test_e4m3_that_is_rounded_wrongly_is_found(rounded: Callable[[Tensor], Tensor], bench: Bench) -> None:
+    op = OPS["fp8_norm_quantise"]
+
+    def launch(*arguments: Any) -> tuple[Tensor, Tensor]:
+        values, steps = op.reference(*arguments)
+        return rounded(values).to(torch.float8_e4m3fn), steps
+
+    arguments = next(iter(op.examples(bench.randn)))
+    exact = op.reference(*doubled(arguments))
+    error, allowed = error_and_bound(op.reference(*arguments), op.reference(*arguments), exact, 1e-6)
+    assert error <= allowed
+    error, allowed = error_and_bound(launch(*arguments), op.reference(*arguments), exact, 1e-6)
+    assert error > allowed
+
+
+def test_a_gpu_without_products_in_e4m3_is_not_asked_for_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **__: pytest.fail("it was called"))
+    bench.device = torch.device("cuda")
+    (row,) = gpu_check.fp8_layers(bench)
+    assert row.note == "not run: products in E4M3 need sm89, and this is sm80"
+    assert row.right is None
 
 
 def test_bounds_hold_one_rounding_and_no_nan() -> None:
@@ -251,6 +286,7 @@ class Absent(importlib.abc.MetaPathFinder):
         if name.partition(".")[0] in {PACKAGES_OF_OTHERS!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
+import reelstep.compiler.passes.quantise
 sys.argv = ["gpu_check"]
 runpy.run_module("reelstep.benchmarks.gpu_check", run_name="__main__")
 """

@@ -183,6 +183,7 @@ def test_steps_of_a_table_are_those_of_its_sampler() -> None:
         (lambda: patchify(randn(1, 2, 3, 4, 4), (2, 2, 2)), r"patch \(2, 2, 2\) does not divide F, H, W = \(3, 4, 4\)"),
         (lambda: unpatchify(randn(1, 6, 8), (1, 2, 2), (1, 2, 2)), r"are not \[B, 4, a multiple of 4\]"),
         (lambda: unpatchify(randn(1, 4, 8), (1, -2, -2), (1, 2, 2)), "of a grid at least 0"),
+        (lambda: attention(randn(1, 1, 2, 0), randn(1, 1, 2, 0), randn(1, 1, 2, 0)), "heads of no values"),
         (lambda: fp8_norm_quantise(randn(1, 2, 4), randn(1, 4)), "scale and shift are given or left out together"),
         (lambda: lse_merge(randn(1, 1, 2, 4), randn(1, 1, 2), randn(1, 1, 2, 4), randn(1, 2)), r"lse_b has shape \[1, 2\]"),
         (lambda: solver_step(randn(4), randn(4), None, [randn(4)], scale=1.0, a=1.0, b=(1.0,)), "1 coefficients for 1 stored velocities and a new one; give 2"),

@@ -146,8 +146,10 @@ def test_a_kernel_is_given_no_float64_which_it_would_round() -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_an_op_on_a_gpu_is_its_formula(name: str, dtype: torch.dtype) -> None:
     op = OPS[name]
-    for i, arguments in enumerate(examples(op, dtype, "cuda")):
-        compare(op.overload(*arguments), op.reference(*arguments), op.reference(*doubled(arguments)), f"{name} example {i}", FROM_HALVES)
+    for layout in LAYOUTS:
+        for i, arguments in enumerate(examples(op, dtype, "cuda", layout)):
+            what = f"{name} {layout} example {i}"
+            compare(op.overload(*arguments), op.reference(*arguments), op.reference(*doubled(arguments)), what, FROM_HALVES)
 
 
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="needs Triton, and is what starts the interpreter")

@@ -173,8 +173,9 @@ def test_an_fp8_layer_computes_what_float64_does_with_the_same_rounding():
     rows = rounded_to_e4m3((x / torch.from_numpy(own)).clamp(-448, 448).double().numpy())
     product = (rows @ q.double().numpy().T) * own.astype(np.float64) * step.double().numpy()[:, 0]
     error = np.abs(y.double().numpy() - product - bias.double().numpy())
-    room = 2.0**-8 * np.abs(product) + 1e-5 * (np.abs(rows) @ np.abs(q.double().numpy().T)) * own * step.double().numpy()[:, 0] + 1e-6
-    assert (error <= room).all(), "half an ulp of bfloat16, and the order of float32 sums"
+    rounded = np.abs(product) + np.abs(bias.double().numpy()) + np.abs(product + bias.double().numpy())
+    room = 2.0**-8 * rounded + 1e-5 * (np.abs(rows) @ np.abs(q.double().numpy().T)) * own * step.double().numpy()[:, 0] + 1e-6
+    assert (error <= room).all(), "half an ulp of bfloat16 of the product, the bias and their sum, and the order of float32 sums"
 
 
 def test_a_layer_in_fp8_that_reads_bfloat16_finds_its_steps_in_float32():
