@@ -452,10 +452,9 @@ def run_compile(args: argparse.Namespace) -> None:
     precision = PRECISIONS.get(args.precision)
     key = read_private_key(args.sign) if args.sign else None  # a wrong file is found before the work
     backend = args.backend or ("openvino" if args.sku == "cpu" else "tensorrt")
-    cache = None if args.portable else cache_dir(args)
     bundle = build_bundle(
-        args.model, backend=backend, sku=args.sku, precision=precision, out=out, cache=cache, fitted=args.fitted, step_cache=args.step_cache,
-        loras=args.lora, lora_rank=args.lora_rank, quantisation=build_quantisation(args),
+        args.model, backend=backend, sku=args.sku, precision=precision, out=out, cache=cache_dir(args), portable=args.portable, fitted=args.fitted,
+        step_cache=args.step_cache, loras=args.lora, lora_rank=args.lora_rank, quantisation=build_quantisation(args),
         mesh=Mesh.parse(args.mesh) if args.mesh else None, progress=tell_stage,
     )  # fmt: skip
     if key:

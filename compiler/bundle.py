@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from reelstep import __version__
 from reelstep.compiler.plan import Plan, canonical_json
 from reelstep.compiler.signature import Signature
-from reelstep.compiler.storage import replace_file, sha256_file, sync
+from reelstep.compiler.storage import FileState, file_state, replace_file, sha256_file, sync
 from reelstep.errors import BundleError, ReelstepError, unknown
 
 if TYPE_CHECKING:  # a bundle is opened without torch, and without cryptography one that nobody signed, and nobody must have signed
@@ -37,13 +37,20 @@ FORMAT = 2
 """Of the directory. A reader takes exactly its own; a change of layout adds one."""
 
 MANIFEST, PLAN, WEIGHTS, CARD, SIGNATURE = "manifest.json", "plan.json", "weights.safetensors", "MODEL_CARD.md", "signature.json"
+PROGRAMS, SOLVERS, FITTED = "programs", "solvers", "fitted"
+"""Folders."""
 FIELDS = ("reelstep", "torch", "model", "version", "plan_hash", "settings", "programs", "meta_weights", "files")
 """Of a manifest, besides its format and sha256."""
 AGAIN = "run `reelstep compile` again"
 
 
 def is_bundle(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+    """Whether it is one, or was before it was damaged, and nothing else lies in it: other programs have manifests as well, and people keep notes."""
+    try:
+        there = {entry.name for entry in path.iterdir()}
+    except OSError:
+        return False
+    return {MANIFEST} < there <= {MANIFEST, PLAN, WEIGHTS, CARD, SIGNATURE, PROGRAMS, SOLVERS, FITTED}
 
 
 def sign_bundle(path: Path, key: PrivateKey, meant: Bundle | None = None) -> Bundle:
@@ -61,8 +68,10 @@ def sign_bundle(path: Path, key: PrivateKey, meant: Bundle | None = None) -> Bun
 class Bundle:
     """A verified bundle. Made by `Bundle.open`."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], plan: Plan, signed_by: PublicKey | None) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], plan: Plan, signed_by: PublicKey | None, weights: FileState | None) -> None:
+        """weights: their file as it was verified, which is too large to be hashed each time it is read."""
         self.path = path
+        self._weights = weights
         self.manifest = manifest
         self.plan = plan
         self.signed_by = signed_by
@@ -90,34 +99,39 @@ class Bundle:
         for name in (PLAN, CARD, *graphs):
             if name not in manifest["files"]:
                 raise BundleError(f"{path / MANIFEST} gives no sha256 for {name!r}; {AGAIN}")
+        weights = file_state(path / WEIGHTS) if WEIGHTS in manifest["files"] else None
         for name, entry in manifest["files"].items():
             _verify_file(path, name, entry)
-        plan = Plan.from_json(json.loads((path / PLAN).read_bytes()))
+        plan = Plan.from_json(json.loads(_read_verified(path, manifest, PLAN)))
         if plan.hash != manifest["plan_hash"]:
             raise BundleError(f"{path / PLAN} is not the plan that the manifest names; {AGAIN}")
         for p in plan.programs:
             entry = manifest["programs"].get(p.program, {}).get(p.profile)
             if entry is None or manifest["files"][entry["file"]]["sha256"] != p.graph_hash:
                 raise BundleError(f"{path}: program {p.program!r} at profile {p.profile!r} is not the graph that {PLAN} was made for; {AGAIN}")
-        return cls(path, manifest, plan, signed_by)
+        return cls(path, manifest, plan, signed_by, weights)
 
     @cached_property
     def model_card(self) -> str:
-        return (self.path / CARD).read_text("utf-8")
+        return self._read(CARD).decode()
 
     @cached_property
     def solvers(self) -> dict[str, Any]:
         """Tables by name, as they were handed in."""
-        return self._json_files("solvers")
+        return self._json_files(SOLVERS)
 
     @cached_property
     def fitted(self) -> dict[str, Any]:
         """Artifacts by name, as they were handed in."""
-        return self._json_files("fitted")
+        return self._json_files(FITTED)
 
     def _json_files(self, folder: str) -> dict[str, Any]:
         files = [name for name in self.manifest["files"] if name.startswith(f"{folder}/")]
-        return {PurePosixPath(name).name.removesuffix(".json"): json.loads((self.path / name).read_bytes()) for name in files}
+        return {PurePosixPath(name).name.removesuffix(".json"): json.loads(self._read(name)) for name in files}
+
+    def _read(self, name: str) -> bytes:
+        """Raises BundleError for a file that is not the one which was verified, so that whoever writes there meanwhile changes nothing."""
+        return _read_verified(self.path, self.manifest, name)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -154,11 +168,17 @@ class Bundle:
 
         if not self.has_weights:
             return {name: torch.empty(t["shape"], dtype=getattr(torch, t["dtype"]), device="meta") for name, t in self.manifest["meta_weights"].items()}
+        path, tensors, fault = self.path / WEIGHTS, {}, None
         try:
-            with safe_open(self.path / WEIGHTS, "pt", device="cpu") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # a safe_open is not a mapping
-        except SafetensorError as error:
-            raise BundleError(f"{self.path / WEIGHTS} holds no weights ({error}); {AGAIN}") from error
+            with safe_open(path, "pt", device="cpu") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # a safe_open is not a mapping
+        except (SafetensorError, OSError) as error:
+            fault = error
+        if not path.exists() or file_state(path) != self._weights:  # after it was opened: what is mapped by now stays
+            raise _exchanged(path) from fault
+        if fault is not None:
+            raise BundleError(f"{path} holds no weights ({fault}); {AGAIN}") from fault
+        return tensors
 
     def weights_bytes(self, name: str, profile: str, float_bytes: int) -> int:
         """Of what the program reads, with this many bytes for a floating number, but one in 8 bits: no engine of it is smaller."""
@@ -180,8 +200,7 @@ class Bundle:
         if lacks := sorted({*entry["weights"].values()} - self.tensors.keys()):
             raise BundleError(f"{self.path}: program {name!r} at profile {profile!r} reads {', '.join(lacks)[:200]}, which {WEIGHTS} does not have; {AGAIN}")
         weights = {qualified: self.tensors[stored] for qualified, stored in entry["weights"].items()}
-        file = self.path / entry["file"]
-        return load_graph(file.read_bytes(), weights, self.signatures[name, profile], str(file))
+        return load_graph(self._read(entry["file"]), weights, self.signatures[name, profile], str(self.path / entry["file"]))
 
 
 def digest(manifest: Mapping[str, Any]) -> str:
@@ -228,6 +247,20 @@ def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
     if lacks := [name for name, entry in manifest["files"].items() if not {"sha256", "bytes"} <= entry.keys()]:
         raise BundleError(f"{file} gives no sha256 or size for {', '.join(lacks)}; {AGAIN}")
     return manifest
+
+
+def _read_verified(path: Path, manifest: Mapping[str, Any], name: str) -> bytes:
+    try:
+        data = (path / name).read_bytes()
+    except OSError as error:
+        raise _exchanged(path / name) from error
+    if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
+        raise _exchanged(path / name)
+    return data
+
+
+def _exchanged(file: Path) -> BundleError:
+    return BundleError(f"{file} is not the file that was verified when the bundle was opened: something else was put there; open the bundle again")
 
 
 def _verify_file(path: Path, name: str, entry: Mapping[str, Any]) -> None:

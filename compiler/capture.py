@@ -9,13 +9,18 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
+from torch.fx import Node
+from torch.overrides import TorchFunctionMode
 
 from reelstep.compiler.program import BATCH, Profile, Program
 from reelstep.compiler.signature import Edge, Signature, torch_dtype
@@ -25,6 +30,8 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """Names of programs, profiles and solvers become file names."""
 
 TORCH = str(Path(torch.__file__).parent)
+FRAME = re.compile(r'File "(.+)", line (\d+), in .+\n(.*)')
+"""Of a traceback's text."""
 
 EXAMPLE_ROWS = 3
 """Sizes 0 and 1 are always specialised by the tracer, and 2 is a common size of other things; 3 keeps the batch apart."""
@@ -51,7 +58,7 @@ def capture(program: Program, profile: Profile) -> ExportedProgram:
     """The exported graph of `program` at `profile`, in evaluation mode, on the module's own device (meta too).
 
     Raises ConfigError for a name that cannot be a file name and for sizes that the module itself refuses, CompileError naming program, profile and cause
-    if the module cannot be exported, fixes the batch, or does not give the outputs that were declared.
+    if the module cannot be exported, fixes the batch, does something else for one row, or does not give the outputs that were declared.
     """
     if not SAFE_NAME.fullmatch(program.name) or not SAFE_NAME.fullmatch(profile.name) or "." in program.name:
         raise ConfigError(f"program {program.name!r}, profile {profile.name!r}: names are letters, digits, '_' and '-'; a profile's may have '.' too")
@@ -61,6 +68,8 @@ def capture(program: Program, profile: Profile) -> ExportedProgram:
     try:
         with quiet_torch(), _without_partial_graph():
             exported = trace(program.module, signature)
+            if signature.max_batch > 1:
+                _check_one_row(program.module, signature)
     except ConfigError as error:  # sizes that the module itself refuses
         raise ConfigError(f"program {program.name!r} at profile {profile.name!r}: {error}") from error
     except Exception as error:  # export raises whatever the module's own code raises
@@ -113,6 +122,15 @@ def _cause(error: Exception) -> str:
     return f"{place}: {text}"
 
 
+def place_of(node: Node) -> str:
+    """Where in the module's code a node comes from, to follow a statement; empty where that is not known."""
+    theirs = [frame for frame in FRAME.findall(node.meta.get("stack_trace") or "") if not frame[0].startswith(TORCH)]
+    if not theirs:
+        return ""
+    file, number, line = theirs[-1]
+    return f" at {file}:{number}, `{line.strip()}`"
+
+
 def trace(module: nn.Module, signature: Signature) -> ExportedProgram:
     """Export `module`, whose forward takes the inputs one by one or as `*inputs`, with a dynamic batch."""
     rows = EXAMPLE_ROWS if signature.max_batch > 1 else 1
@@ -122,6 +140,44 @@ def trace(module: nn.Module, signature: Signature) -> ExportedProgram:
     shapes = tuple(batch for _ in examples)
     with torch.no_grad():
         return export(module, examples, dynamic_shapes=(shapes,) if _is_variadic(module) else shapes, strict=False)
+
+
+class Called(TorchFunctionMode):
+    """Inside, what a module's code asks of torch is written down: the function's name and where it stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.places: list[str] = []
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(TORCH):
+            frame = frame.f_back
+        self.names.append(getattr(func, "__name__", str(func)))
+        self.places.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+def _check_one_row(module: nn.Module, signature: Signature) -> None:
+    """Raises CompileError for code that goes another way for one row than for more. The tracer takes it for certain that there are more."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # here: as in `_cause`
+
+    device = next(module.parameters(), torch.empty(0)).device
+
+    def called(rows: int) -> Called:
+        calls = Called()
+        empty = nullcontext() if device.type == "meta" else FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())  # of values: the first is quicker
+        with torch.no_grad(), empty, calls:
+            module(*(edge.zeros(rows, device) for edge in signature.inputs))
+        return calls
+
+    many, one = called(EXAMPLE_ROWS), called(1)
+    if one.names == many.names:
+        return
+    apart = next(i for i, (a, b) in enumerate(zip_longest(one.names, many.names)) if a != b)
+    ways = [f"{calls.names[apart]} at {calls.places[apart]}" if apart < len(calls.names) else "nothing more" for calls in (one, many)]
+    raise CompileError(f"its code goes another way for one row ({ways[0]}) than for more ({ways[1]}); a graph has one way for any number of rows")
 
 
 def output_values(exported: ExportedProgram) -> list[Tensor]:
@@ -141,14 +197,16 @@ def _restore(training: list[nn.Module]) -> None:
 def _check_outputs(exported: ExportedProgram, signature: Signature) -> None:
     values = output_values(exported)
     where = f"program {signature.program!r} at profile {signature.profile!r}"
+    rows = next(node.meta["val"].shape[0] for node in exported.graph.nodes if node.name in exported.graph_signature.user_inputs)
     if len(values) != len(signature.outputs):
         raise CompileError(f"{where} returns {len(values)} tensors; {len(signature.outputs)} are declared: {'; '.join(map(str, signature.outputs))}")
     for value, edge in zip(values, signature.outputs, strict=True):
-        if not _fits(value, edge, signature.max_batch):
+        if not _fits(value, edge, rows):
             found = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-            raise CompileError(f"{where} returns {found}; declared is {edge}, with a batch that must stay dynamic")
+            raise CompileError(f"{where} returns {found}; declared is {edge}, with as many rows as the inputs have ({rows}), a number that must stay dynamic")
 
 
-def _fits(value: Tensor, edge: Edge, max_batch: int) -> bool:
-    dynamic = isinstance(value.shape[0], torch.SymInt) if max_batch > 1 else value.shape[0] == 1
-    return value.dtype is torch_dtype(edge.dtype) and tuple(value.shape[1:]) == edge.sizes and dynamic
+def _fits(value: Tensor, edge: Edge, rows: int | torch.SymInt) -> bool:
+    """rows: the inputs' own number, which every output must have, whatever that is: not twice as many, and none that depend on values."""
+    alike = str(value.shape[0]) == str(rows) if value.ndim else False
+    return value.dtype is torch_dtype(edge.dtype) and tuple(value.shape[1:]) == edge.sizes and alike

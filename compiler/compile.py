@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.capture import capture
 from reelstep.compiler.cost import graph_flops, graph_parameters
 from reelstep.compiler.cubins import with_kernels
-from reelstep.compiler.graphs import dump_graph, ops_of, refused
+from reelstep.compiler.graphs import asked_at, dump_graph, ops_of, refused
 from reelstep.compiler.load import Progress, axes_of, check_precision, load, on_this_machine, silent
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.plan import Plan, ProgramPlan, Quality, RankPlan
@@ -27,6 +27,9 @@ from reelstep.compiler.skus import SKUS, Sku, is_gpu
 from reelstep.compiler.write_bundle import Captured, write_bundle
 from reelstep.errors import CompileError, ConfigError
 from reelstep.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 def compile_model(
@@ -62,7 +65,7 @@ def compile_model(
     captured, drafts = capture_all(programs, progress, BACKENDS[backend].keeps(target.arch))
     for item in captured:  # here, and not by whoever opens the bundle
         if (why := refused(json.loads(item.graph))) is not None:
-            raise CompileError(f"program {item.signature.program!r} at profile {item.signature.profile!r} {why}")
+            raise CompileError(f"program {item.signature.program!r} at profile {item.signature.profile!r} {why}{asked_at(item.exported, why)}")
     quality = None
     if quantisation is not None:
         here = BACKENDS[backend].runs and not is_gpu(target.arch) and on_this_machine(sku)  # requests run on the CPU, also where a GPU is
@@ -77,10 +80,8 @@ def compile_model(
 
 
 def build_here(bundle: Bundle, cache: Path, progress: Progress = silent) -> None:
-    """Engines into the cache, where they are for this machine, so that the first load is quick; ranks of a mesh build their own. Raises CompileError,
-    StorageError.
-    """
-    if on_this_machine(bundle.plan.sku) and not bundle.plan.mesh:
+    """Engines into the cache, so that the first load is quick; ranks of a mesh build their own. Raises CompileError, StorageError."""
+    if not bundle.plan.mesh:
         load(bundle, cache, progress=progress)
 
 
@@ -133,8 +134,15 @@ def make_plan(
 
 def _capture(program: Program, profile: Profile, keep: Iterable[str]) -> tuple[Captured, ProgramPlan]:
     with collector_off():
-        exported, applied = apply_passes(capture(program, profile), keep)
-        item = Captured(Signature.of(program, profile), exported, dump_graph(exported))
+        exported = capture(program, profile)
+        try:
+            return _planned(program, profile, *apply_passes(exported, keep))
+        except CompileError as error:
+            raise CompileError(f"program {program.name!r} at profile {profile.name!r} cannot be compiled: {error}") from error
+
+
+def _planned(program: Program, profile: Profile, exported: ExportedProgram, applied: tuple[str, ...]) -> tuple[Captured, ProgramPlan]:
+    item = Captured(Signature.of(program, profile), exported, dump_graph(exported))
     plan = ProgramPlan(
         program=program.name,
         profile=profile.name,

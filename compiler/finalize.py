@@ -16,8 +16,8 @@ from typing import Literal
 
 from reelstep.compiler.backends import Backend
 from reelstep.compiler.bundle import Bundle
-from reelstep.compiler.load import NotInCacheError, Progress, build_engine, choose, not_read, silent, telling
-from reelstep.compiler.program import FLOAT_BYTES, Precision
+from reelstep.compiler.load import NotInCacheError, Progress, build_engine, check_memory, choose, in_gb, not_read, silent, telling, weights_of_engines
+from reelstep.compiler.program import Precision
 from reelstep.compiler.skus import SKUS
 from reelstep.compiler.storage import check_writable, watch_seals
 from reelstep.errors import CompileError, StorageError
@@ -54,6 +54,7 @@ def finalize(
         text = f"was planned for mesh {bundle.plan.mesh_name}: its ranks build their own engines when it is opened, so there is nothing to finalize"
         raise CompileError(f"{bundle.path} {text}. Open it with `reelstep serve {bundle.path} --mesh {bundle.plan.mesh_name}`")
     chosen, wanted = choose(bundle, backend, precision)
+    check_memory(bundle, chosen, wanted)
     found: dict[Key, Finalized] = {}
     missing: dict[Key, Sequence[Path]] = {}
     for done, key in enumerate(bundle.signatures):
@@ -102,22 +103,18 @@ def _size(paths: Sequence[Path]) -> int:
 
 def _check_room(bundle: Bundle, missing: Sequence[Key], wanted: Precision, cache: Path) -> None:
     """Engines hold their weights, each its own: less room than that is too little. More may be needed, which only the backend finds out."""
-    needs = {key: bundle.weights_bytes(*key, FLOAT_BYTES[bundle.plan.program(*key).own_precision(wanted)]) for key in missing}
+    needs = weights_of_engines(bundle, missing, wanted)
     total, largest = sum(needs.values()), max(needs, key=lambda key: needs[key], default=("", ""))
     memory = SKUS[bundle.plan.sku].memory_bytes  # 0 where it is not known
     if memory and needs.get(largest, 0) > memory:
-        text = f"{' '.join(largest)} holds {_gb(needs[largest])} of weights, and {bundle.plan.sku} has {_gb(memory)} of memory"
+        text = f"{' '.join(largest)} holds {in_gb(needs[largest])} of weights, and {bundle.plan.sku} has {in_gb(memory)} of memory"
         raise CompileError(f"{text}; compile with a smaller --precision, or for a SKU or mesh with more")
     disk = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(disk).free
     if total > free:
         names = ", ".join(" ".join(key) for key in missing)
-        text = f"{cache} has {_gb(free)} free, and the engines to build ({names}) hold {_gb(total)} of weights"
+        text = f"{cache} has {in_gb(free)} free, and the engines to build ({names}) hold {in_gb(total)} of weights"
         raise StorageError(f"{text}. Nothing was built; free some space or choose a larger disk with --cache")
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.3g} GB"
 
 
 def explain(done: Sequence[Finalized], cache: Path) -> str:

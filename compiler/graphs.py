@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from reelstep.compiler.capture import quiet_torch
+from reelstep.compiler.capture import place_of, quiet_torch
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.signature import Signature
 from reelstep.errors import BundleError, CompileError
 from reelstep.kernels import OPS
 
+NUMBERS = frozenset({torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default})
 WEIGHT_KINDS = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
 
 SAFE_FUNCTION = re.compile(
@@ -55,6 +56,8 @@ def weights_of(exported: ExportedProgram) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor):
             raise CompileError(f"the graph holds a constant {name!r} of type {type(tensor).__name__}; only tensors can be saved")
+        if tensor.is_complex():
+            raise CompileError(f"the graph holds {name!r} in {tensor.dtype}, which no backend takes; keep real and imaginary parts apart (torch.view_as_real)")
     return weights
 
 
@@ -104,7 +107,7 @@ def load_graph(data: bytes, weights: Mapping[str, Tensor], signature: Signature,
         with quiet_torch():
             artifact = SerializedArtifact(data, {**state, **{n: t for n, t in buffers.items() if n in persistent}}, constants, (examples, {}))  # type: ignore[arg-type]  # deserialize takes what is already loaded as it is
             return deserialize(artifact)
-    except (SerializeError, SpecViolationError, KeyError, TypeError, ValueError, AssertionError) as error:
+    except (SerializeError, SpecViolationError, LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise BundleError(f"{where} is not a graph that torch {torch.__version__} reads ({error}); run `reelstep compile` again") from error
 
 
@@ -155,3 +158,9 @@ def refused(graph: Any) -> str | None:
         if isinstance(expression, str) and not SAFE_EXPRESSION.fullmatch(expression):
             return f"holds the size {expression!r}, which is not plain arithmetic"
     return None
+
+
+def asked_at(exported: ExportedProgram, why: str) -> str:
+    """The place in the module's code of what was refused, to follow that: of the operator it names, or where a number was taken out of a tensor."""
+    named = (node for node in exported.graph.nodes if f"'torch.ops.{node.target}'" in why or ("size" in why and node.target in NUMBERS))
+    return next((place for node in named if (place := place_of(node))), "")

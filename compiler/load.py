@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from reelstep.compiler.backends import BACKENDS, Backend, Executable, Graph
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.plan import RUN_BY, canonical_json
-from reelstep.compiler.program import Precision
+from reelstep.compiler.program import FLOAT_BYTES, Precision
 from reelstep.compiler.signature import Signature
-from reelstep.compiler.skus import SKUS, detect, is_gpu
+from reelstep.compiler.skus import SKUS, Sku, detect, device_here, is_gpu
 from reelstep.compiler.sources import made_of
-from reelstep.errors import CompileError
+from reelstep.errors import CompileError, NotFound
 from reelstep.parallel.mesh import GIVEN, Mesh
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def load(
     in float32 stay there. Raises NotFound for an unknown backend, CompileError if this machine cannot run the choice or the bundle is for a mesh.
     """
     chosen, wanted = choose_alone(bundle, backend, precision)
+    check_memory(bundle, chosen, wanted)
     engines = {}
     for done, key in enumerate(bundle.signatures):
         stage = f"{chosen.name}: {key[0]} {key[1]}"
@@ -162,28 +163,59 @@ def arch_here(bundle: Bundle, backend: Backend) -> str:
     planned = bundle.plan.arch
     if not backend.runs or not is_gpu(planned):
         return planned
-    return here if backend.runs_on(planned) and is_gpu(here := detect().arch) else SKUS["cpu"].arch
+    return arch if backend.runs_on(planned) and is_gpu(arch := here().arch) else SKUS["cpu"].arch
+
+
+def here() -> Sku:
+    """What engines can be built for on this machine: its GPU, or its CPU where that is in no table, or there is none."""
+    try:
+        return detect()
+    except NotFound:
+        return SKUS["cpu"]
 
 
 def on_this_machine(sku: str) -> bool:
-    """Whether engines for this SKU can be built and run here: every machine has a CPU. Raises NotFound for an unknown SKU or device."""
-    return sku == "cpu" or SKUS[sku].name == detect().name
+    """Whether engines for this SKU can be built and run here: every machine has a CPU. Raises NotFound for an unknown SKU."""
+    return sku == "cpu" or SKUS[sku].name == here().name
 
 
 def check_sku(bundle: Bundle) -> None:
     """Raises CompileError for a bundle that was planned for something that is not here."""
     plan = bundle.plan
     if not on_this_machine(plan.sku):
-        here = detect()
-        text = f"{bundle.path} was compiled for {plan.sku} ({plan.arch}), and this machine is {here.name} ({here.arch}, {here.model})"
-        other = f"`reelstep compile {plan.model} --sku {here.name}`; `--backend eager` runs this one on the CPU"
+        found, device = here(), device_here()
+        strange = f" with {device}, which is in no table" if device and not is_gpu(found.arch) else ""
+        text = f"{bundle.path} was compiled for {plan.sku} ({plan.arch}), and this machine is {found.name} ({found.arch}, {found.model}){strange}"
+        other = f"`reelstep compile {plan.model} --sku {found.name}`; `--backend eager` runs this one on the CPU"
         raise CompileError(f"{text}. Use it on {plan.sku}, or compile one for here: {other}")
 
 
 def able() -> list[str]:
     """Backends that run on this machine."""
-    here = detect().arch
-    return [name for name, backend in BACKENDS.items() if backend.runs and backend.runs_on(here) and backend.on(here).precisions]
+    arch = here().arch
+    return [name for name, backend in BACKENDS.items() if backend.runs and backend.runs_on(arch) and backend.on(arch).precisions]
+
+
+def check_memory(bundle: Bundle, chosen: Backend, wanted: Precision) -> None:
+    """Engines of a GPU are all loaded at once, and each holds its weights unless its backend keeps those apart. Raises CompileError where they are more than
+    it has; more may be needed, which only shows as they run. A CPU opens those that are called, and can swap.
+    """
+    if chosen.weights_apart or not is_gpu(arch_here(bundle, chosen)):
+        return
+    sku, needs = here(), weights_of_engines(bundle, bundle.signatures, wanted)
+    if (total := sum(needs.values())) > sku.memory_bytes:
+        each = ", ".join(f"{' '.join(key)} {in_gb(size)}" for key, size in needs.items())
+        text = f"the engines of {bundle.path} hold {in_gb(total)} of weights ({each}), and {sku.name} has {in_gb(sku.memory_bytes)} of memory"
+        raise CompileError(f"{text}; compile with a smaller --precision, with --quantise, or for a SKU or mesh with more")
+
+
+def weights_of_engines(bundle: Bundle, keys: Iterable[tuple[str, str]], wanted: Precision) -> dict[tuple[str, str], int]:
+    """Bytes, of engines that each hold their own."""
+    return {key: bundle.weights_bytes(*key, FLOAT_BYTES[bundle.plan.program(*key).own_precision(wanted)]) for key in keys}
+
+
+def in_gb(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"
 
 
 def axes_of(mesh: Mesh | None) -> Mapping[str, int]:
@@ -203,7 +235,7 @@ def check_mesh(bundle: Bundle, mesh: Mesh | None) -> None:
 
 def check_precision(backend: Backend, precision: Precision) -> None:
     if not backend.precisions:
-        raise CompileError(f"backend {backend.name!r} does not run on this machine ({detect().name}); use one of: {', '.join(able())}")
+        raise CompileError(f"backend {backend.name!r} does not run on this machine ({here().name}); use one of: {', '.join(able())}")
     if precision not in backend.precisions:
         raise CompileError(f"backend {backend.name!r} cannot run {precision} on this machine; it can run {', '.join(backend.precisions)}")
 

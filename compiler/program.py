@@ -45,6 +45,10 @@ class Profile:
     sizes: Mapping[str, int]
     max_batch: int
 
+    def __post_init__(self) -> None:
+        if self.max_batch < 1:
+            raise ConfigError(f"profile {self.name!r}: max_batch is {self.max_batch}; a call has at least one row")
+
     def on_rank(self, mesh: Mesh) -> Profile:
         """What a rank's graph is captured at. An exchange of a sequence packs rows among other sizes: a graph of it is of one row."""
         return replace(self, max_batch=1) if mesh.cp > 1 else self

@@ -36,6 +36,15 @@ Seal = Literal["kept", "damaged", "missing", "made"]
 _watched: ContextVar[list[tuple[Path, Seal]] | None] = ContextVar("watched", default=None)
 
 
+FileState = tuple[int, ...]
+"""Changes whenever somebody writes a file or puts another in its place: its time of change is the kernel's to set."""
+
+
+def file_state(path: Path) -> FileState:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -153,7 +162,7 @@ def sealed(path: Path) -> bool:
         return False
     with _turn(path.parent, fcntl.LOCK_SH):
         try:
-            kept = note.exists() and hmac.compare_digest(note.read_bytes(), _tag(path))
+            kept = note.exists() and hmac.compare_digest(note.read_bytes(), _tag(path.name, sha256_file(path), path.parent))
         except StorageError:  # which is an OSError
             raise
         except OSError:  # one of both was removed meanwhile, is no file, or is on a disk that fails
@@ -162,6 +171,20 @@ def sealed(path: Path) -> bool:
         log.warning("%s is damaged, half written, or was not made here: it is not used and will be made again", path)
     _tell(path, "kept" if kept else "damaged")
     return kept
+
+
+def read_sealed(path: Path) -> bytes:
+    """What `seal` put there, into memory, where nobody exchanges it between this look and its use. Raises StorageError for anything else."""
+    try:
+        with _turn(path.parent, fcntl.LOCK_SH):
+            data, note = path.read_bytes(), _seal_path(path).read_bytes()
+        if hmac.compare_digest(note, _tag(path.name, hashlib.sha256(data).hexdigest(), path.parent)):
+            return data
+    except StorageError:  # which is an OSError
+        raise
+    except OSError as error:
+        raise StorageError(f"{path} was removed from the cache since it was found there; open the bundle again, and it is made again") from error
+    raise StorageError(f"{path} was exchanged since it was found in the cache; open the bundle again, and it is made again")
 
 
 def seal(path: Path, write: Callable[[Path], object]) -> None:
@@ -175,7 +198,7 @@ def seal(path: Path, write: Callable[[Path], object]) -> None:
             sync(temporary)
             _make_secret(path.parent, folder / SECRET)
             note = folder / "note"
-            write_file(note, _tag(temporary, path.parent))
+            write_file(note, _tag(path.name, sha256_file(temporary), path.parent))
             with _turn(path.parent, fcntl.LOCK_EX):
                 temporary.replace(path)
                 note.replace(_seal_path(path))
@@ -255,10 +278,11 @@ def _seal_path(path: Path) -> Path:
     return path.with_name(path.name + ".seal")
 
 
-def _tag(path: Path, folder: Path | None = None) -> bytes:
-    """HMAC-SHA256 over name and content. The secret keeps out what another user, or another machine's cache, put there; the name, what was moved."""
-    message = f"{path.name}\n{sha256_file(path)}".encode()
-    return hmac.digest(_secret(folder or path.parent), message, "sha256").hex().encode()
+def _tag(name: str, content: str, folder: Path) -> bytes:
+    """HMAC-SHA256 over name and content, of which this is the sha256. The secret keeps out what another user, or another machine's cache, put there; the
+    name, what was moved.
+    """
+    return hmac.digest(_secret(folder), f"{name}\n{content}".encode(), "sha256").hex().encode()
 
 
 def _make_secret(folder: Path, temporary: Path) -> None:

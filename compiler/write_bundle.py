@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from reelstep import __version__
-from reelstep.compiler.bundle import CARD, FORMAT, MANIFEST, PLAN, WEIGHTS, digest, is_bundle
+from reelstep.compiler.bundle import CARD, FITTED, FORMAT, MANIFEST, PLAN, PROGRAMS, SOLVERS, WEIGHTS, digest, is_bundle
 from reelstep.compiler.capture import SAFE_NAME
 from reelstep.compiler.graphs import weights_of
 from reelstep.compiler.plan import Plan, canonical_json
@@ -34,7 +35,7 @@ class Captured:
 
     @property
     def file(self) -> str:
-        return f"programs/{self.signature.program}.{self.signature.profile}.json"
+        return f"{PROGRAMS}/{self.signature.program}.{self.signature.profile}.json"
 
 
 def write_bundle(
@@ -57,8 +58,8 @@ def write_bundle(
             raise ConfigError(f"{name!r} cannot name a solver; use letters, digits, '_', '-' and '.'")
     names, tensors = _share_weights(captured)
     contents = {PLAN: canonical_json(plan.to_json()), CARD: card.encode()}
-    contents |= {f"solvers/{name}.json": canonical_json(table) for name, table in solvers.items()}
-    contents |= {f"fitted/{name}.json": canonical_json(artifact) for name, artifact in fitted.items()}
+    contents |= {f"{SOLVERS}/{name}.json": canonical_json(table) for name, table in solvers.items()}
+    contents |= {f"{FITTED}/{name}.json": canonical_json(artifact) for name, artifact in fitted.items()}
     contents |= {item.file: item.graph for item in captured}
     with whole_directory(out, replaceable=is_bundle) as folder:
         for file, data in contents.items():
@@ -109,8 +110,10 @@ def _content(tensor: Tensor, place: tuple[Any, ...]) -> str:
 
 
 def _write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
+    storages = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    twice = {name for name, tensor in tensors.items() if storages[tensor.untyped_storage().data_ptr()] > 1}
     try:
-        save_file({name: tensor.contiguous().clone() if _shares(tensor) else tensor for name, tensor in tensors.items()}, path)
+        save_file({name: tensor.contiguous().clone() if name in twice or _shares(tensor) else tensor for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
         raise StorageError(f"cannot write {path}: {error}. What was there before is kept; free some space or choose another path") from error
     path.chmod(0o644)
@@ -118,7 +121,7 @@ def _write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _shares(tensor: Tensor) -> bool:
-    """Whether the tensor is a view of a larger storage, which the file format refuses."""
+    """Whether the tensor is a view of a larger storage, which the file format refuses, as two of one storage."""
     return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 

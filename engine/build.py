@@ -90,6 +90,7 @@ def build_bundle(
     precision: Precision | None,
     out: Path,
     cache: Path | None,
+    portable: bool = False,
     fitted: Sequence[Path] = (),
     step_cache: bool = False,
     loras: Sequence[tuple[Path, float]] = (),
@@ -102,7 +103,8 @@ def build_bundle(
 
     loras: files and strengths, fused into the weights; what was fitted to the model without them is left out. lora_rank: of a program beside `denoise`,
     that takes adapters up to this rank with each request. quantisation: of `denoise`. mesh: of ranks that share the model, which
-    the plan then describes, and no other mesh opens the bundle. With a cache, what lies at `out` and was made of all the same is left as it is.
+    the plan then describes, and no other mesh opens the bundle. With a cache, what lies at `out` and was made of all the same is left as it is, and engines
+    for this machine are built, unless it shall be portable.
     Raises NotFound, ConfigError, CompileError, StorageError.
     """
     spec, target = MODELS[name], SKUS[sku]
@@ -122,7 +124,7 @@ def build_bundle(
         raise ConfigError(f"--mesh {mesh} with {other}, whose programs no rank can share; leave one of the two out")
     parts = sharded_parts(spec) if mesh is not None else ()
     module = spec.build()
-    engines = cache if BACKENDS[backend].runs and on_this_machine(sku) else None  # where they go
+    engines = cache if BACKENDS[backend].runs and on_this_machine(sku) and not portable else None  # where they go
     if engines is not None and any(weight.is_meta for weight in module.parameters()):
         raise ConfigError(f"model {name!r} comes without weights, so backend {backend!r} has no engine to build of it here; plan it with --backend null")
     linears = spec.adaptable(module) if spec.adaptable else {}
@@ -137,16 +139,18 @@ def build_bundle(
     added = [*made.values()][len(made) - len(fitted) :]
     if useless := [each.name for each in added if isinstance(each.artifact, CacheOptions) and not step_cache]:
         raise ConfigError(f"{', '.join(useless)} is a fit of a step cache, which this bundle could not run; compile with --step-cache, or leave it out")
+    card = card_of(spec, settings.fused)
     tables = default_tables(settings) | menu_tables(ServedModel(spec.name, spec.version, settings, schedules_of(settings), {}, made))
     stamp = None
     if cache is not None:
         kernels_by = compiled_by(target.arch) if BACKENDS[backend].keeps(target.arch) else ""
-        asked = [name, spec.version, model_hash, settings.to_json(), backend, choice, kernels_by, str(mesh), step_cache]
+        asked = [name, spec.version, model_hash, settings.to_json(), card, backend, choice, kernels_by, str(mesh), step_cache]
         machine = [target.name, target.arch, target.model, *sorted(target.features)]
         stamp = stamp_of(cache, [*asked, machine, [each.to_json() for each in made.values()], quantisation and quantisation.identity])
         if (kept := unchanged(out, stamp)) is not None:
             progress(f"{out} is what would be made: nothing to compile", 0, 1)
-            build_here(kept, cache, progress)
+            if engines is not None:
+                build_here(kept, engines, progress)
             return kept
     check_replaceable(out, is_bundle)  # after that: what is done may lie where nothing can be written
     if engines is not None:
@@ -164,7 +168,7 @@ def build_bundle(
         out=out,
         solvers={key: table.to_json() for key, table in tables.items()},
         fitted={key: each.to_json() for key, each in made.items()},
-        card=card_of(spec, settings.fused),
+        card=card,
         cache=cache,
         quantisation=quantisation,
         mesh=mesh,
@@ -177,7 +181,8 @@ def build_bundle(
             replace_file(stamp, bundle.manifest["sha256"].encode())
         except (OSError, StorageError) as error:
             log.warning("%s is done, but compiling it again will do all the work again: %s", out, error)
-        build_here(bundle, cache, progress)
+    if engines is not None:
+        build_here(bundle, engines, progress)
     return bundle
 
 

@@ -68,8 +68,14 @@ def sku_of_device(device_name: str) -> Sku:
     return names[device_name]
 
 
-def detect() -> Sku:
-    """The SKU of this machine's first CUDA device, or of its CPU where there is none. Raises NotFound for a device that is in no table."""
+def device_here() -> str | None:
+    """This machine's first CUDA device, as its driver names it; None where there is none."""
     import torch  # only here: a table of numbers is read where torch is not
 
-    return sku_of_device(torch.cuda.get_device_properties(0).name) if torch.cuda.is_available() else SKUS["cpu"]
+    return str(torch.cuda.get_device_properties(0).name) if torch.cuda.is_available() else None
+
+
+def detect() -> Sku:
+    """The SKU of this machine's first CUDA device, or of its CPU where there is none. Raises NotFound for a device that is in no table."""
+    device = device_here()
+    return SKUS["cpu"] if device is None else sku_of_device(device)

@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
+from torch import Tensor, nn
 
 from reelstep.compiler import storage
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.describe import describe, describe_json
 from reelstep.compiler.load import load
 from reelstep.compiler.plan import canonical_json
-from reelstep.compiler.program import Program
+from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.engine.served import ServedModel
-from reelstep.errors import BundleError, CompileError, NotFound, StorageError
+from reelstep.errors import BundleError, CompileError, ConfigError, NotFound, StorageError
 
 HERE = Path(__file__)
 CompileToy = Callable[..., Bundle]
@@ -231,6 +232,96 @@ def test_something_else_than_a_bundle_is_not_replaced(tmp_path: Path, programs: 
     with pytest.raises(StorageError, match="not what would be written"):
         compile_toy(tmp_path, programs[1:])
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("manifest", ["another program's", "ours"])
+def test_nor_is_one_with_a_manifest_and_somebodys_files(copy: Path, programs: tuple[Program, ...], compile_toy: CompileToy, manifest: str) -> None:
+    if manifest != "ours":
+        shutil.rmtree(copy)
+        copy.mkdir()
+        (copy / "manifest.json").write_text('{"name": "my app"}')
+    mine = copy / "notes.txt"
+    mine.write_text("years of work")
+    with pytest.raises(StorageError, match="not what would be written"):
+        compile_toy(copy, programs[1:])
+    assert mine.read_text() == "years of work"
+
+
+def test_a_damaged_bundle_is_replaced(copy: Path, programs: tuple[Program, ...], compile_toy: CompileToy) -> None:
+    (copy / "manifest.json").write_bytes(b"\0")
+    shutil.rmtree(copy / "programs")
+    compile_toy(copy, programs[1:])
+    Bundle.open(copy)
+
+
+@pytest.mark.parametrize("how", ["exchanged", "written over", "gone"])
+def test_what_was_put_there_after_it_was_verified_is_not_read(
+    copy: Path, tmp_path: Path, programs: tuple[Program, ...], compile_toy: CompileToy, how: str
+) -> None:
+    opened = [Bundle.open(copy) for _ in range(4)]
+    other = compile_toy(tmp_path / "other.reel", programs[1:]).path
+    for name in ("weights.safetensors", "programs/lookup.l4.json", "MODEL_CARD.md", "solvers/euler.json"):
+        if how == "written over":
+            (copy / name).write_bytes((other / name).read_bytes().ljust((copy / name).stat().st_size)[: (copy / name).stat().st_size] + b" ")
+        else:
+            (copy / name).unlink()
+        if how == "exchanged":
+            (copy / name).write_bytes((other / name).read_bytes()[:-1] + b"!")
+    reads = (lambda b: b.tensors, lambda b: b.program("lookup", "l4"), lambda b: b.model_card, lambda b: b.solvers)
+    for bundle, read in zip(opened, reads, strict=True):
+        with pytest.raises(BundleError, match=r"is not the file that was verified when the bundle was opened.*open the bundle again"):
+            read(bundle)
+
+
+def test_weights_that_were_read_stay_when_others_are_compiled_to_their_place(copy: Path, programs: tuple[Program, ...], compile_toy: CompileToy) -> None:
+    before = Bundle.open(copy)
+    held = {name: tensor.clone() for name, tensor in before.tensors.items()}
+    compile_toy(copy, programs[1:])
+    assert all(torch.equal(tensor, held[name]) for name, tensor in before.tensors.items())
+    with pytest.raises(BundleError, match="is not the file that was verified"):
+        before.program("denoise", "l4")
+
+
+def test_weights_of_one_storage_in_two_shapes_are_both_kept(tmp_path: Path, compile_toy: CompileToy) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.conv = nn.Linear(8, 8, bias=False), nn.Conv1d(8, 8, 1, bias=False)
+            self.conv.weight = nn.Parameter(self.linear.weight.data[:, :, None])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.linear(x)[:, :, None])[:, :, 0]  # type: ignore[no-any-return]
+
+    module = Tied()
+    edges = (TensorSpec("x", "float32", ("B", 8)),), (TensorSpec("y", "float32", ("B", 8)),)
+    tied = compile_toy(tmp_path / "tied.reel", (Program("p", module, *edges, (Profile("any", {}, 2),)),))
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(load(tied, None)["p", "any"]({"x": x})["y"], module(x).detach())
+
+
+def test_what_a_bundle_cannot_hold_is_said_with_its_line_as_it_is_compiled(tmp_path: Path, compile_toy: CompileToy) -> None:
+    class Asks(nn.Module):
+        def __init__(self, rule: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.rule = rule
+            self.register_buffer("turns", torch.polar(torch.ones(8), torch.arange(8.0)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rule(x) if self.rule is not turned else torch.view_as_real(torch.view_as_complex(x.unflatten(1, (4, 2))) * self.turns[:4]).flatten(1)
+
+    def turned(x: Tensor) -> Tensor:
+        return x
+
+    edges = (TensorSpec("x", "float32", ("B", 8)),), (TensorSpec("y", "float32", ("B", 8)),)
+    for rule, says in (
+        (lambda x: torch.fft.fft(x).real, r"calls 'torch\.ops\.aten\.fft_fft\.default', .* at \S+test_bundle\.py:\d+, `"),
+        (lambda x: x * x.max().item(), r"is not plain arithmetic at \S+test_bundle\.py:\d+, `"),
+        (turned, r"holds 'turns' in torch\.complex64, which no backend takes; keep real and imaginary parts apart"),
+    ):
+        with pytest.raises(CompileError, match=rf"program 'p' at profile 'any' .*{says}"):
+            compile_toy(tmp_path / "asks.reel", (Program("p", Asks(rule), *edges, (Profile("any", {}, 2),)),))
+    with pytest.raises(ConfigError, match="profile 'none': max_batch is 0; a call has at least one row"):
+        Profile("none", {}, 0)
 
 
 def test_an_unknown_program_or_profile_is_named_with_the_known_ones(bundle: Bundle) -> None:

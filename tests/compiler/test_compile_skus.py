@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from reelstep import __main__ as cli
 from reelstep.compiler import load as load_module
+from reelstep.compiler import skus
 from reelstep.compiler.backends.inductor import InductorBackend
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.compile import choose_precision, compile_model
@@ -101,6 +103,35 @@ def test_another_machine_refuses_it_with_both_names(
     assert cli.main(["finalize", str(for_h100.path), "--cache", str(tmp_path / "cache")]) == 1
     assert "was compiled for h100-sxm (sm90)" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_machine_whose_gpu_is_in_no_table_compiles_for_others_and_says_what_it_is(
+    for_h100: Bundle, act: Act, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (skus, load_module):
+        monkeypatch.setattr(module, "device_here", lambda: "NVIDIA L4")
+    assert bundle_of(act, "h100-sxm", tmp_path / "act.reel").plan.hash == for_h100.plan.hash
+    with pytest.raises(CompileError, match=r"this machine is cpu \(.*\) with NVIDIA L4, which is in no table\. Use it on h100-sxm"):
+        load(for_h100, None)
+    assert load(for_h100, None, "eager")["act", "any"]({"x": torch.ones(1, WIDTH)})["y"].device.type == "cpu"
+
+
+def test_engines_that_do_not_fit_a_gpu_together_are_refused_before_any_is_built(tmp_path: Path, act: Act, monkeypatch: pytest.MonkeyPatch) -> None:
+    edges = (TensorSpec("x", "float32", ("B", WIDTH)),), (TensorSpec("y", "float32", ("B", WIDTH)),)
+    programs = tuple(Program(name, act, *edges, (Profile("any", {}, 5),)) for name in ("first", "second"))
+    made = compile_model(
+        model="act", version="1", settings={}, programs=programs, backend="inductor", sku="h100-sxm", out=tmp_path / "two.reel", solvers={}, card="# Act\n",
+    )  # fmt: skip
+    one = 2 * sum(weight.numel() for weight in act.parameters())  # in bfloat16
+    monkeypatch.setattr(Bundle, "program", lambda *_: pytest.fail("a graph was read"))
+    monkeypatch.setattr(load_module, "detect", lambda: replace(SKUS["h100-sxm"], memory_bytes=2 * one - 1))
+    text = r"the engines of .*two\.reel hold 4.29e-06 GB of weights \(first any 2.14e-06 GB, second any 2.14e-06 GB\), and h100-sxm has .*--precision"
+    for use in (lambda: finalize(made, tmp_path / "cache"), lambda: load(made, None)):
+        with pytest.raises(CompileError, match=text):
+            use()
+    monkeypatch.setattr(load_module, "detect", lambda: replace(SKUS["h100-sxm"], memory_bytes=2 * one))
+    with pytest.raises(CompileError, match="sees no CUDA device"):
+        finalize(made, tmp_path / "cache")
 
 
 def test_another_backend_runs_it_here_by_the_formulas(for_h100: Bundle, act: Act) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,7 +102,8 @@ def test_engines_of_another_machines_cache_are_not_trusted(portable: Bundle, cac
 
 
 def test_a_bundle_for_a_mesh_leaves_nothing_to_finalize(portable: Bundle, tmp_path: Path) -> None:
-    meshed = Bundle(portable.path, portable.manifest, replace(portable.plan, mesh={"cp": 3}), None)
+    meshed = copy(portable)
+    meshed.plan = replace(portable.plan, mesh={"cp": 3})
     with pytest.raises(CompileError, match=r"was planned for mesh cp=3: its ranks build their own .* Open it with `reelstep serve \S+toy\.reel --mesh cp=3`"):
         finalize(meshed, tmp_path / "cache")
     assert not list(tmp_path.iterdir())

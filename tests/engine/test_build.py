@@ -237,8 +237,22 @@ def test_who_stops_while_engines_are_built_finds_the_bundle_done(compile_toy, mo
     with monkeypatch.context() as patch:
         patch.setattr(build, "build_here", stop)
         with pytest.raises(KeyboardInterrupt):
-            compile_toy()
-    assert not compile_toy()[1]
+            compile_toy(backend="eager", precision="float32")
+    assert not compile_toy(backend="eager", precision="float32")[1]
+
+
+def test_a_portable_bundle_is_not_made_again_either_and_leaves_engines_to_others(compile_toy, monkeypatch):
+    monkeypatch.setattr(build, "build_here", lambda *_: pytest.fail("engines were built"))
+    assert compile_toy(backend="eager", precision="float32", portable=True)[1]
+    assert not compile_toy(backend="eager", precision="float32", portable=True)[1]
+
+
+def test_another_model_card_makes_it_anew(compile_toy, monkeypatch):
+    compile_toy()
+    monkeypatch.setattr(build, "card_of", lambda spec, fused: "# Corrected\n")
+    again, captured = compile_toy()
+    assert captured
+    assert again.model_card == "# Corrected\n"
 
 
 def test_engines_of_a_model_without_weights_are_refused_before_the_work(tmp_path, monkeypatch):

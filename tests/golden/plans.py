@@ -78,7 +78,7 @@ def compiled_text(golden: Golden) -> str:
     """By the command line."""
     with TemporaryDirectory() as folder, redirect_stdout(StringIO()), redirect_stderr(StringIO()) as told:
         out = Path(folder) / "golden.reel"
-        code = main(["compile", golden.model, "--sku", golden.sku, "--backend", golden.backend, "--portable", "-o", str(out)])
+        code = main(["compile", golden.model, "--sku", golden.sku, "--backend", golden.backend, "--portable", "--cache", folder, "-o", str(out)])
         assert code == 0, told.getvalue()
         return Bundle.open(out).plan.explain()
 

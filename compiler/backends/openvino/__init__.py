@@ -21,7 +21,7 @@ from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature, torch_dtype
 from reelstep.compiler.skus import is_gpu
 from reelstep.compiler.skus.cpu import SKU
-from reelstep.compiler.storage import seal, sealed, write_file
+from reelstep.compiler.storage import read_sealed, seal, sealed, write_file
 from reelstep.errors import CompileError
 
 if TYPE_CHECKING:  # an engine is taken from the cache without torch
@@ -215,7 +215,7 @@ def _again(core: ov.Core, compiled: ov.CompiledModel, options: Mapping[str, Any]
 
 
 def _open(core: ov.Core, blob: Path, options: Mapping[str, Any]) -> ov.CompiledModel:
-    return core.import_model(blob.read_bytes(), DEVICE, options)
+    return core.import_model(read_sealed(blob), DEVICE, options)
 
 
 def _save(compiled: ov.CompiledModel, path: Path) -> None:

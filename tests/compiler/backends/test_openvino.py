@@ -22,7 +22,10 @@ from reelstep.compiler.capture import capture
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.compiler.signature import Signature
-from reelstep.errors import CompileError
+from reelstep.compiler.storage import seal
+from reelstep.errors import CompileError, StorageError
+from reelstep.kernels import OPS
+from reelstep.kernels.attention import attention
 
 BACKEND = BACKENDS["openvino"]
 MAX_BATCH = 7
@@ -142,6 +145,45 @@ def test_an_engine_is_opened_once_whether_ahead_or_by_a_call(subject, tmp_path):
             pool.submit(again.open, rows)
         again({"x": x_of(3)})
     assert sorted(opened) == sorted([ALONE] + [again.many] * again.many.lanes)
+
+
+@pytest.mark.parametrize("precision", BACKEND.precisions)
+def test_attention_to_so_many_keys_is_the_formula_also_for_none(precision):
+    class Counted(nn.Module):
+        def forward(self, q, k, v, n):
+            return attention(q, k, v, n.to(torch.int32))
+
+    heads, keys, lse = ("B", 2, 5, 16), ("B", 2, 7, 16), ("B", 2, 5)
+    inputs = (TensorSpec("q", "float32", heads), TensorSpec("k", "float32", keys), TensorSpec("v", "float32", keys), TensorSpec("n", "int64", ("B",)))
+    program = Program("p", Counted(), inputs, (TensorSpec("out", "float32", heads), TensorSpec("lse", "float32", lse)), (Profile("any", {}, 3),))
+    exported, _ = apply_passes(capture(program, program.profiles[0]))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, length, 16, generator=generator) for length in (5, 7, 7))
+    lengths = torch.tensor([7, 3, 0])
+    found = BACKEND.build(lambda: exported, Signature.of(program, program.profiles[0]), precision, None, "")({"q": q, "k": k, "v": v, "n": lengths})
+    out, lse = OPS["attention"].reference(q.double(), k.double(), v.double(), lengths.int(), 0.25, "auto")
+    tolerance = 1e-5 if precision == "float32" else 2e-2
+    torch.testing.assert_close(found["out"].double(), out, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found["lse"].double(), lse, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("harm", "says"), [(lambda path: path.write_bytes(b"\0" * 99), "exchanged"), (lambda path: path.unlink(), "removed from the cache")])
+def test_a_blob_that_was_found_and_is_another_when_it_is_opened_is_not_run(subject, tmp_path, harm, says):
+    exported, signature, _ = subject
+    found = BACKEND.build(lambda: exported, signature, "float32", tmp_path, "key")
+    for blob in tmp_path.glob("*.blob"):
+        harm(blob)
+    with pytest.raises(StorageError, match=rf"\.blob was {says}.*open the bundle again"):
+        found({"x": x_of(1)})
+
+
+def test_a_blob_that_another_process_made_meanwhile_is_opened(subject, engine, tmp_path):
+    exported, signature, _ = subject
+    found = BACKEND.build(lambda: exported, signature, "float32", tmp_path, "key")
+    for blob in [*tmp_path.glob("*.blob")]:
+        data = blob.read_bytes()
+        seal(blob, lambda path, data=data: path.write_bytes(data))
+    assert torch.equal(found({"x": x_of(1)})["y"], engine({"x": x_of(1)})["y"])
 
 
 @pytest.mark.parametrize("precision", BACKEND.precisions)

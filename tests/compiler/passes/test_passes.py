@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,8 @@ from torch.export import ExportedProgram
 
 from reelstep.compiler import passes
 from reelstep.compiler.capture import capture
-from reelstep.compiler.graphs import ops_of
+from reelstep.compiler.cost import graph_flops
+from reelstep.compiler.graphs import dump_graph, ops_of, refused
 from reelstep.compiler.passes import PASSES, apply_passes
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.errors import CompileError
@@ -63,6 +65,47 @@ def test_a_pass_that_breaks_the_graph_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(passes, "PASSES", {"functionalise": PASSES["functionalise"], "wrong": wrong})
     with pytest.raises(CompileError, match="'wrong'"):
         apply_passes(captured())
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+class Writing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(1)
+
+
+@pytest.mark.parametrize(("module", "what"), [(Counting(), "buffer 'calls'"), (Writing(), "input 'x'")])
+def test_code_that_keeps_state_is_refused_with_its_line(module: nn.Module, what: str) -> None:
+    edges = (TensorSpec("x", "float32", ("B", 4)),), (TensorSpec("y", "float32", ("B", 4)),)
+    with pytest.raises(CompileError, match=rf"its code writes into its {what} at \S+test_passes\.py:\d+, `.*`; a program gives new tensors"):
+        apply_passes(capture(Program("p", module, *edges, (PROFILE,)), PROFILE))
+
+
+class Composed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensordot(torch.einsum("bld,bmd->blm", x, x) @ x, self.weight, dims=1)
+
+
+def test_products_that_are_written_as_equations_become_some_that_are_counted() -> None:
+    edges = (TensorSpec("x", "float32", ("B", 6, 4)),), (TensorSpec("y", "float32", ("B", 6, 3)),)
+    module = Composed()
+    exported, _ = apply_passes(capture(Program("p", module, *edges, (PROFILE,)), PROFILE))
+    assert refused(json.loads(dump_graph(exported))) is None
+    assert graph_flops(exported) == 2 * (6 * 4 * 6 + 6 * 6 * 4 + 6 * 4 * 3)
+    x = torch.randn(3, 6, 4)
+    assert torch.allclose(exported.module()(x), module(x), atol=1e-5)
 
 
 def test_a_graph_that_still_has_undefined_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

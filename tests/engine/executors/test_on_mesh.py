@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ def test_what_cannot_be_sharded_is_refused(
 def test_a_quantised_bundle_is_refused(small: ModelSpec, bundle: Bundle) -> None:
     first, *others = bundle.plan.programs
     quantised = replace(first, quantised=Quantised("int8", 1, 1, 0.01, 0.05, ()))
-    made = Bundle(bundle.path, bundle.manifest, replace(bundle.plan, programs=(quantised, *others)), None)
+    made = copy(bundle)
+    made.plan = replace(bundle.plan, programs=(quantised, *others))
     with pytest.raises(ConfigError, match="is quantised, and ranks share weights in float32 alone"):
         on_mesh.spec_of(made)
 
