@@ -11,7 +11,7 @@ import os
 import queue
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -61,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], None] = args.run
     try:
         run(args)
+        if sys.stdout is not None:  # which it is where it was closed
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads it any more; what is still to be written has to go somewhere
+        return 1
     except KeyboardInterrupt:
         print("reelstep: cancelled", file=sys.stderr)
         return 130
@@ -81,11 +86,10 @@ def command() -> int:
 
 def leave(ended: Sequence[int]) -> None:
     """End the process with this status at once: to take apart all that was imported takes a quarter of a second. Without one, `main` did not return."""
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # a pipe that nobody reads any more: Python says so
-        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a disk that is full, a pipe that nobody reads any more
+            if stream is not None:
+                stream.flush()
     if ended:
         os._exit(ended[0])
 
@@ -338,7 +342,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--step-cache-option", type=parse_option, action="append", default=[], metavar="NAME=X", help=tells)
     chooses = (
         "draft, standard or best, in place of the six options below; `reelstep inspect` prints a bundle's; auto: the best that is expected to be done within "
-        "--timeout, without one the best"
+        "--timeout, which is `generate`'s, without one the best"
     )
     group.add_argument("--quality", default="", metavar="NAME", help=chooses)
     group.add_argument("--steps", type=int, metavar="N", help="of the solver: more is better and slower")
@@ -434,7 +438,10 @@ def cache_dir(args: argparse.Namespace) -> Path:
         return Path(args.cache)
     if "REELSTEP_CACHE" in os.environ:
         return Path(os.environ["REELSTEP_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reelstep"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reelstep"
+    except RuntimeError as error:
+        raise ConfigError("nobody knows where this user's home folder is; say where compiled engines go with --cache DIR or $REELSTEP_CACHE") from error
 
 
 def tell_stage(stage: str, done: int, total: int) -> None:
@@ -462,7 +469,9 @@ def run_compile(args: argparse.Namespace) -> None:
     if args.explain:
         print(bundle.plan.explain())
     print(f"{bundle.path}  {bundle.total_bytes / 1e6:.1f} MB, plan {bundle.plan.hash[:16]}{f', signed by {bundle.signed_by}' if key else ''}")
-    if bundle.plan.mesh:
+    if not bundle.has_weights:
+        print(f"a plan alone: model {args.model!r} comes without weights, so that nothing can run it; read it with `reelstep inspect {bundle.path}`")
+    elif bundle.plan.mesh:
         there = "" if on_this_machine(args.sku) else f" on {args.sku}"
         print(f"its ranks build their engines when it is opened{there}: `reelstep serve {bundle.path} --mesh {bundle.plan.mesh_name}`")
     elif args.portable or not on_this_machine(args.sku):
@@ -587,9 +596,9 @@ def run_plan(args: argparse.Namespace) -> None:
     precisions = (PRECISIONS[args.precision],) if args.precision else get_args(Precision)
     workload = planned_workload(args, guided=any(s.pairs for s in samplings))
     ranking = rank(workload, device, devices=args.gpus, samplings=samplings, precisions=precisions, deadline_s=args.deadline)
+    print(json.dumps(to_json(ranking, args.price), indent=2) if args.json else explain(ranking, args.top, args.price), end="\n" if args.json else "")
     if args.plot:
         plot(ranking, args.top, args.plot)
-    print(json.dumps(to_json(ranking, args.price), indent=2) if args.json else explain(ranking, args.top, args.price), end="\n" if args.json else "")
 
 
 def planned_samplings(settings: ModelSettings, args: argparse.Namespace) -> list[Sampling]:
@@ -642,6 +651,9 @@ def planned_workload(args: argparse.Namespace, guided: bool) -> Workload:
 def run_serve(args: argparse.Namespace) -> None:
     import logging
 
+    for option, given, least in (("--max-running", args.max_running, 1), ("--max-queue", args.max_queue, 0)):
+        if given < least:
+            raise ConfigError(f"{option} {given} would leave every request waiting; give at least {least}")
     from reelstep.engine.service.server import MAX_LORAS, ServerOptions, serve
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

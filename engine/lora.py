@@ -217,5 +217,10 @@ def fuse(linears: Mapping[str, Linear], blend: Blend) -> None:
     sums: dict[Tensor, Tensor] = {}
     for weight, strength, (a, b) in changes:
         sums[weight] = sums.get(weight, weight.double()) + strength * b.double() @ a.double()
+    names = {layer.weight: name for name, layer in linears.items()}
+    for weight, total in sums.items():
+        if not total.to(weight.dtype).isfinite().all():
+            text = f"with the LoRAs fused, {names[weight]} holds numbers that {str(weight.dtype).removeprefix('torch.')} does not"
+            raise ConfigError(f"{text}; look at the files, or give them a smaller strength")
     for weight, total in sums.items():
         weight.copy_(total)

@@ -16,6 +16,7 @@ import pytest
 
 from reelstep import __main__ as cli
 from reelstep.compiler.plan import Plan
+from reelstep.errors import ConfigError
 from reelstep.tests.engine.service.fake_engine import FakeEngine, FakeModel
 from reelstep.tests.engine.service.in_process import Served, served, wait_until
 
@@ -139,20 +140,21 @@ def test_what_was_asked_wrongly_is_status_2_and_what_is_not_there_status_1(
 
 
 @pytest.mark.parametrize(
-    ("mesh", "options", "ends"),
+    ("mesh", "options", "weights", "ends"),
     [
-        ({"cp": 3}, [], "its ranks build their engines when it is opened: `reelstep serve y.reel --mesh cp=3`\n"),
-        ({"cp": 3}, ["--portable"], "its ranks build their engines when it is opened: `reelstep serve y.reel --mesh cp=3`\n"),
-        ({}, ["--portable"], "build them there with `reelstep finalize y.reel`\n"),
-        ({}, [], "y.reel  1.0 MB, plan 0123456789abcdef\n"),
+        ({"cp": 3}, [], True, "its ranks build their engines when it is opened: `reelstep serve y.reel --mesh cp=3`\n"),
+        ({"cp": 3}, ["--portable"], True, "its ranks build their engines when it is opened: `reelstep serve y.reel --mesh cp=3`\n"),
+        ({"cp": 3}, [], False, "a plan alone: model 'reel-tiny' comes without weights, so that nothing can run it; read it with `reelstep inspect y.reel`\n"),
+        ({}, ["--portable"], True, "build them there with `reelstep finalize y.reel`\n"),
+        ({}, [], True, "y.reel  1.0 MB, plan 0123456789abcdef\n"),
     ],
 )
 def test_compile_ends_with_how_what_it_made_gets_its_engines(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mesh: dict[str, int], options: list[str], ends: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mesh: dict[str, int], options: list[str], weights: bool, ends: str
 ) -> None:
     plan = Plan("toy", "1", "openvino", "cpu", "avx512", mesh, "float32", "asked for", ())
     monkeypatch.setattr(Plan, "hash", "0123456789abcdef")
-    bundle = SimpleNamespace(path=Path("y.reel"), total_bytes=10**6, plan=plan, signatures={("denoise", "video"): None})
+    bundle = SimpleNamespace(path=Path("y.reel"), total_bytes=10**6, plan=plan, signatures={("denoise", "video"): None}, has_weights=weights)
     monkeypatch.setattr("reelstep.engine.build.build_bundle", lambda *_, **__: bundle)
     assert cli.main(["compile", "reel-tiny", *options]) == 0
     assert capsys.readouterr().out.endswith(ends)
@@ -231,6 +233,37 @@ sys.exit(cli.command())
 def test_a_command_ends_after_threads_and_what_was_registered_and_takes_nothing_apart() -> None:
     done = subprocess.run([sys.executable, "-P", "-c", ENDING], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (3, "a thread\nwhat was registered\n", "")
+
+
+TALKING = """
+import sys
+import reelstep.__main__ as cli
+cli.run_inspect = lambda args: print("a line\\n" * 100_000)
+sys.exit(cli.command())
+"""
+
+
+@pytest.mark.parametrize(("ends", "status"), [("| head -1; echo ${PIPESTATUS[0]} >&2", "1\n"), (">&-; echo $? >&2", "0\n")])
+def test_a_reader_that_went_and_an_output_that_was_closed_are_no_crash(ends: str, status: str) -> None:
+    shell = ["bash", "-c", f'"$0" -P -c "$1" inspect x.reel {ends}', sys.executable, TALKING]
+    assert subprocess.run(shell, capture_output=True, text=True, timeout=60).stderr == status
+
+
+def test_who_has_no_home_is_asked_for_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("REELSTEP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(ConfigError, match="--cache DIR"):
+        cli.cache_dir(cli.build_parser().parse_args(["serve", "x.bundle"]))
+
+
+@pytest.mark.parametrize("option", [["--max-running", "0"], ["--max-queue", "-1"]])
+def test_a_server_that_would_serve_nobody_is_refused(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "x.reel", *option]) == 2
+    assert "would leave every request waiting; give at least" in capsys.readouterr().err
 
 
 def test_sample_makes_what_the_server_makes(fake: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -103,6 +104,9 @@ class Backend(Protocol):
         """
         ...
 
+
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+"""OpenVINO's converter would tell its makers of each use, by network, and wait for that; without this package it does not. Here, before it is imported."""
 
 BACKENDS: Registry[Backend] = Registry(
     "backend",

@@ -41,7 +41,7 @@ from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import is_gpu
 from reelstep.compiler.skus.cpu import SKU
-from reelstep.compiler.storage import FULL, seal, sealed
+from reelstep.compiler.storage import FULL, check_writable, seal, sealed
 from reelstep.errors import CompileError, StorageError
 from reelstep.kernels import OPS
 from reelstep.parallel.mesh import Mesh
@@ -174,6 +174,7 @@ class InductorBackend(Backend):
         machine = "\n".join([key, precision, str(torch.__version__), *self._machine()])
         path = cache / f"inductor-{hashlib.sha256(machine.encode()).hexdigest()}.pt2"
         if not sealed(path):
+            check_writable(cache)
             seal(path, lambda temporary: self._package(graph, signature, precision, temporary))
         return self._load(path, signature)
 

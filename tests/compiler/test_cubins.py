@@ -151,6 +151,12 @@ def test_a_plan_has_the_figures_of_the_kernels_that_its_ops_are(sku: str) -> Non
 
 
 @needs_triton
+def test_figures_that_cannot_be_kept_are_found_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert with_kernels(planned("swiglu"), tmp_path / "file" / "cache") == with_kernels(planned("swiglu"))
+
+
+@needs_triton
 def test_kernels_are_compiled_once_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = with_kernels(planned("swiglu"), tmp_path)
     cubins._measured.cache_clear()

@@ -183,6 +183,16 @@ def test_of_two_that_write_one_directory_at_once_both_end_well_and_one_stays_who
     assert os.listdir(tmp_path) == ["toy.reel"]
 
 
+def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path: Path) -> None:
+    (tmp_path / "first.reel").mkdir()
+    (tmp_path / "link.reel").symlink_to("first.reel")
+    with whole_directory(tmp_path / "link.reel", lambda _: True) as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "link.reel").is_symlink()
+    assert os.listdir(tmp_path / "first.reel") == ["a"]
+    assert sorted(os.listdir(tmp_path)) == ["first.reel", "link.reel"]
+
+
 def test_a_directory_that_a_killed_writer_began_goes_with_the_next_and_one_that_is_being_filled_stays(tmp_path: Path) -> None:
     (tmp_path / ".toy.reel.new-killed").mkdir()
     (tmp_path / ".new-of-somebody-else").mkdir()

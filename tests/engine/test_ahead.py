@@ -106,6 +106,13 @@ def test_the_guess_is_what_the_engine_will_expect(ask, compile_toy):
     assert {key: rows > 1 for key, rows in guess.items()} == {key: rows > 1 for key, rows in calls.items()}, "by which an engine is chosen"
 
 
+def test_a_request_that_will_be_refused_is_not_guessed_at_length(compile_toy):
+    bundle, _ = compile_toy()
+    limits = SETTINGS.limits
+    most = likely(bundle, replace(ASK, steps=limits.max_steps, count=limits.max_count))
+    assert likely(bundle, replace(ASK, steps=10**12, count=10**12)) == most
+
+
 def test_a_student_is_not_guided(compile_toy):
     bundle, _ = compile_toy()
     bundle.settings["distilled"] = {"grids": {"1": [0, 1]}, "scale": 3.0, "teacher": "toy"}

@@ -290,6 +290,13 @@ def test_other_sources_make_it_anew(compile_toy, monkeypatch):
     assert compile_toy()[1]
 
 
+def test_a_note_in_the_cache_that_is_damaged_makes_it_anew(compile_toy, tmp_path):
+    compile_toy()
+    (stamp,) = (tmp_path / "cache").glob("compiled-*")
+    stamp.write_bytes(b"\xff\xfe")
+    assert compile_toy()[1]
+
+
 @pytest.mark.parametrize("harm", ["damaged", "replaced", "gone"])
 def test_what_lies_there_must_be_what_was_made(compile_toy, tmp_path, harm):
     first, _ = compile_toy()

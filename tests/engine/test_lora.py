@@ -202,6 +202,13 @@ def test_a_model_without_weights_cannot_be_fused_into(adapters: list[Adapter]) -
         fuse(blocks_of(empty), [(adapters[0], 1.0)])
 
 
+def test_a_lora_that_overflows_what_it_is_fused_into_changes_nothing(transformer: MovieGenTransformer, adapters: list[Adapter]) -> None:
+    before = {name: weight.detach().clone() for name, weight in transformer.named_parameters()}
+    with pytest.raises(ConfigError, match=r"with the LoRAs fused, \S+ holds numbers that float32 does not; look at the files"):
+        fuse(blocks_of(transformer), [(adapters[0], 1e39)])
+    assert all(torch.equal(weight, before[name]) for name, weight in transformer.named_parameters())
+
+
 def inputs(rows: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(rows)
     shapes = {"x": (rows, 3, 2, 3, 3), "modulation": (rows, 7, 16), "context": (rows, 4, 16)}

@@ -21,7 +21,7 @@ from reelstep.compiler.program import Precision
 from reelstep.compiler.signature import Signature, torch_dtype
 from reelstep.compiler.skus import is_gpu
 from reelstep.compiler.skus.cpu import SKU
-from reelstep.compiler.storage import read_sealed, seal, sealed, write_file
+from reelstep.compiler.storage import check_writable, read_sealed, seal, sealed, write_file
 from reelstep.errors import CompileError
 
 if TYPE_CHECKING:  # an engine is taken from the cache without torch
@@ -189,6 +189,7 @@ class OpenVinoBackend(Backend):
         variants = variants_of(signature, meets=False)
         paths = {rows: cache / f"{name}-rows{rows}.blob" for rows, _ in variants}
         if not all(map(sealed, paths.values())):
+            check_writable(cache)
             exported = graph()
             from reelstep.compiler.backends.openvino.convert import for_batch, lower  # here: an engine from the cache needs neither it nor the passes
 

@@ -2,6 +2,9 @@
 
 import itertools
 import logging
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
@@ -145,6 +148,37 @@ def test_an_engine_is_opened_once_whether_ahead_or_by_a_call(subject, tmp_path):
             pool.submit(again.open, rows)
         again({"x": x_of(3)})
     assert sorted(opened) == sorted([ALONE] + [again.many] * again.many.lanes)
+
+
+QUIET = """
+import socket, sys
+sys.addaudithook(lambda event, given: sys.exit(f"{event} {given}") if event in ("socket.connect", "socket.getaddrinfo") else None)
+import torch
+from pathlib import Path
+from reelstep.compiler.backends import BACKENDS
+from reelstep.compiler.capture import capture
+from reelstep.compiler.program import Profile, Program, TensorSpec
+from reelstep.compiler.signature import Signature
+edges = (TensorSpec("x", "float32", ("B", 4)),), (TensorSpec("y", "float32", ("B", 4)),)
+program = Program("p", torch.nn.Linear(4, 4), *edges, (Profile("any", {}, 3),))
+exported = capture(program, program.profiles[0])
+engine = BACKENDS["openvino"].build(lambda: exported, Signature.of(program, program.profiles[0]), "float32", Path(sys.argv[1]), "key")
+print(list(engine({"x": torch.zeros(1, 4)})["y"].shape))
+"""
+
+
+def test_nobody_is_told_that_an_engine_is_built(tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-P", "-c", QUIET, str(tmp_path / "cache")], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout == "[1, 4]\n", done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"], "nor is anything kept in the user's folder"
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_the_work(subject, tmp_path):
+    _, signature, _ = subject
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot write into"):
+        BACKEND.build(lambda: pytest.fail("a graph was read"), signature, "float32", tmp_path / "file" / "cache", "key")
 
 
 @pytest.mark.parametrize("precision", BACKEND.precisions)
