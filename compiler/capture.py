@@ -68,7 +68,7 @@ def capture(program: Program, profile: Profile) -> ExportedProgram:
     try:
         with quiet_torch(), _without_partial_graph():
             exported = trace(program.module, signature)
-            if signature.max_batch > 1 and profile is program.profiles[0]:  # profiles differ in sizes alone
+            if signature.max_batch > 1 and profile not in program.profiles[1:]:  # which differ from the first in sizes alone
                 _check_one_row(program.module, signature)
     except ConfigError as error:  # sizes that the module itself refuses
         raise ConfigError(f"program {program.name!r} at profile {profile.name!r}: {error}") from error
