@@ -192,8 +192,8 @@ def error_and_bound(found: Any, formula: Any, truth: Any, float32: float) -> tup
         if (one.shape, one.dtype) != (like.shape, like.dtype):
             return math.inf, 0.0
         if one.dtype == torch.float8_e4m3fn:
-            apart = (ordinal(one) - ordinal(exact)).abs()
-            pairs += [(float(apart.amax()), 1.0), (float((apart > 0).sum()), max(1.0, E4M3_TIES * apart.numel()))] if apart.numel() else [(0.0, 1.0)]
+            mine, right = ordinal(one), ordinal(exact)
+            pairs += [(largest_error(mine, right), 1.0), (float((mine != right).sum()), max(1.0, E4M3_TIES * mine.numel()))]
             continue
         finite = exact.double()[exact.double().isfinite()]
         step = float32 if one.dtype == torch.float32 else torch.finfo(one.dtype).eps

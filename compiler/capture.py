@@ -113,7 +113,7 @@ def _cause(error: Exception) -> str:
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # here: it brings sympy, a third of a second
 
     theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((TORCH, __file__))]
-    place = f" at {theirs[-1].filename}:{theirs[-1].lineno}, `{theirs[-1].line}`" if theirs else ""
+    place = _at(theirs[-1].filename, theirs[-1].lineno, theirs[-1].line) if theirs else ""
     text = re.split(r"\n\s*\n", str(error), maxsplit=1)[0]
     if fixed := re.search(r"You marked B as dynamic but your code specialized it to be a constant \((\d+)\)", text):
         return f": its code takes {fixed[1]}, the rows that it was traced with, for the only number of rows; take sizes from x.shape, and not by len or int"
@@ -125,10 +125,11 @@ def _cause(error: Exception) -> str:
 def place_of(node: Node) -> str:
     """Where in the module's code a node comes from, to follow a statement; empty where that is not known."""
     theirs = [frame for frame in FRAME.findall(node.meta.get("stack_trace") or "") if not frame[0].startswith(TORCH)]
-    if not theirs:
-        return ""
-    file, number, line = theirs[-1]
-    return f" at {file}:{number}, `{line.strip()}`"
+    return _at(*theirs[-1]) if theirs else ""
+
+
+def _at(file: str, number: int | str | None, line: str | None) -> str:
+    return f" at {file}:{number}, `{(line or '').strip()}`"
 
 
 def trace(module: nn.Module, signature: Signature) -> ExportedProgram:
@@ -208,5 +209,4 @@ def _check_outputs(exported: ExportedProgram, signature: Signature) -> None:
 
 def _fits(value: Tensor, edge: Edge, rows: int | torch.SymInt) -> bool:
     """rows: the inputs' own number, which every output must have, whatever that is: not twice as many, and none that depend on values."""
-    alike = str(value.shape[0]) == str(rows) if value.ndim else False
-    return value.dtype is torch_dtype(edge.dtype) and tuple(value.shape[1:]) == edge.sizes and alike
+    return value.dtype is torch_dtype(edge.dtype) and [*map(str, value.shape)] == [*map(str, (rows, *edge.sizes))]

@@ -218,9 +218,10 @@ def fuse(linears: Mapping[str, Linear], blend: Blend) -> None:
     for weight, strength, (a, b) in changes:
         sums[weight] = sums.get(weight, weight.double()) + strength * b.double() @ a.double()
     names = {layer.weight: name for name, layer in linears.items()}
-    for weight, total in sums.items():
-        if not total.to(weight.dtype).isfinite().all():
+    fused = {weight: total.to(weight.dtype) for weight, total in sums.items()}
+    for weight, total in fused.items():  # all of them before the first is changed
+        if not total.isfinite().all():
             text = f"with the LoRAs fused, {names[weight]} holds numbers that {str(weight.dtype).removeprefix('torch.')} does not"
             raise ConfigError(f"{text}; look at the files, or give them a smaller strength")
-    for weight, total in sums.items():
+    for weight, total in fused.items():
         weight.copy_(total)

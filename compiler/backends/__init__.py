@@ -105,7 +105,7 @@ class Backend(Protocol):
         ...
 
 
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None is what makes an import of a module fail
 """OpenVINO's converter would tell its makers of each use, by network, and wait for that; without this package it does not. Here, before it is imported."""
 
 BACKENDS: Registry[Backend] = Registry(

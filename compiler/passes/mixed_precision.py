@@ -23,20 +23,17 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from reelstep.compiler.capture import quiet_torch, trace
-from reelstep.compiler.cost import FORMULAS
+from reelstep.compiler.cost import FORMULAS, KINDS
 from reelstep.compiler.passes.drop_asserts import drop_asserts
 from reelstep.compiler.passes.quantise_before_moves import FAKE_QUANTISE, is_rounded
 from reelstep.compiler.passes.split_at_collectives import RING
 from reelstep.compiler.signature import Signature
-from reelstep.kernels import OPS
 from reelstep.kernels.op import NAMESPACE
 
 aten = torch.ops.aten
 
 PRODUCTS = frozenset(FORMULAS) - {RING}  # which takes what comes, as ops of ours do
 ATTENTION = aten.scaled_dot_product_attention.default
-ATTENTIONS = frozenset({ATTENTION, OPS["attention"].overload})
-"""Of the products those that are no layer."""
 IN_E4M3 = aten._scaled_mm.default
 """A layer in 8 bits, which gives bfloat16 (passes/quantise.py)."""
 SINES = frozenset({aten.sin.default, aten.cos.default, aten.polar.default})
@@ -95,7 +92,7 @@ class Recast(Interpreter):
 
     def __init__(self, body: GraphModule) -> None:
         super().__init__(body)
-        layers = [node for node in body.graph.nodes if node.target in (*PRODUCTS - ATTENTIONS, IN_E4M3)]
+        layers = [node for node in body.graph.nodes if KINDS.get(node.target) in ("product", "convolution") or node.target is IN_E4M3]
         ends = {*layers[:1], *layers[-1:]}
         self.kept = angles(body) | {node for node in body.graph.nodes if node.target in PRODUCTS and (node in ends or is_rounded(node.args[0]))}
         self.node: Node | None = None
