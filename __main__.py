@@ -450,6 +450,7 @@ def tell_stage(stage: str, done: int, total: int) -> None:
 
 def run_compile(args: argparse.Namespace) -> None:
     from reelstep.compiler.bundle import sign_bundle
+    from reelstep.compiler.describe import not_run
     from reelstep.compiler.load import on_this_machine
     from reelstep.compiler.signing import read_private_key
     from reelstep.engine.build import build_bundle
@@ -469,6 +470,8 @@ def run_compile(args: argparse.Namespace) -> None:
     if args.explain:
         print(bundle.plan.explain())
     print(f"{bundle.path}  {bundle.total_bytes / 1e6:.1f} MB, plan {bundle.plan.hash[:16]}{f', signed by {bundle.signed_by}' if key else ''}")
+    if unseen := not_run(bundle.plan):
+        print(unseen)
     if not bundle.has_weights:
         print(f"a plan alone: model {args.model!r} comes without weights, so that nothing can run it; read it with `reelstep inspect {bundle.path}`")
     elif bundle.plan.mesh:
@@ -645,7 +648,9 @@ def planned_workload(args: argparse.Namespace, guided: bool) -> Workload:
     decode = {"F": tile, "H": h, "W": w, "frames": tile * settings.temporal_stride, "height": h * side, "width": w * side}
     sizes = {"encode_text": {}, "embed_time": {}, "denoise": {"F": f, "H": h, "W": w}, "decode": decode}
     calls = {"encode_text": 2 if guided else 1, "embed_time": 1, "decode": tiles}
-    return workload_of(spec.name, spec.programs(spec.build()), sizes, calls)
+    held = f * settings.temporal_stride
+    video = f"{frames} frames of {width}x{height}{f', counted as {held}, as latents hold them' if held != frames else ''}"
+    return workload_of(spec.name, video, spec.programs(spec.build()), sizes, calls)
 
 
 def run_serve(args: argparse.Namespace) -> None:

@@ -198,7 +198,7 @@ def compare() -> list[Row]:
     rows: list[Row] = []
     for one in PUBLISHED:
         device = device_of(SKUS[one.sku])
-        workload = Workload("Wan 2.1", one.network, one.network.block_parameters, ())
+        workload = Workload("Wan 2.1", "the published size", one.network, one.network.block_parameters, ())
         ranking = rank(workload, device, devices=one.devices, samplings=[Sampling("euler", one.nfe, one.forwards, "")], precisions=["bfloat16"])
         best = next(choice for choice in ranking.choices if choice.mesh.world == one.devices)
         implied = one.forwards * one.network.flops() / (one.seconds * one.devices * device.sku.peak_flops["bfloat16"])

@@ -65,7 +65,7 @@ def describe(bundle: Bundle) -> str:
     lines = [
         f"{plan.model} version {plan.version}, {bundle.total_bytes / 1e6:.2f} MB in {len(manifest['files']) + 1} files",
         f"written by reelstep {manifest['reelstep']}, torch {manifest['torch']}, bundle format {manifest['format']}",
-        f"planned for {plan.backend} on {plan.sku} ({plan.arch}), {plan.precision}, {'mesh ' if plan.mesh else ''}{plan.mesh_name}",
+        f"planned for {plan.backend} on {plan.sku} ({plan.arch}), {plan.precision} ({plan.precision_reason}), {'mesh ' if plan.mesh else ''}{plan.mesh_name}",
         *filter(None, [not_run(plan)]),
         *([f"quantised: {plan.quality}"] if plan.quality else ()),
         f"signed by {bundle.signed_by}; whose key that is, is yours to know" if bundle.signed_by else "not signed",

@@ -6,7 +6,6 @@ one that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.load import NotInCacheError, Progress, build_engine, check_memory, choose, in_gb, not_read, silent, telling, weights_of_engines
 from reelstep.compiler.program import Precision
 from reelstep.compiler.skus import SKUS
-from reelstep.compiler.storage import check_writable, watch_seals
+from reelstep.compiler.storage import check_writable, free_bytes, watch_seals
 from reelstep.errors import CompileError, StorageError
 
 Key = tuple[str, str]
@@ -109,9 +108,7 @@ def _check_room(bundle: Bundle, missing: Sequence[Key], wanted: Precision, cache
     if memory and needs.get(largest, 0) > memory:
         text = f"{' '.join(largest)} holds {in_gb(needs[largest])} of weights, and {bundle.plan.sku} has {in_gb(memory)} of memory"
         raise CompileError(f"{text}; compile with a smaller --precision, or for a SKU or mesh with more")
-    disk = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(disk).free
-    if total > free:
+    if total > (free := free_bytes(cache)):
         names = ", ".join(" ".join(key) for key in missing)
         text = f"{cache} has {in_gb(free)} free, and the engines to build ({names}) hold {in_gb(total)} of weights"
         raise StorageError(f"{text}. Nothing was built; free some space or choose a larger disk with --cache")

@@ -13,6 +13,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.capture import capture
 from reelstep.compiler.cost import Axis, Op, Transformer, graph_ops, graph_parameters, transformer_of
 from reelstep.compiler.passes.drop_unused_weights import drop_unused_weights
@@ -149,9 +150,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Workload:
-    """What one video asks of a model."""
+    """What one video asks of a model. video: its sizes, in words."""
 
     model: str
+    video: str
     denoiser: Transformer
     parameters: int  # of the denoiser
     stages: tuple[Stage, ...]
@@ -308,10 +310,14 @@ def link_of(axis: Axis, mesh: Mesh, sku: Sku) -> Link:
 
 
 def in_words(mesh: Mesh) -> str:
-    """A mesh for people: its axes of more than one rank, and by what `cp` exchanges tokens."""
-    how = {(True, False): " (Ulysses)", (False, True): " (ring)", (True, True): f" (Ulysses {mesh.ulysses} x ring {mesh.ring})"}
-    axes = (("cfg", mesh.cfg, ""), ("cp", mesh.cp, how.get((mesh.ulysses > 1, mesh.ring > 1), "")), ("tp", mesh.tp, ""))
-    return " x ".join(f"{axis}={size}{inner}" for axis, size, inner in axes if size > 1) or "one device"
+    """A mesh as `--mesh` reads it; one device needs none."""
+    return str(mesh) if mesh.world > 1 else "one device"
+
+
+def run_by(mesh: Mesh, arch: str) -> list[str]:
+    """The backends that run a mesh's ranks on an arch."""
+    able = [(name, backend) for name, backend in BACKENDS.items() if backend.runs and backend.runs_on(arch)]
+    return [name for name, backend in able if mesh.world == 1 or backend.refuses(mesh, arch) is None]
 
 
 def check_shares(transformer: Transformer, mesh: Mesh) -> None:
@@ -421,7 +427,9 @@ def _choose(workload: Workload, sampling: Sampling, mesh: Mesh, device: Device, 
     return Choice(mesh, precision, sampling, rows, spent, memory)
 
 
-def workload_of(model: str, programs: Sequence[Program], sizes: Mapping[str, Mapping[str, int]], calls: Mapping[str, int]) -> Workload:
+def workload_of(
+    model: str, video: str, programs: Sequence[Program], sizes: Mapping[str, Mapping[str, int]], calls: Mapping[str, int]
+) -> Workload:  # fmt: skip
     """From a model's programs at the sizes of one row, by program. calls: of one video; what is not named there does not run. Nothing is computed.
 
     Raises ConfigError for a model without `denoise` and sizes it does not take, CompileError for what cannot be exported and a denoiser that is no transformer.
@@ -432,7 +440,7 @@ def workload_of(model: str, programs: Sequence[Program], sizes: Mapping[str, Map
     wanted = ("denoise", *(name for name in named if name in calls))
     graphs = {name: drop_unused_weights(capture(named[name], Profile("asked", sizes[name], 2 * GUIDED))) for name in wanted}
     stages = tuple(Stage(name, calls[name], graph_ops(graph), graph_parameters(graph), named[name].keep_f32) for name, graph in graphs.items() if name in calls)
-    return Workload(model, transformer_of(graphs["denoise"]), graph_parameters(graphs["denoise"]), stages)
+    return Workload(model, video, transformer_of(graphs["denoise"]), graph_parameters(graphs["denoise"]), stages)
 
 
 EXPECTED = ("encode_text", "decode")
@@ -448,29 +456,33 @@ def explain(ranking: Ranking, top: int, price: float | None = None) -> str:
     lines = [
         f"{workload.model} on {ranking.devices} x {sku.name} ({sku.model}, {sku.arch})"
         + (f", in at most {ranking.deadline_s:g} s" if ranking.deadline_s is not None else ""),
+        f"a video of {workload.video}",
         f"denoiser: {transformer.tokens:,} tokens, {transformer.text_tokens:,} of text, {transformer.flops():.4g} FLOPs a forward, "
         f"{workload.parameters:,} parameters",
         f"beside it, on rank 0: {beside}" + (f"; not in this model, so not counted: {', '.join(absent)}" if absent else ""),
         "",
     ]
     paid = ["price"] if price is not None else []
-    head = ["", "latency", "GPU-s", *paid, "NFE", "forwards", "solver", "precision", "mesh", "GB of each", "bound by", "quality"]
-    rows = [_cells(i, choice, price) for i, choice in enumerate(ranking.choices[:top], 1)]
+    head = ["", "latency", "GPU-s", *paid, "NFE", "forwards", "solver", "precision", "mesh", "run by", "GB of each", "bound by", "quality"]
+    rows = [_cells(i, choice, sku.arch, price) for i, choice in enumerate(ranking.choices[:top], 1)]
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
+    if any(not run_by(choice.mesh, sku.arch) for choice in ranking.choices[:top]):
+        lines.append("none yet: no backend runs such ranks; `reelstep compile --mesh ... --backend null` says what they would run")
     if len(ranking.choices) > top:
         lines.append(f"and {len(ranking.choices) - top} more that fit")
     return "\n".join([*lines, "", *_why_dropped(ranking.dropped, top), "", *_grounds(ranking.device, {c.precision for c in ranking.choices})]) + "\n"
 
 
-def _cells(place: int, choice: Choice, price: float | None) -> list[str]:
+def _cells(place: int, choice: Choice, arch: str, price: float | None) -> list[str]:
     sampling, spent = choice.sampling, choice.spent
     split = " + ".join(f"{getattr(spent, name) / spent.total:.0%} {name}" for name in BOUNDS if getattr(spent, name) >= 0.01 * spent.total)
     paid = [f"{choice.device_s / 3600 * price:.4g}"] if price is not None else []
     pair = " (a pair in two calls)" if sampling.pairs and choice.mesh.cfg == 1 and choice.rows == 1 else ""
     return [
         str(place), f"{choice.latency_s:.4g} s", f"{choice.device_s:.4g}", *paid, str(sampling.nfe), f"{sampling.forwards:g}", sampling.solver,
-        choice.precision, f"{in_words(choice.mesh)}{pair}", f"{choice.memory.total / 1e9:.1f}", f"{spent.bound}: {split}", sampling.quality,
+        choice.precision, f"{in_words(choice.mesh)}{pair}", ", ".join(run_by(choice.mesh, arch)) or "none yet", f"{choice.memory.total / 1e9:.1f}",
+        f"{spent.bound}: {split}", sampling.quality,
     ]  # fmt: skip
 
 
@@ -508,6 +520,7 @@ def to_json(ranking: Ranking, price: float | None = None) -> dict[str, Any]:
             "latency_s": choice.latency_s,
             "device_s": choice.device_s,
             "bound": choice.spent.bound,
+            "run_by": run_by(choice.mesh, ranking.device.sku.arch),
             "memory_bytes": choice.memory.total,
             "price": None if price is None else choice.device_s / 3600 * price,
         }
@@ -515,6 +528,7 @@ def to_json(ranking: Ranking, price: float | None = None) -> dict[str, Any]:
     ]
     return {
         "model": ranking.workload.model,
+        "video": ranking.workload.video,
         "denoiser": asdict(ranking.workload.denoiser),
         "flops": ranking.workload.denoiser.flops(),
         "parameters": ranking.workload.parameters,

@@ -7,7 +7,8 @@ operators on the same shapes and differ in where their slices begin, so that one
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from reelstep.compiler.backends import Backend
 from reelstep.compiler.compile import capture_all
 from reelstep.compiler.cost import shape_of
 from reelstep.compiler.graphs import element_bytes, weights_of
@@ -26,8 +29,10 @@ from reelstep.compiler.part import Part
 from reelstep.compiler.passes.split_at_collectives import COLLECTIVES, RING
 from reelstep.compiler.plan import ProgramPlan, RankPlan, Sent
 from reelstep.compiler.program import FLOAT_BYTES, Precision, Program
+from reelstep.compiler.signature import Signature
 from reelstep.compiler.write_bundle import Captured
-from reelstep.parallel.collectives import GROUP, Communicator
+from reelstep.errors import ConfigError
+from reelstep.parallel.collectives import GROUP, Communicator, c10d
 from reelstep.parallel.context import Attended
 from reelstep.parallel.mesh import Axis, Mesh, shares
 from reelstep.parallel.pretend import pretended_rank
@@ -67,6 +72,40 @@ def rank_programs(parts: Sequence[Part], comm: Communicator, lora: Layout | None
     modules = [shard(_empty(part), RULES[part.rules], comm, None) for part in parts]
     found = [adapted_too(part.programs_of(module), partial(layer_at, module), lora) for part, module in zip(parts, modules, strict=True)]
     return tuple(replace(each, profiles=tuple(profile.on_rank(comm.mesh) for profile in each.profiles)) for programs in found for each in programs)
+
+
+class _Even(TorchDispatchMode):
+    """Inside, an all-to-all of different sizes is a ConfigError that names the backend."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.backend = backend
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func is c10d.all_to_all_single.default and len(sizes := dict.fromkeys((*args[1], *args[2]))) > 1:
+            raise ConfigError(
+                f"ranks would exchange uneven shares, of {' and '.join(f'{size:,}' for size in sizes)} values, and backend {self.backend!r} exchanges even "
+                "ones; take a cp that divides the tokens and each rank's heads, or tp in its place"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def check_ranks(parts: Sequence[Part], mesh: Mesh, backend: Backend) -> None:
+    """Raises ConfigError, naming the program, for a mesh that is too large for a part or exchanges what the backend does not.
+
+    The first and the last rank call their programs without values, which takes seconds where a capture takes a minute: shares are largest on one and
+    smallest on the other.
+    """
+    for rank in (0, mesh.world - 1):
+        with pretended_rank(mesh, rank) as comm:
+            for program in rank_programs(parts, comm):
+                for profile in program.profiles:
+                    inputs = [edge.zeros(1, "meta") for edge in Signature.of(program, profile).inputs]
+                    try:
+                        with torch.device("meta"), torch.no_grad(), _Even(backend.name) if backend.even_exchange else nullcontext():
+                            program.module(*inputs)
+                    except ConfigError as error:
+                        raise ConfigError(f"program {program.name!r} at profile {profile.name!r} on mesh {mesh}: {error}") from error
 
 
 def _empty(part: Part) -> nn.Module:

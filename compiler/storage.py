@@ -127,9 +127,19 @@ def _refuse_other(target: Path, replaceable: Callable[[Path], bool]) -> None:
         raise StorageError(f"{target} exists and is not what would be written there; nothing was changed. Remove it or choose another path")
 
 
+def free_bytes(folder: Path) -> int:
+    """Of the disk that a folder is on, or would be made on."""
+    return shutil.disk_usage(_there(folder)).free
+
+
+def _there(folder: Path) -> Path:
+    """It, or the one that it would be made in."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+
+
 def check_writable(folder: Path) -> None:
     """Raises StorageError if nothing can be written into a folder, or into the one that it would be made in: found by doing it."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    there = _there(folder)
     try:
         with _held_directory(there, UNFINISHED):
             pass

@@ -17,16 +17,16 @@ from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.bundle import Bundle, is_bundle
 from reelstep.compiler.compile import build_here, choose_precision, compile_model
 from reelstep.compiler.cubins import compiled_by
-from reelstep.compiler.load import Progress, on_this_machine, silent
+from reelstep.compiler.load import Progress, in_gb, on_this_machine, silent
 from reelstep.compiler.lora import Layout, adapted_too, layers_of
 from reelstep.compiler.part import Part
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import Precision
 from reelstep.compiler.quantisation import Quantisation
-from reelstep.compiler.sharded import plan_ranks
+from reelstep.compiler.sharded import check_ranks, plan_ranks
 from reelstep.compiler.skus import SKUS
 from reelstep.compiler.sources import source_hash
-from reelstep.compiler.storage import check_replaceable, check_writable, replace_file
+from reelstep.compiler.storage import check_replaceable, check_writable, free_bytes, replace_file
 from reelstep.engine.lora import fuse, read_adapter
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import Fused, ModelSettings, ModelSpec, hash_weights
@@ -41,6 +41,9 @@ from reelstep.errors import BundleError, CompileError, ConfigError, InvalidReque
 from reelstep.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
+
+LEAST_OF_QUANTISED = 8
+"""Times that weights in float32 are larger than in 4 bits, the fewest that a scheme has."""
 
 
 def default_tables(settings: ModelSettings) -> dict[str, Table]:
@@ -123,6 +126,8 @@ def build_bundle(
     if mesh is not None and (other := "--step-cache" if step_cache else "--quantise" if quantisation else ""):
         raise ConfigError(f"--mesh {mesh} with {other}, whose programs no rank can share; leave one of the two out")
     parts = sharded_parts(spec) if mesh is not None else ()
+    if mesh is not None:
+        check_ranks(parts, mesh, BACKENDS[backend])
     module = spec.build()
     engines = cache if BACKENDS[backend].runs and on_this_machine(sku) and not portable else None  # where they go
     if engines is not None and any(weight.is_meta for weight in module.parameters()):
@@ -153,6 +158,7 @@ def build_bundle(
                 build_here(kept, engines, progress)
             return kept
     check_replaceable(out, is_bundle)  # after that: what is done may lie where nothing can be written
+    _check_room(out, module, quantised=quantisation is not None)
     if engines is not None:
         check_writable(engines)
         if mesh is None and (lacks := BACKENDS[backend].on(target.arch).lacks()):  # ranks build their own
@@ -184,6 +190,15 @@ def build_bundle(
     if engines is not None:
         build_here(bundle, engines, progress)
     return bundle
+
+
+def _check_room(out: Path, module: nn.Module, quantised: bool) -> None:
+    """Raises StorageError where the weights alone are more than the disk has room for."""
+    whole = sum(x.nbytes for x in (*module.parameters(), *module.buffers()) if not x.is_meta)
+    least = whole // LEAST_OF_QUANTISED if quantised else whole
+    if least > (free := free_bytes(out.parent)):
+        text = f"{out} would hold {in_gb(least)} of weights, and its disk has {in_gb(free)} free"
+        raise StorageError(f"{text}. Nothing was compiled; free some space or choose another place with -o")
 
 
 def stamp_of(cache: Path, asked: Sequence[Any]) -> Path:

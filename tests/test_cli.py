@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from reelstep import __main__ as cli
+from reelstep.compiler.backends.tensorrt import NOT_RUN
 from reelstep.compiler.plan import Plan
 from reelstep.errors import ConfigError
 from reelstep.tests.engine.service.fake_engine import FakeEngine, FakeModel
@@ -158,6 +159,14 @@ def test_compile_ends_with_how_what_it_made_gets_its_engines(
     monkeypatch.setattr("reelstep.engine.build.build_bundle", lambda *_, **__: bundle)
     assert cli.main(["compile", "reel-tiny", *options]) == 0
     assert capsys.readouterr().out.endswith(ends)
+
+
+def test_compile_says_what_of_a_backend_nobody_has_seen_on_hardware(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan("toy", "1", "tensorrt", "b200", "sm100", {}, "bfloat16", "asked for", ())
+    bundle = SimpleNamespace(path=Path("y.reel"), total_bytes=10**6, plan=plan, signatures={("denoise", "video"): None}, has_weights=True)
+    monkeypatch.setattr("reelstep.engine.build.build_bundle", lambda *_, **__: bundle)
+    assert cli.main(["compile", "reel-tiny", "--sku", "b200"]) == 0
+    assert f"\n{NOT_RUN}\nleft to b200: " in capsys.readouterr().out
 
 
 def test_a_port_that_is_taken_is_one_line_of_ours() -> None:

@@ -57,6 +57,8 @@ class Backend(Protocol):
     """Whether its engines hold no weights: those lie in the cache once, by content, and what a device has no memory for can stay on the host."""
     keeps_collectives: bool = False
     """Whether an engine with collectives in it can lie in the cache."""
+    even_exchange: bool = False
+    """Whether its all-to-all has no sizes, so that each rank has to send as much to every other."""
 
     @property
     def collectives(self) -> frozenset[OpOverload]:

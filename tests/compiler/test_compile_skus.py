@@ -83,7 +83,7 @@ def test_a_bundle_for_a_gpu_keeps_our_ops_and_its_plan_has_their_kernels_figures
 
 
 def test_it_is_shown_here_with_what_nobody_has_seen(for_h100: Bundle) -> None:
-    assert "planned for inductor on h100-sxm (sm90), bfloat16, one device" in describe(for_h100)
+    assert "planned for inductor on h100-sxm (sm90), bfloat16 (h100-sxm has native bfloat16), one device" in describe(for_h100)
     assert GPU_NOT_RUN in describe(for_h100)
     assert describe_json(for_h100)["not_run"] == GPU_NOT_RUN
     page = (Path(__file__).parents[2] / "docs" / "compiling.md").read_text("utf-8")

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,7 +199,7 @@ def test_inductor_is_finalized_too(portable: Bundle, tmp_path: Path, programs: t
 def test_a_full_disk_is_found_before_anything_is_built(portable: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 11 * 8 * (4 + 2 * (2 if portable.plan.precision == "bfloat16" else 4))  # one table in each of three engines
     for free in (needed - 1, needed):
-        monkeypatch.setattr(module.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(module, "free_bytes", lambda _, free=free: free)
         if free < needed:
             monkeypatch.setattr(Bundle, "program", lambda *_: pytest.fail("a graph was read"))
             with pytest.raises(StorageError, match=r"the engines to build \(find l4, find l3, lookup l4\) hold .* of weights\. Nothing was built"):

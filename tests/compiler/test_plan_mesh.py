@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reelstep import __main__ as cli
+from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.backends.tensorrt import NOT_RUN
 from reelstep.compiler.compile import capture_all, compile_model, make_plan
 from reelstep.compiler.describe import describe, describe_json
@@ -22,7 +23,7 @@ from reelstep.compiler.load import axes_of, check_mesh, load
 from reelstep.compiler.part import Part
 from reelstep.compiler.plan import Plan, ProgramPlan, RankPlan, Sent, spans
 from reelstep.compiler.program import Profile, Program
-from reelstep.compiler.sharded import plan_ranks
+from reelstep.compiler.sharded import check_ranks, plan_ranks
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
 from reelstep.engine.executors.on_mesh import ranks_of
@@ -183,6 +184,19 @@ def test_a_mesh_that_is_too_large_and_a_process_that_is_a_rank_are_refused() -> 
     assert not dist.is_initialized()
 
 
+def test_ranks_are_checked_before_any_capture_and_against_what_their_backend_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("reelstep.compiler.sharded.capture_all")
+    tensorrt, eager = BACKENDS["tensorrt"], BACKENDS["eager"]
+    uneven = r"program 'denoise' at profile 'p' on mesh cp=2: .* uneven shares, of 1,008 and 936 and 672 values, and backend 'tensorrt' exchanges even ones"
+    with pytest.raises(ConfigError, match=uneven):
+        check_ranks([ODD_PART], Mesh.parse("cp=2"), tensorrt)  # 14 and 13 tokens by 3 and 2 heads of 8, for q, k and v
+    check_ranks([ODD_PART], Mesh.parse("cp=2"), eager)
+    for mesh in ("cp=2", "cp=4", "tp=3", "cp=2,tp=2"):
+        check_ranks([EVEN_PART], Mesh.parse(mesh), tensorrt)
+    with pytest.raises(ConfigError, match=r"on mesh cp=2,tp=3: 1 attention heads cannot be split over 2 ranks"):
+        check_ranks([EVEN_PART], Mesh.parse("cp=2,tp=3"), eager)  # rank 0 has 2 of the 4 heads, the last has 1
+
+
 def test_a_plan_of_a_mesh_survives_json_and_names_every_rank() -> None:
     groups = plan_ranks([ODD_PART], Mesh.parse("cp=2"), "float32")  # 14 and 13 tokens
     plan = replace(make_plan("m", "1", "null", SKUS["h200-sxm"], "float32", "asked for", ()), mesh=axes_of(Mesh.parse("cp=2")), ranks=groups)
@@ -239,7 +253,7 @@ def test_inspect_shows_the_ranks_and_what_nobody_has_run_on_hardware(tmp_path: P
         mesh=Mesh.parse("cp=2"), ranks=(RankPlan((0, 1), 1234, ()),),
     )  # fmt: skip
     text, data = describe(bundle), json.loads(json.dumps(describe_json(bundle)))
-    assert "planned for tensorrt on h200-sxm (sm90), bfloat16, mesh cp=2\n" in text
+    assert "planned for tensorrt on h200-sxm (sm90), bfloat16 (h200-sxm has native bfloat16), mesh cp=2\n" in text
     assert f"\n{NOT_RUN}\n" in text
     assert "\nranks 0-1, alike but for where their slices begin" in text
     assert (data["mesh"], data["ranks"], data["not_run"]) == ({"cp": 2}, [{"ranks": [0, 1], "weight_bytes": 1234, "programs": []}], NOT_RUN)

@@ -30,6 +30,7 @@ from reelstep.compiler.planner import (
     plot,
     rank,
     read_device,
+    run_by,
     spent_on,
     spent_on_call,
     to_json,
@@ -41,7 +42,7 @@ from reelstep.errors import ConfigError, StorageError
 from reelstep.parallel.mesh import Mesh
 
 BIG = Transformer(48, 6144, 48, 16384, gated=True, tokens=73_728, text_tokens=1024, values_in=64, values_out=64, qk_norm=False)
-MOVIE_GEN = Workload("movie-gen-30b", BIG, 29_303_494_656, ())
+MOVIE_GEN = Workload("movie-gen-30b", "256 frames of 768x768", BIG, 29_303_494_656, ())
 FIFTY, EIGHT = Sampling("euler", 50, 100, "not measured"), Sampling("euler", 8, 16, "not measured")
 H200 = device_of(SKUS["h200-sxm"])
 
@@ -68,7 +69,7 @@ def test_fifty_steps_of_movie_gen_on_eight_h100_at_forty_percent_take_324_second
     ranking = rank(MOVIE_GEN, Device(SKUS["h100-sxm"], {"bfloat16": at_forty}), devices=8, samplings=[FIFTY], precisions=["bfloat16"])
     by_mesh = {in_words(choice.mesh): choice.latency_s for choice in ranking.choices}
     text = 48 * 4 * 6144**2 * 1024  # keys and values, which three more ranks compute too
-    assert by_mesh["cfg=2 x cp=4 (Ulysses)"] == pytest.approx(100 * (1.0249e16 + 3 * text) / (8 * 989.5e12 * 0.4), rel=1e-4)
+    assert by_mesh["cfg=2,cp=4"] == pytest.approx(100 * (1.0249e16 + 3 * text) / (8 * 989.5e12 * 0.4), rel=1e-4)
 
 
 def test_transfers_take_their_bytes_at_the_rate_of_the_link_they_cross() -> None:
@@ -112,16 +113,17 @@ def test_weights_are_divided_by_tp_and_activations_by_all() -> None:
     ranking = rank(MOVIE_GEN, H200, devices=8, samplings=[FIFTY], precisions=["bfloat16"])
     memory = {in_words(choice.mesh): choice.memory for choice in ranking.choices}
     assert memory["tp=8"].weights == 2 * (BIG.block_parameters / 8 + 29_303_494_656 - BIG.block_parameters)
-    assert memory["cp=8 (Ulysses)"].weights == 2 * 29_303_494_656
-    assert memory["cp=8 (Ulysses)"].activations < memory["tp=8"].activations < memory["one device"].activations
+    assert memory["cp=8"].weights == 2 * 29_303_494_656
+    assert memory["cp=8"].activations < memory["tp=8"].activations < memory["one device"].activations
     assert memory["tp=8"].checkpoints == 52 * 4 * 16 * 32 * 96 * 96  # x[0], x and 50 velocities of latents [16, 32, 96, 96]
 
 
 def test_meshes_that_do_not_divide_the_model_are_dropped() -> None:
-    small = Workload("small", Transformer(2, 64, 4, 160, gated=True, tokens=60, text_tokens=8, values_in=32, values_out=32, qk_norm=True), 200_000, ())
+    network = Transformer(2, 64, 4, 160, gated=True, tokens=60, text_tokens=8, values_in=32, values_out=32, qk_norm=True)
+    small = Workload("small", "no video", network, 200_000, ())
     reasons = {one.what: one.reason for one in rank(small, H200, devices=8, samplings=[FIFTY], precisions=["bfloat16"]).dropped}
-    assert reasons["50 NFE in bfloat16 on cp=8 (Ulysses)"] == "ulysses x tp = 8 is more than the 4 heads; use ring for the rest"
-    assert reasons["50 NFE in bfloat16 on cp=8 (ring)"].startswith("60 tokens do not divide by cp=8")
+    assert reasons["50 NFE in bfloat16 on cp=8"] == "ulysses x tp = 8 is more than the 4 heads; use ring for the rest"
+    assert reasons["50 NFE in bfloat16 on cp=8,ring=8"].startswith("60 tokens do not divide by cp=8")
     three = {one.what: one.reason for one in rank(small, H200, devices=3, samplings=[FIFTY], precisions=["bfloat16"]).dropped}
     assert three["50 NFE in bfloat16 on tp=3"].startswith("4 heads do not divide by ulysses x tp = 3")
 
@@ -200,6 +202,24 @@ def test_every_number_that_is_not_measured_is_printed_as_such() -> None:
     assert f"{best.mesh.world * best.latency_s / 3600 * 2.5:.4g}" in text
     assert "price" not in explain(ranking, 3)
     assert "not in this model, so not counted: encode_text, decode" in text
+
+
+def test_a_plan_says_the_video_and_which_backends_run_each_mesh_as_the_command_line_writes_it() -> None:
+    ranking = rank(MOVIE_GEN, H200, devices=8, samplings=[FIFTY], precisions=["bfloat16"])
+    text, data = explain(ranking, 100), to_json(ranking)
+    assert "\na video of 256 frames of 768x768\n" in text
+    able = {choice["mesh"]["ring"]: choice["run_by"] for choice in data["choices"] if choice["mesh"]["cp"] == 8}
+    assert able == {1: ["tensorrt"], 2: [], 4: [], 8: []}, "TensorRT has no layer for a ring"
+    assert next(choice["run_by"] for choice in data["choices"] if choice["mesh"] == asdict(Mesh(1, 1, 1, 1))) == ["inductor", "tensorrt"]
+    lines = {line.split("bfloat16  ")[1].split()[0]: line for line in text.splitlines() if "bfloat16  " in line}
+    assert "  none yet  " in lines["cp=8,ring=4"]
+    assert "  tensorrt  " in lines["cfg=2,cp=4"]
+    for choice in ranking.choices:
+        assert in_words(choice.mesh) == "one device" or Mesh.parse(in_words(choice.mesh)) == choice.mesh
+    alone = explain(rank(MOVIE_GEN, H200, devices=1, samplings=[FIFTY], precisions=["bfloat16"]), 3)
+    assert "none yet" in text
+    assert "none yet" not in alone
+    assert run_by(Mesh.parse("cp=2,ring=2"), "avx512") == ["openvino", "inductor", "eager"]
 
 
 def test_json_holds_all_choices_and_all_that_was_dropped() -> None:
@@ -297,7 +317,7 @@ def test_a_workload_is_read_from_a_models_programs() -> None:
     with torch.device("meta"):
         network = MovieGenTransformer(config)
     programs = (time_program(network, 4), denoise_program(network, 24, ()))
-    workload = workload_of("small", programs, {"embed_time": {}, "denoise": {"F": 4, "H": 8, "W": 16}}, {"embed_time": 1, "decode": 3})
+    workload = workload_of("small", "no video", programs, {"embed_time": {}, "denoise": {"F": 4, "H": 8, "W": 16}}, {"embed_time": 1, "decode": 3})
     assert asdict(workload.denoiser) | {"tokens": 128, "text_tokens": 24, "layers": 2, "width": 64} == asdict(workload.denoiser)
     (stage,) = workload.stages
     assert (stage.name, stage.calls, stage.keep_f32, stage.parameters) == ("embed_time", 1, True, 16 * 64 + 64 * 64 + 6 * 64**2)

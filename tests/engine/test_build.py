@@ -17,6 +17,7 @@ from torch import nn
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.load import load, load_later
 from reelstep.compiler.program import Profile, Program, TensorSpec
+from reelstep.compiler.storage import free_bytes
 from reelstep.engine import build
 from reelstep.engine.build import build_bundle, default_tables
 from reelstep.engine.models import MODELS
@@ -213,6 +214,18 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, monke
     places = {"out": tmp_path / "dit.reel", "cache": tmp_path / "cache"} | {place: tmp_path / "file" / "here"}
     with pytest.raises(StorageError, match=r"cannot write into .*file: Not a directory"):
         build_bundle("dit-mid", backend="openvino", precision=None, **places)
+
+
+def test_a_disk_without_room_for_the_weights_is_found_before_the_work(compile_toy, tmp_path, monkeypatch):
+    weights = 4 * (3 * 3 + 3)  # of one linear map
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "free_bytes", lambda _: weights - 1)
+        patch.setattr("reelstep.compiler.compile.capture_all", lambda *_: pytest.fail("it was captured"))
+        with pytest.raises(StorageError, match=r"toy\.reel would hold .* GB of weights, and its disk has .* GB free\. Nothing was compiled; .* with -o"):
+            compile_toy()
+    monkeypatch.setattr(build, "free_bytes", lambda _: weights)
+    assert compile_toy()[1]
+    assert free_bytes(tmp_path / "not" / "yet") == free_bytes(tmp_path)
 
 
 def test_what_a_build_of_engines_needs_is_looked_for_before_the_work(tmp_path, monkeypatch):

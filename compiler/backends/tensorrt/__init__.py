@@ -72,6 +72,7 @@ class TensorRtBackend(Backend):
     runs: bool = True
     weights_apart: bool = True
     keeps_collectives: bool = True
+    even_exchange: bool = True
 
     @property
     def collectives(self) -> frozenset[OpOverload]:
