@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> None:
         save_file(MovieGenTransformer(config).state_dict(), file)
         for text in args.meshes:
             mesh = Mesh.parse(text)
-            replica = start(World(mesh, "gloo", start_s=600, collective_s=1800, silence_s=120), OneBlock(config, file))
+            replica = start(World(mesh, "gloo", start_s=600, load_s=600, collective_s=1800, silence_s=120), OneBlock(config, file))
             output = replica.run("block", [Call("denoise", "p", inputs)])[0]
             replica.close()
             reference = output["velocity"] if reference is None else reference

@@ -104,6 +104,21 @@ class Finding:
     note: str = ""
 
 
+def tried(what: str, find: Callable[[], Finding], right: bool | None = None) -> Finding:
+    """A finding, or the row that says why there is none, so that others are found after it. right: of that row."""
+    try:
+        return find()
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is written down
+        return Finding(f"{what} {FAILED}", right=right, note=in_a_line(error))
+
+
+def in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:400]}"
+
+
+FAILED = "failed"
+
+
 def checked(what: str, error: float, allowed: float, seconds: float | None = None, note: str = "") -> Finding:
     """NaN is wrong too."""
     return Finding(what, seconds, error=error, allowed=allowed, right=error <= allowed, note=note)
@@ -232,7 +247,7 @@ def _check_op(asked: tuple[str, torch.dtype, torch.device]) -> Finding:
     name, dtype, device = asked
     torch.set_num_threads(1)
     with torch.inference_mode():
-        return check_op(OPS[name], dtype, Bench(device, LARGE))
+        return tried(f"{name} {str(dtype).removeprefix('torch.')}", lambda: check_op(OPS[name], dtype, Bench(device, LARGE)), right=False)
 
 
 def check_op(op: Op, dtype: torch.dtype, bench: Bench) -> Finding:
@@ -279,10 +294,14 @@ def peak_note(bench: Bench) -> str:
 
 def memory_bound(bench: Bench) -> Iterator[Finding]:
     """Bytes: each argument read once, each output written once."""
-    for name, arguments, note in large_examples(bench):
+
+    def measured(name: str, arguments: tuple[Any, ...], note: str) -> Finding:
         op = OPS[name].overload
         bytes_ = sum(x.nbytes for x in (*tensors_of(arguments), *tensors_of(op(*arguments))))
-        yield bench.moved(name, bench.seconds(partial(op, *arguments)), bytes_, note=note)
+        return bench.moved(name, bench.seconds(partial(op, *arguments)), bytes_, note=note)
+
+    for example in large_examples(bench):
+        yield tried(example[0], partial(measured, *example))
 
 
 def large_examples(bench: Bench) -> Iterator[tuple[str, tuple[Any, ...], str]]:
@@ -322,10 +341,14 @@ def attention_rates(bench: Bench) -> Iterator[Finding]:
             yield Finding(f"attention {name}", note=f"not run: {why}")
         else:
             runs[f"attention {name}"] = lambda run=ATTENTIONS[name].run: run(q, k, v, None, scale)[0]  # type: ignore[misc]
-    for name, run in runs.items():
+
+    def measured(name: str, run: Callable[[], Tensor]) -> Finding:
         error = relative(run()[:, :, :few], truth)
         row = bench.computed(name, bench.seconds(run, 2.0, warmup=1), flops, ATTENTION_AIM, f"{list(q.shape)}")
-        yield replace(row, error=error, allowed=HALF_ATTENTION, right=error <= HALF_ATTENTION)
+        return replace(row, error=error, allowed=HALF_ATTENTION, right=error <= HALF_ATTENTION)
+
+    for named in runs.items():
+        yield tried(named[0], partial(measured, *named))
 
 
 def fp8_layers(bench: Bench) -> Iterator[Finding]:
@@ -643,11 +666,12 @@ def rank_shapes(bench: Bench) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class Part:
-    """budget_s: when it is stopped, with what it has found so far."""
+    """budget_s: when it is stopped, with what it has found so far. alone: it uses the device in processes of its own."""
 
     name: str
     budget_s: float
     find: Callable[[Bench], Iterator[Finding]]
+    alone: bool = False
 
 
 PARTS = (
@@ -657,11 +681,15 @@ PARTS = (
     Part("fp8", 20, fp8_layers),
     Part("block", 30, one_block),
     Part("ranks", 35, rank_shapes),
-    Part("correctness", 90, correctness),
+    Part("correctness", 90, correctness, alone=True),
     Part("forward", 60, whole_forward),
-    Part("end to end", 215, end_to_end),
+    Part("end to end", 215, end_to_end, alone=True),
 )
 """In the order they run: 535 s in all. What shares are of comes first, and what may end its process last."""
+
+
+AGAIN_S = 30.0
+"""After which a part is told once more that its time is up: what is raised while an object is taken apart is lost."""
 
 
 class Overran(BaseException):
@@ -676,7 +704,7 @@ def at_most(seconds: float) -> Iterator[None]:
         raise Overran(f"stopped after its {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
     try:
         yield
     finally:
@@ -687,8 +715,11 @@ def at_most(seconds: float) -> Iterator[None]:
 def run_parts(
     bench: Bench, parts: Sequence[Part], tell: Callable[[str], None] = print, keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of all parts. What a part raises becomes its last row, and the next part runs. keep: gets the rows so far after each."""
+    """Rows of all parts. What a part raises becomes its last row, and the next part runs, unless the device is lost to this process: then those alone that
+    have processes of their own. keep: gets the rows so far after each.
+    """
     rows: list[dict[str, Any]] = []
+    lost = ""
 
     def add(part: Part, finding: Finding) -> None:
         rows.append({"part": part.name, **asdict(finding)})
@@ -696,17 +727,32 @@ def run_parts(
 
     for part in parts:
         began = time.perf_counter()
+        if lost and not part.alone:
+            add(part, Finding(FAILED, note=f"not run: {lost}"))
+            continue
         try:
             with at_most(part.budget_s), torch.inference_mode():
                 for finding in part.find(bench):
                     add(part, finding)
         except (Exception, Overran) as error:  # noqa: BLE001  # whatever it is, it is written down, and the other parts run
-            add(part, Finding("failed", note=f"{type(error).__name__}: {str(error).strip()[:400]}"))
+            add(part, Finding(FAILED, note=in_a_line(error)))
         gc.collect()
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if not lost and (why := fault(bench)):
+            lost = f"the device was lost in part {part.name!r}: {why}"
         tell(f"{part.name}: {time.perf_counter() - began:.1f} s")
     return rows
+
+
+def fault(bench: Bench) -> str:
+    """Why this process can use its device no more, after an access that the device refused; empty if it can."""
+    if bench.device.type != "cuda":
+        return ""
+    try:
+        torch.cuda.synchronize(bench.device)
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        return in_a_line(error)
+    return ""
 
 
 def device_conditions() -> dict[str, Any]:
@@ -732,8 +778,8 @@ def wrong(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def unfinished(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Parts that ended early, so that not all of what they check is known to be right."""
-    return [row["part"] for row in rows if row["what"] == "failed"]
+    """Parts of which something failed, so that not all of what they check is known to be right."""
+    return list(dict.fromkeys(row["part"] for row in rows if row["what"].endswith(FAILED) and row["right"] is None))
 
 
 def main(argv: Sequence[str]) -> None:

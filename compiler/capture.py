@@ -58,7 +58,7 @@ def capture(program: Program, profile: Profile) -> ExportedProgram:
     """The exported graph of `program` at `profile`, in evaluation mode, on the module's own device (meta too).
 
     Raises ConfigError for a name that cannot be a file name and for sizes that the module itself refuses, CompileError naming program, profile and cause
-    if the module cannot be exported, fixes the batch, does something else for one row, or does not give the outputs that were declared.
+    if the module cannot be exported, fixes the batch, does something else for one row, draws random numbers, or does not give the outputs that were declared.
     """
     if not SAFE_NAME.fullmatch(program.name) or not SAFE_NAME.fullmatch(profile.name) or "." in program.name:
         raise ConfigError(f"program {program.name!r}, profile {profile.name!r}: names are letters, digits, '_' and '-'; a profile's may have '.' too")
@@ -77,6 +77,9 @@ def capture(program: Program, profile: Profile) -> ExportedProgram:
     finally:
         _restore(training)
     _check_outputs(exported, signature)
+    if drawn := next(filter(_draws, exported.graph.nodes), None):
+        why = "draws random numbers, and a graph gives the same for the same inputs; draw outside of the program and give them as an input, or leave it out"
+        raise CompileError(f"program {program.name!r} at profile {profile.name!r} {why}: {drawn.target}{place_of(drawn)}")
     return exported
 
 
@@ -205,6 +208,20 @@ def _check_outputs(exported: ExportedProgram, signature: Signature) -> None:
         if not _fits(value, edge, rows):
             found = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
             raise CompileError(f"{where} returns {found}; declared is {edge}, with as many rows as the inputs have ({rows}), a number that must stay dynamic")
+
+
+SWITCHES = {"dropout_p", "train", "training"}
+"""Arguments without which an operator that can draw random numbers draws none."""
+
+
+def _draws(node: Node) -> bool:
+    """Whether a call of the graph depends on the state of a generator."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    arguments = node.target._schema.arguments
+    given = {**dict(zip((each.name for each in arguments), node.args, strict=False)), **node.kwargs}
+    switches = [given.get(each.name, each.default_value) for each in arguments if each.name in SWITCHES]
+    return not switches or any(switches)
 
 
 def _fits(value: Tensor, edge: Edge, rows: int | torch.SymInt) -> bool:

@@ -17,7 +17,7 @@ from reelstep.compiler.capture import capture
 from reelstep.compiler.cost import graph_flops, graph_parameters
 from reelstep.compiler.cubins import with_kernels
 from reelstep.compiler.graphs import asked_at, dump_graph, ops_of, refused
-from reelstep.compiler.load import Progress, axes_of, check_precision, load, on_this_machine, silent
+from reelstep.compiler.load import Progress, axes_of, check_precision, on_this_machine, silent
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.plan import Plan, ProgramPlan, Quality, RankPlan
 from reelstep.compiler.program import Precision, Profile, Program
@@ -49,17 +49,18 @@ def compile_model(
     quantisation: Quantisation | None = None,
     mesh: Mesh | None = None,
     ranks: Sequence[RankPlan] = (),
+    portable: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
     """Write the bundle `out` and give it back, opened and verified.
 
     settings, solvers, fitted: plain JSON values. sku: what it shall run on; this machine need not be one. precision: the backend's default here if
-    None, or for another machine the SKU's. cache: of compiled kernels; engines are for `build_here` or `finalize` to make. quantisation: if given, nothing is
-    written unless its limits are met. mesh, ranks: that the bundle is for, with its `plan_ranks`. Raises ConfigError, CompileError, StorageError,
-    NotFound (backend, SKU).
+    None, or for another machine, and a portable bundle for GPUs, the SKU's. cache: of compiled kernels; engines are for `load` or `finalize` to make.
+    quantisation: if given, nothing is written unless its limits are met. mesh, ranks: that the bundle is for, with its `plan_ranks`. Raises ConfigError,
+    CompileError, StorageError, NotFound (backend, SKU).
     """
     target = SKUS[sku]
-    wanted, reason = choose_precision(backend, target, precision, mesh)  # before the work
+    wanted, reason = choose_precision(backend, target, precision, mesh, portable)  # before the work
     if quantisation is not None:
         quantisation.check(backend, target)
     captured, drafts = capture_all(programs, progress, BACKENDS[backend].keeps(target.arch))
@@ -79,14 +80,8 @@ def compile_model(
     return Bundle.open(out)
 
 
-def build_here(bundle: Bundle, cache: Path, progress: Progress = silent) -> None:
-    """Engines into the cache, so that the first load is quick; ranks of a mesh build their own. Raises CompileError, StorageError."""
-    if not bundle.plan.mesh:
-        load(bundle, cache, progress=progress)
-
-
-def choose_precision(backend: str, sku: Sku, precision: Precision | None, mesh: Mesh | None = None) -> tuple[Precision, str]:
-    """The precision of a plan, and why.
+def choose_precision(backend: str, sku: Sku, precision: Precision | None, mesh: Mesh | None = None, portable: bool = False) -> tuple[Precision, str]:
+    """The precision of a plan, and why. portable: of engines for a GPU that are built elsewhere or later, whatever this machine can build.
 
     Raises NotFound (backend), ConfigError for a backend that does not run on the SKU or not on its mesh, CompileError for a precision.
     """
@@ -100,7 +95,7 @@ def choose_precision(backend: str, sku: Sku, precision: Precision | None, mesh: 
         if precision == "bfloat16":
             raise CompileError(f"bfloat16 on mesh {mesh} of {sku.name}: ranks on a CPU run float32; leave --precision out")
         return "float32", "ranks on a CPU run it"
-    if on_this_machine(sku.name):
+    if on_this_machine(sku.name) and not (is_gpu(sku.arch) and (portable or mesh is not None)):
         wanted, reason = (precision, "asked for") if precision else chosen.default_precision()
         check_precision(chosen, wanted)
         return wanted, reason

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
-from reelstep.compiler.backends import BACKENDS, Backend, Executable, Graph
+from reelstep.compiler.backends import AT_WORK, BACKENDS, Backend, Executable, Graph
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.plan import RUN_BY, canonical_json
 from reelstep.compiler.program import FLOAT_BYTES, Precision
@@ -33,24 +32,23 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 class Later(Executable):
-    """An executable that is made when it is first called, or ahead of that. find: where it need not be made. making: held meanwhile; graphs are traced by one
-    thread at a time."""
+    """An executable that is made when it is first called, or ahead of that, with `AT_WORK` held. find: where it need not be made."""
 
-    def __init__(self, signature: Signature, make: Callable[[], Executable], find: Callable[[], Executable | None], making: Lock) -> None:
-        self.signature, self._make, self._find, self._making = signature, make, find, making
+    def __init__(self, signature: Signature, make: Callable[[], Executable], find: Callable[[], Executable | None]) -> None:
+        self.signature, self._make, self._find = signature, make, find
         self._made: Executable | None = None
 
     @property
     def found(self) -> bool:
         """Whether it is made, or can be without work."""
-        with self._making:
+        with AT_WORK:
             self._made = self._made or self._find()
         return self._made is not None
 
     @property
     def made(self) -> Executable:
         if self._made is None:  # what is there need not wait while another is made
-            with self._making:
+            with AT_WORK:
                 if self._made is None:
                     self._made = self._make()
         return self._made
@@ -72,13 +70,16 @@ def load(
     """
     chosen, wanted = choose_alone(bundle, backend, precision)
     check_memory(bundle, chosen, wanted)
-    engines = {}
-    for done, key in enumerate(bundle.signatures):
+    keys, engines = list(bundle.signatures), {}
+    if chosen.weights_apart:  # the largest last: what has to leave weights on the host sees by then what all else takes of the device
+        needs = weights_of_engines(bundle, keys, wanted)
+        keys.sort(key=needs.__getitem__)
+    for done, key in enumerate(keys):
         stage = f"{chosen.name}: {key[0]} {key[1]}"
-        progress(stage, done, len(bundle.signatures))
-        engines[key] = build_engine(bundle, key, telling(chosen, progress, stage, done, len(bundle.signatures)), wanted, cache)
+        progress(stage, done, len(keys))
+        engines[key] = build_engine(bundle, key, telling(chosen, progress, stage, done, len(keys)), wanted, cache)
     progress(f"{chosen.name}: ready", len(engines), len(engines))
-    return engines
+    return {key: engines[key] for key in bundle.signatures}
 
 
 def load_later(
@@ -86,7 +87,7 @@ def load_later(
 ) -> Mapping[tuple[str, str], Later]:
     """As `load`, but each is made when it is first called, for who will not call them all. Progress is of those that were not found in the cache before."""
     chosen, wanted = choose_alone(bundle, backend, precision)
-    making, done = Lock(), count()
+    done = count()
 
     def make(key: tuple[str, str]) -> Executable:
         stage, before = f"{chosen.name}: {key[0]} {key[1]}", next(done)
@@ -99,7 +100,7 @@ def load_later(
         except NotInCacheError:
             return None
 
-    return {key: Later(signature, partial(make, key), partial(find, key), making) for key, signature in bundle.signatures.items()}
+    return {key: Later(signature, partial(make, key), partial(find, key)) for key, signature in bundle.signatures.items()}
 
 
 class NotInCacheError(Exception):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +18,6 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reelstep.compiler.backends import Backend
 from reelstep.compiler.compile import capture_all
 from reelstep.compiler.cost import shape_of
 from reelstep.compiler.graphs import element_bytes, weights_of
@@ -34,9 +32,9 @@ from reelstep.compiler.write_bundle import Captured
 from reelstep.errors import ConfigError
 from reelstep.parallel.collectives import GROUP, Communicator, c10d
 from reelstep.parallel.context import Attended
-from reelstep.parallel.mesh import Axis, Mesh, shares
+from reelstep.parallel.mesh import Axis, Mesh, divisors, shares
 from reelstep.parallel.pretend import pretended_rank
-from reelstep.parallel.rules import RULES
+from reelstep.parallel.rules import RULES, matching
 from reelstep.parallel.shard import counts_of, layer_at, shard
 
 Lengths = frozenset[tuple[int, ...]]
@@ -90,8 +88,8 @@ class _Even(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_ranks(parts: Sequence[Part], mesh: Mesh, backend: Backend) -> None:
-    """Raises ConfigError, naming the program, for a mesh that is too large for a part or exchanges what the backend does not.
+def check_even(parts: Sequence[Part], mesh: Mesh, backend: str) -> None:
+    """Raises ConfigError, naming the program, unless a rank of a mesh that `check_part` takes sends as much to every other.
 
     The first and the last rank call their programs without values, which takes seconds where a capture takes a minute: shares are largest on one and
     smallest on the other.
@@ -102,10 +100,24 @@ def check_ranks(parts: Sequence[Part], mesh: Mesh, backend: Backend) -> None:
                 for profile in program.profiles:
                     inputs = [edge.zeros(1, "meta") for edge in Signature.of(program, profile).inputs]
                     try:
-                        with torch.device("meta"), torch.no_grad(), _Even(backend.name) if backend.even_exchange else nullcontext():
+                        with torch.device("meta"), torch.no_grad(), _Even(backend):
                             program.module(*inputs)
                     except ConfigError as error:
                         raise ConfigError(f"program {program.name!r} at profile {profile.name!r} on mesh {mesh}: {error}") from error
+
+
+def check_part(part: Part, mesh: Mesh, model: str) -> None:
+    """Raises ConfigError where ranks along tp, or the Ulysses ranks of cp with the heads that tp leaves to one, outnumber what they would share."""
+    rules, module = RULES[part.rules], part.empty()
+    exchanged = [path for path, rule in rules.attention.items() if rule.exchange == "context" and "cp" in {rules.axes[a] for a in rule.keys}]
+    attending = set(matching(dict.fromkeys(exchanged, True), [path for path, _ in module.named_modules()]))
+    for counted, (logical, count) in counts_of(module, rules).items():
+        axis = rules.axes[logical]
+        own = min(shares(count, mesh.size(axis), f"{logical} of {model!r} on mesh {mesh}")) if axis else count
+        if counted.rpartition(".")[0] in attending and own < mesh.ulysses:
+            ring = next(r for r in divisors(mesh.cp) if mesh.cp // r <= own)
+            text = f"mesh {mesh} leaves {own} of the {count} {logical} of {model!r} to {mesh.ulysses} ranks of cp, which need at least 1 each"
+            raise ConfigError(f"{text}; use ring={ring}, by which fewer ranks share {logical}, or less of cp or tp")
 
 
 def _empty(part: Part) -> nn.Module:

@@ -15,15 +15,15 @@ from torch import nn
 
 from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.bundle import Bundle, is_bundle
-from reelstep.compiler.compile import build_here, choose_precision, compile_model
+from reelstep.compiler.compile import choose_precision, compile_model
 from reelstep.compiler.cubins import compiled_by
-from reelstep.compiler.load import Progress, in_gb, on_this_machine, silent
+from reelstep.compiler.load import Progress, in_gb, load, on_this_machine, silent
 from reelstep.compiler.lora import Layout, adapted_too, layers_of
 from reelstep.compiler.part import Part
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import Precision
 from reelstep.compiler.quantisation import Quantisation
-from reelstep.compiler.sharded import check_ranks, plan_ranks
+from reelstep.compiler.sharded import check_even, check_part, plan_ranks
 from reelstep.compiler.skus import SKUS
 from reelstep.compiler.sources import source_hash
 from reelstep.compiler.storage import check_replaceable, check_writable, free_bytes, replace_file
@@ -71,7 +71,9 @@ def load_fitted(files: Sequence[Path], spec: ModelSpec, model_hash: str) -> dict
                 fitted.artifact.check(build_table(spec.settings, fit.solver, fit.schedule, fit.steps), fit.scale)
         except OSError as error:
             raise ConfigError(f"cannot read {file}: {error.strerror}; `reelstep fit` writes such a file") from error
-        except (ValueError, NotFound) as error:  # of JSON and UTF-8 too; ConfigError is one
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:  # the first would print the whole file
+            raise ConfigError(f"{file} is not a JSON file; `reelstep fit` writes such a file") from error
+        except (ValueError, NotFound) as error:  # ConfigError is one
             raise ConfigError(f"{file}: {error}") from error
         calibrates = isinstance(fitted.artifact, RuleOptions | CacheOptions)
         if calibrates and fitted.name in shipped and file not in spec.fitted:
@@ -112,7 +114,7 @@ def build_bundle(
     """
     spec, target = MODELS[name], SKUS[sku]
     mesh = mesh if mesh is not None and mesh.world > 1 else None
-    choice = choose_precision(backend, target, precision, mesh)  # before the work, as all that follows
+    choice = choose_precision(backend, target, precision, mesh, portable)  # before the work, as all that follows
     if step_cache and spec.pieces is None:
         raise ConfigError(f"model {name!r} does not come in the pieces that a step cache needs; compile it without")
     if spec.adaptable is None and (loras or lora_rank is not None):
@@ -127,9 +129,13 @@ def build_bundle(
         raise ConfigError(f"--mesh {mesh} with {other}, whose programs no rank can share; leave one of the two out")
     parts = sharded_parts(spec) if mesh is not None else ()
     if mesh is not None:
-        check_ranks(parts, mesh, BACKENDS[backend])
+        for part in parts:
+            check_part(part, mesh, name)
+        if BACKENDS[backend].even_exchange:
+            check_even(parts, mesh, backend)
     module = spec.build()
-    engines = cache if BACKENDS[backend].runs and on_this_machine(sku) and not portable else None  # where they go
+    builds = BACKENDS[backend].runs and on_this_machine(sku) and not portable and mesh is None  # ranks build their own
+    engines = cache if builds else None  # where they go
     if engines is not None and any(weight.is_meta for weight in module.parameters()):
         raise ConfigError(f"model {name!r} comes without weights, so backend {backend!r} has no engine to build of it here; plan it with --backend null")
     linears = spec.adaptable(module) if spec.adaptable else {}
@@ -155,13 +161,13 @@ def build_bundle(
         if (kept := unchanged(out, stamp)) is not None:
             progress(f"{out} is what would be made: nothing to compile", 0, 1)
             if engines is not None:
-                build_here(kept, engines, progress)
+                load(kept, engines, progress=progress)
             return kept
     check_replaceable(out, is_bundle)  # after that: what is done may lie where nothing can be written
     _check_room(out, module, quantised=quantisation is not None)
     if engines is not None:
         check_writable(engines)
-        if mesh is None and (lacks := BACKENDS[backend].on(target.arch).lacks()):  # ranks build their own
+        if lacks := BACKENDS[backend].on(target.arch).lacks():
             raise CompileError(f"backend {backend!r} can build no engine here: {lacks}")
     bundle = compile_model(
         model=spec.name,
@@ -178,6 +184,7 @@ def build_bundle(
         cache=cache,
         quantisation=quantisation,
         mesh=mesh,
+        portable=portable,
         ranks=plan_ranks(parts, mesh, choice[0], BACKENDS[backend].keeps(target.arch), progress, layout) if mesh is not None else (),
         progress=progress,
     )
@@ -188,7 +195,7 @@ def build_bundle(
         except (OSError, StorageError) as error:
             log.warning("%s is done, but compiling it again will do all the work again: %s", out, error)
     if engines is not None:
-        build_here(bundle, engines, progress)
+        load(bundle, engines, progress=progress)
     return bundle
 
 

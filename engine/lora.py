@@ -29,8 +29,9 @@ PARTS = {
     ".lora.down.weight": "down", ".lora.up.weight": "up",  # diffusers before PEFT
     ".alpha": "alpha",
 }  # fmt: skip
-DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32")
-"""Of a file's numbers, by the names of safetensors; an alpha may be a whole number."""
+DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+WHOLE = ("I64", "I32")
+"""Of a file's numbers, by the names of safetensors; an alpha may be a whole one."""
 DOTTED = ("", "transformer.", "diffusion_model.", "base_model.model.")
 """What may stand before a layer's path."""
 FLAT = ("lora_unet_", "lora_transformer_")
@@ -90,7 +91,9 @@ def read_adapter(file: Path, model: str, layers: tuple[Layer, ...], config: str 
             scaling = _config(file, keys, metadata, config)
             pairs = {layer.name: _pair(opened, found[layer.name], layer, scaling) for layer in layers if layer.name in found}
         return Adapter(pairs, metadata.get(BASE, ""), hashlib.sha256(file.read_bytes()).hexdigest())
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:  # of JSON and its numbers too; ConfigError is one
+    except SafetensorError as error:
+        raise ConfigError(f"LoRA {called or file}: no safetensors file, or not a whole one ({error}); copy it again, or save the LoRA as one") from error
+    except (OSError, ValueError, OverflowError) as error:  # of JSON and its numbers too; ConfigError is one
         raise ConfigError(f"LoRA {called or file}: {error}") from error
 
 
@@ -157,9 +160,10 @@ def _pair(opened: Any, keys: Mapping[str, str], layer: Layer, config: Mapping[st
 
     Types and shapes are looked at before any number is read.
     """
-    for key in keys.values():
-        if (dtype := opened.get_slice(key).get_dtype()) not in DTYPES:
-            raise ConfigError(f"{key!r} holds numbers of type {dtype}; save it as one of {', '.join(DTYPES)}")
+    for part, key in keys.items():
+        allowed = (*DTYPES, *WHOLE) if part == "alpha" else DTYPES
+        if (dtype := opened.get_slice(key).get_dtype()) not in allowed:
+            raise ConfigError(f"{key!r} holds numbers of type {dtype}; save it as one of {', '.join(allowed)}")
     down, up = (tuple(opened.get_slice(keys[part]).get_shape()) for part in ("down", "up"))
     if len(down) != 2 or down[1] != layer.inputs:
         raise ConfigError(f"{keys['down']!r} is {list(down)}; layer {layer.name!r} takes [rank, {layer.inputs}]")

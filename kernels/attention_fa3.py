@@ -18,14 +18,20 @@ PACKAGE = "flash_attn_interface"
 
 
 @cache
-def installed() -> bool:
-    """Asked once: every call of `attention` would search all of sys.path for a package that is not there."""
-    return find_spec(PACKAGE) is not None
+def lacks() -> str | None:
+    """Why it cannot be called. Asked once: every call of `attention` would search all of sys.path for a package that is not there."""
+    if find_spec(PACKAGE) is None:
+        return f"package {PACKAGE} is not installed"
+    try:
+        import_module(PACKAGE)
+    except (ImportError, OSError) as error:  # one that was built for another torch
+        return f"package {PACKAGE} cannot be imported: {error}"
+    return None
 
 
 def refuses(q: Tensor, lengths: Tensor | None) -> str | None:
-    if not installed():
-        return f"package {PACKAGE} is not installed"
+    if why := lacks():
+        return why
     if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
         return "it runs on Hopper (sm90) alone"
     if q.dtype not in (torch.float16, torch.bfloat16):

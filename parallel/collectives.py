@@ -168,7 +168,11 @@ class Communicator:
             self.inside = ""
 
     def self_test(self) -> None:
-        """Every collective once on every axis, against sums known beforehand. Raises InternalError naming the first that is wrong."""
+        """Every collective once on every axis, against sums known beforehand. Raises InternalError naming the first that is wrong.
+
+        Where ranks have GPUs a sum over all of them too, which makes the NCCL communicator that their engines take. To be called when all have loaded: who
+        waits for another in NCCL waits no longer than for any collective.
+        """
         for axis, line in self.lines.items():
             p, place = len(line), line.index(self.rank)
             if p == 1:
@@ -187,6 +191,11 @@ class Communicator:
             for op, (got, wanted) in found.items():
                 if not torch.equal(got, wanted):
                     raise InternalError(f"{op} over {axis} (ranks {', '.join(map(str, line))}) gave rank {self.rank} {got.tolist()}, not {wanted.tolist()}")
+        if "cuda:nccl" in dist.get_backend_config().split(","):
+            everyone = torch.ones(1, device="cuda")
+            self.guarded("all_reduce", None, lambda: dist.all_reduce(everyone))
+            if everyone.item() != self.mesh.world:
+                raise InternalError(f"a sum of 1 over the GPUs of {self.mesh.world} ranks gave rank {self.rank} {everyone.item():g}")
         self.sent.clear()
 
     def _bytes(self, name: str, args: tuple[Any, ...], axis: Axis) -> int:

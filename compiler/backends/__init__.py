@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from reelstep.compiler.program import Precision
@@ -26,6 +27,12 @@ Watch = Callable[[str, int, int], None]
 
 def unwatched(phase: str, done: int, total: int) -> None:
     """Nobody watches."""
+
+
+AT_WORK = Lock()
+"""Held while an engine is built, loaded, run for the first time or recorded, in any thread of the process. Graphs are traced by one thread at a time; a build
+waits for the whole device, and to load kernels may, which must not be while another engine is recorded.
+"""
 
 
 class Executable(Protocol):

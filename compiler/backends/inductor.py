@@ -6,6 +6,7 @@ both: which device it is follows the arch, by `on`.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import signal
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ from torch._inductor.utils import fresh_cache
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from reelstep.compiler.backends import Backend, Executable, Graph
+from reelstep.compiler.backends import AT_WORK, Backend, Executable, Graph
+from reelstep.compiler.backends.recording import record
 from reelstep.compiler.capture import log_levels, quiet_torch
 from reelstep.compiler.graphs import weights_of
 from reelstep.compiler.passes.cast_weights import cast_weights
@@ -68,14 +70,11 @@ class InductorExecutable(Executable):
 
 
 class Replayed(InductorExecutable):
-    """All kernels of a call as one CUDA graph, recorded once for each number of rows: a replay is one launch, where a small network waits for launches."""
-
-    recording: ClassVar = Lock()
-    """One at a time in a process: to begin one waits for the device, which must not be while another is made."""
+    """All kernels of a call as one CUDA graph, recorded once for each number of rows. Where one cannot be, calls of so many rows launch their kernels."""
 
     def __init__(self, launch: Run, signature: Signature, device: str) -> None:
         super().__init__(launch, signature, device)
-        self.recorded: dict[int, Recording] = {}
+        self.recorded: dict[int, Recording | None] = {}
         # One of each for all of them: they run one at a time, what one gave is copied before the next, and memory of a pool is given again on its own stream.
         self.memory, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         self.free = Lock()
@@ -86,28 +85,32 @@ class Replayed(InductorExecutable):
 
     def run(self, given: Sequence[Tensor]) -> Sequence[Tensor]:
         with self.free:
-            return self._recorded(given)(given)
+            recording = self._recorded(given)
+            return super().run(given) if recording is None else recording(given)
 
-    def _recorded(self, given: Sequence[Tensor]) -> Recording:
+    def _recorded(self, given: Sequence[Tensor]) -> Recording | None:
         rows = len(given[0])
         if rows not in self.recorded:
-            with self.recording:
-                self.recorded[rows] = Recording(self.launch, given, self.memory, self.aside)
+            with AT_WORK:
+                self.recorded[rows] = self._record([tensor.clone() for tensor in given])
         return self.recorded[rows]
 
+    def _record(self, given: list[Tensor]) -> Recording | None:
+        self.aside.wait_stream(torch.cuda.current_stream(given[0].device))
+        with torch.cuda.stream(self.aside):
+            self.launch(*given)  # loads kernels and chooses algorithms, which a recording may not
+        self.aside.synchronize()
+        found = record(lambda: self.launch(*given), self.aside, f"{_where(self.signature)} of {len(given[0])} rows", self.memory)
+        return found and Recording(given, *found)
 
+
+@dataclass(frozen=True)
 class Recording:
-    """One call as a CUDA graph, recorded on the stream `aside`. It reads and writes memory of its own."""
+    """One call as a CUDA graph. It reads and writes memory of its own."""
 
-    def __init__(self, launch: Run, given: Sequence[Tensor], memory: Any, aside: torch.cuda.Stream) -> None:
-        self.given = [tensor.clone() for tensor in given]
-        aside.wait_stream(torch.cuda.current_stream(given[0].device))
-        with torch.cuda.stream(aside):
-            launch(*self.given)  # loads kernels and chooses algorithms, which a recording may not
-        aside.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=memory, stream=aside, capture_error_mode="thread_local"):  # other threads go on as they are
-            self.outputs = launch(*self.given)
+    given: list[Tensor]
+    graph: torch.cuda.CUDAGraph
+    outputs: Sequence[Tensor]
 
     def __call__(self, given: Sequence[Tensor]) -> list[Tensor]:
         for mine, theirs in zip(self.given, given, strict=True):
@@ -163,6 +166,8 @@ class InductorBackend(Backend):
             raise CompileError(f"backend 'inductor' {text}; use precision {self.precisions[0]} or backend 'openvino'")
         if no_device := self._no_device():
             raise CompileError(f"{_where(signature)} cannot be built for {self.device} by backend 'inductor' here: {no_device}")
+        if self.device != "cpu":
+            torch.backends.cudnn.allow_tf32 = False  # for the process, since engines ask as they run: convolutions in float32 would be rounded to 10 bits
         if cache is None:
             try:
                 with tempfile.TemporaryDirectory(prefix="reelstep-inductor-") as folder:
@@ -180,9 +185,9 @@ class InductorBackend(Backend):
 
     def _machine(self) -> list[str]:
         """What an engine is compiled for: the CPU in any case, which runs what calls the kernels of a GPU."""
-        cpu = [SKU.model, *sorted(SKU.features), str(torch.get_num_threads())]  # compiled for one thread, it stays with one
+        cpu = [SKU.model, *sorted(SKU.features)]
         if self.device == "cpu":
-            return cpu
+            return [*cpu, str(torch.get_num_threads())]  # compiled for one thread, it stays with one
         found = torch.cuda.get_device_properties(self.device)
         return [*cpu, found.name, f"{found.major}.{found.minor}", str(torch.version.cuda), str(self.autotune)]
 
@@ -218,6 +223,8 @@ class InductorBackend(Backend):
         """
         if self.device != "cpu":
             tuple(OPS.values())  # its engines call them by name, and one that is imported is known to torch
+            gc.collect()
+            torch.cuda.empty_cache()  # the library asks the driver for its weights' memory, and what a build has left torch keeps
         replayed = self.device != "cpu" and self.cuda_graphs  # then without events: it would ask whether they are over, which recorded ones are not
         try:
             package = AOTIModelPackageLoader(str(path), "model", replayed, 1, -1)  # as it was named, for one call at a time, on the current device

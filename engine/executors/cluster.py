@@ -325,7 +325,7 @@ class OnRay:
         host, port = self._wait(self.actors[0].open.remote(world), world.start_s, "start")
         self._serving = {self.actors[rank].serve.remote(rank, world, ranks, host, port): rank for rank in range(1, world.mesh.world)}
         try:
-            self._rows: dict[Key, int] = _heard(self._wait(self.actors[0].start.remote(world, ranks), 2 * world.start_s, "start"))
+            self._rows: dict[Key, int] = _heard(self._wait(self.actors[0].start.remote(world, ranks), world.start_s + world.load_s, "start"))
         except Unavailable as error:
             raise Unavailable(self._ended() or str(error), retry_after_s=RETRY_S) from error
         executables = {key: partial(self._evaluate, *key) for key in self._rows}

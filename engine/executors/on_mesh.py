@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.bundle import AGAIN, Bundle
 from reelstep.compiler.load import arch_here, build_engine, check_mesh, choose
-from reelstep.compiler.part import Part
 from reelstep.compiler.program import Precision
+from reelstep.compiler.sharded import check_part
+from reelstep.compiler.skus import is_gpu
 from reelstep.compiler.skus.cpu import SKU
 from reelstep.compiler.storage import seal, sealed
 from reelstep.engine.executors.bundles import Stored
@@ -28,14 +30,12 @@ from reelstep.engine.runner import Runner
 from reelstep.engine.samplers.step_cache import PIECES
 from reelstep.errors import BundleError, ConfigError
 from reelstep.parallel.collectives import Communicator
-from reelstep.parallel.mesh import Mesh, divisors, shares
-from reelstep.parallel.rules import RULES, matching
-from reelstep.parallel.shard import counts_of
+from reelstep.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-START_S, COLLECTIVE_S, SILENCE_S = 600.0, 60.0, 4.0
-"""Ranks export and build their graphs at every start; on a busy machine that takes minutes."""
+START_S, LOAD_S, COLLECTIVE_S, SILENCE_S = 600.0, 3600.0, 60.0, 4.0
+"""Ranks export their graphs at every start, which takes minutes on a busy machine; TensorRT may take many more for each engine that is not in the cache."""
 BOUNDS = Bounds(starts=3, window_s=600.0, reruns=2)
 
 
@@ -68,9 +68,13 @@ class BundleRanks:
 def open_on_mesh(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None, allowance: Allowance = BOUNDS.calls) -> Restarting:
     """The bundle's programs on a mesh of processes, of which this one is rank 0, and started again when a rank is lost.
 
-    Warns of a mesh larger than this machine's cores. Raises, before any process starts, as `ranks_of`; then what a replica's start raises.
+    Warns of a mesh larger than this machine's cores. Raises, before any process starts, as `ranks_of`, and ConfigError for ranks on GPUs; then what a
+    replica's start raises.
     """
     ranks = ranks_of(bundle, mesh, cache, backend)
+    if is_gpu(arch_here(bundle, BACKENDS[ranks.sharded.backend])):
+        text = f"{bundle.path} on mesh {mesh} by backend {ranks.sharded.backend!r}: ranks beside this process share a CPU"
+        raise ConfigError(f"{text}; add `--cluster local`, whose ranks have a GPU each, or run it on the CPU with `--backend openvino`")
     if mesh.world > SKU.units:
         log.warning("mesh %s has %d ranks, and this machine %d cores: they wait for each other", mesh, mesh.world, SKU.units)
     return Restarting([partial(start, world_of(mesh, "gloo"), ranks)], replace(BOUNDS, calls=allowance))
@@ -97,7 +101,7 @@ def ranks_of(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None
 
 
 def world_of(mesh: Mesh, transport: str) -> World:
-    return World(mesh, transport, start_s=START_S, collective_s=COLLECTIVE_S, silence_s=SILENCE_S)
+    return World(mesh, transport, start_s=START_S, load_s=LOAD_S, collective_s=COLLECTIVE_S, silence_s=SILENCE_S)
 
 
 def spec_of(bundle: Bundle) -> ModelSpec:
@@ -114,20 +118,6 @@ def spec_of(bundle: Bundle) -> ModelSpec:
     if pieces := sorted({program for program, _ in bundle.signatures} & set(PIECES)):
         raise ConfigError(f"{bundle.path} has {', '.join(pieces)} for step caches, which no rank can share; compile it without --step-cache")
     return spec
-
-
-def check_part(part: Part, mesh: Mesh, model: str) -> None:
-    """Raises ConfigError where ranks along tp, or the Ulysses ranks of cp with the heads that tp leaves to one, outnumber what they would share."""
-    rules, module = RULES[part.rules], part.empty()
-    exchanged = [path for path, rule in rules.attention.items() if rule.exchange == "context" and "cp" in {rules.axes[a] for a in rule.keys}]
-    attending = set(matching(dict.fromkeys(exchanged, True), [path for path, _ in module.named_modules()]))
-    for counted, (logical, count) in counts_of(module, rules).items():
-        axis = rules.axes[logical]
-        own = min(shares(count, mesh.size(axis), f"{logical} of {model!r} on mesh {mesh}")) if axis else count
-        if counted.rpartition(".")[0] in attending and own < mesh.ulysses:
-            ring = next(r for r in divisors(mesh.cp) if mesh.cp // r <= own)
-            text = f"mesh {mesh} leaves {own} of the {count} {logical} of {model!r} to {mesh.ulysses} ranks of cp, which need at least 1 each"
-            raise ConfigError(f"{text}; use ring={ring}, by which fewer ranks share {logical}, or less of cp or tp")
 
 
 def weights_file(bundle: Bundle, spec: ModelSpec, cache: Path) -> Path:

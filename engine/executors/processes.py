@@ -59,7 +59,8 @@ class World:
 
     mesh: Mesh
     transport: str  # of torch.distributed: "gloo", "nccl"
-    start_s: float  # until every rank has come, and until it has loaded
+    start_s: float  # until every rank has come
+    load_s: float  # then until it has loaded, and built what is not in its cache
     collective_s: float  # of one collective
     silence_s: float  # without a heartbeat, then a rank counts as lost
 
@@ -163,7 +164,7 @@ class Processes:
             _tell(store, "go", {})
             self._comm = _join(0, world, store)
             self._local = ranks.load(self._comm)
-            self._collect("loaded", world.start_s)
+            self._collect("loaded", world.load_s)
             _tell(store, "test", {})
             self._test_links(self._comm)
         except BaseException:
@@ -348,7 +349,7 @@ def serve_rank(rank: int, world: World, ranks: Ranks, host: str, port: int) -> N
         comm = _join(rank, world, store)
         models = ranks.load(comm)
     _tell(store, f"loaded/{rank}", {})
-    _hear(store, "test", world.start_s)
+    _hear(store, "test", world.load_s)
     with _reporting(store, "tested", rank):
         comm.self_test()
     _tell(store, f"tested/{rank}", {})

@@ -38,6 +38,7 @@ from reelstep.benchmarks.gpu_check import (
     large_examples,
     rank_pieces,
     run_parts,
+    unfinished,
     worst,
     wrong,
 )
@@ -195,6 +196,44 @@ def test_a_part_that_fails_or_takes_too_long_keeps_its_rows_and_stops_no_other(b
     assert rows[1]["note"] == "RuntimeError: no such instruction"
     assert "stopped after its 0.1 s" in rows[3]["note"]
     assert wrong(rows) == ["c: value"]
+
+
+def test_a_device_that_is_lost_ends_no_part_that_has_processes_of_its_own(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(_: Bench) -> Iterator[Finding]:
+        monkeypatch.setattr(torch.cuda, "synchronize", lost)
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    def lost(_: torch.device) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    def finds(_: Bench) -> Iterator[Finding]:
+        yield Finding("found")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    bench.device = torch.device("cuda")
+    rows = run_parts(bench, [Part("a", 5, finds), Part("b", 5, breaks), Part("c", 5, finds), Part("d", 5, finds, alone=True)], tell=lambda line: None)
+    assert [(row["part"], row["what"]) for row in rows] == [("a", "found"), ("b", "failed"), ("c", "failed"), ("d", "found")]
+    assert rows[2]["note"].startswith("not run: the device was lost in part 'b': AcceleratorError: an illegal memory access")
+    assert unfinished(rows) == ["b", "c"]
+    assert {part.name for part in PARTS if part.alone} == {"correctness", "end to end"}
+
+
+def test_an_op_that_fails_is_a_row_and_the_others_are_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    attention = replace(gpu_check.ATTENTIONS["sdpa"], run=fails)
+    entries = {name: attention if name == "sdpa" else gpu_check.ATTENTIONS[name] for name in gpu_check.ATTENTIONS}
+    monkeypatch.setattr(gpu_check, "ATTENTIONS", entries)
+    monkeypatch.setattr(gpu_check, "check_op", fails)
+    monkeypatch.setattr(Bench, "moved", lambda self, what, *_, **__: fails() if what == "swiglu" else Finding(what))
+    rows = run_parts(bench, [Part("kernels", 60, gpu_check.memory_bound), Part("attention", 60, gpu_check.attention_rates)], tell=lambda line: None)
+    failed = [row for row in rows if row["note"] == "RuntimeError: no such instruction"]
+    assert [row["what"] for row in failed] == ["swiglu failed", "attention sdpa failed"]
+    assert len([row for row in rows if row["part"] == "kernels"]) == len(OPS) - 1
+    assert any(row["what"].startswith("torch scaled") and row["right"] for row in rows)
+    assert unfinished(rows) == ["kernels", "attention"]
+    assert gpu_check._check_op(("swiglu", torch.float32, bench.device)) == Finding("swiglu float32 failed", right=False, note=failed[0]["note"])
 
 
 def ends_itself(_: Bench) -> Iterator[Finding]:

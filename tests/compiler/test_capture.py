@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,6 +76,22 @@ def test_what_cannot_be_captured_names_program_profile_line_and_cause(function: 
         capture(program(function), PROFILE)
     assert "\n" not in str(raised.value)
     assert capsys.readouterr().err == "", "the error says it all"
+
+
+@pytest.mark.parametrize("function", [torch.rand_like, torch.bernoulli, torch.nn.functional.dropout, lambda x: attention(x, 0.5)])
+def test_what_draws_random_numbers_is_refused_with_its_line(function: Callable[..., Tensor]) -> None:
+    with pytest.raises(CompileError, match=r"'p' at profile 'n4' draws random numbers, .* as an input, or leave it out: aten\..* at \S+\.py:\d+, `"):
+        capture(program(function), PROFILE)
+
+
+@pytest.mark.parametrize("function", [nn.Dropout(), lambda x: torch.nn.functional.dropout(x, training=False), lambda x: attention(x, 0.0)])
+def test_what_could_draw_and_does_not_is_captured(function: Callable[..., Tensor]) -> None:
+    x = torch.randn(2, 4)
+    assert torch.equal(capture(program(function), PROFILE).module()(x), function(x) if not isinstance(function, nn.Dropout) else x)
+
+
+def attention(x: Tensor, dropout: float) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(*(x[:, None, :, None] for _ in range(3)), dropout_p=dropout).flatten(1)
 
 
 def test_a_size_without_a_number_and_a_name_that_is_no_file_name_are_refused() -> None:

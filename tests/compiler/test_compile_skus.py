@@ -225,6 +225,16 @@ def test_a_mesh_whose_ranks_cannot_run_is_refused_before_any_work(
     assert not out.exists()
 
 
+def test_what_a_gpus_machine_does_not_build_is_planned_there_as_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    sku, planned = SKUS["h100-sxm"], ("bfloat16", "h100-sxm has native bfloat16")
+    assert choose_precision("tensorrt", sku, None, portable=True) == planned
+    monkeypatch.setattr(load_module, "detect", lambda: sku)  # one with the GPU, and without TensorRT
+    assert choose_precision("tensorrt", sku, None, portable=True) == planned
+    assert choose_precision("tensorrt", sku, None, Mesh.parse("tp=2")) == planned, "ranks build their own"
+    with pytest.raises(CompileError, match="backend 'tensorrt' does not run on this machine"):
+        choose_precision("tensorrt", sku, None)
+
+
 @pytest.mark.parametrize("mesh", ["cp=4", "tp=2", "cfg=2,cp=2,tp=2"])
 def test_tensorrt_takes_ulysses_and_tensor_parallel_meshes(mesh: str) -> None:
     assert choose_precision("tensorrt", SKUS["h100-sxm"], None, Mesh.parse(mesh))[0] == "bfloat16"

@@ -255,6 +255,18 @@ def test_engines_without_weights_need_no_room_for_them_and_their_builds_are_told
     assert mine == [(f"apart: build {program} {profile}", 0, len(done)), (f"apart: build {program} {profile}: tactics", 0, len(done))]
 
 
+def test_of_engines_that_may_leave_weights_on_the_host_the_largest_is_loaded_last(portable: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = list(portable.signatures)
+    assert len(keys) == 3
+    needs = dict(zip(keys, (3, 1, 2), strict=True))
+    monkeypatch.setattr(load_module, "choose", lambda *_: (Apart(), "float32"))
+    monkeypatch.setattr(load_module, "weights_of_engines", lambda *_: needs)
+    told: list[str] = []
+    engines = load(portable, tmp_path, progress=lambda stage, *_: told.append(stage))
+    assert [" ".join(key) for key in sorted(keys, key=needs.__getitem__)] == [stage.removeprefix("apart: ") for stage in told if stage.count(":") == 1][:3]
+    assert list(engines) == keys
+
+
 @pytest.fixture(scope="module")
 def for_h200(tmp_path_factory: pytest.TempPathFactory, programs: tuple[Program, ...]) -> Bundle:
     """Planned for a GPU that is not here, with the one backend that needs nothing of it, and marked as if it ran."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reelstep import __main__ as cli
-from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.backends.tensorrt import NOT_RUN
 from reelstep.compiler.compile import capture_all, compile_model, make_plan
 from reelstep.compiler.describe import describe, describe_json
@@ -23,7 +22,7 @@ from reelstep.compiler.load import axes_of, check_mesh, load
 from reelstep.compiler.part import Part
 from reelstep.compiler.plan import Plan, ProgramPlan, RankPlan, Sent, spans
 from reelstep.compiler.program import Profile, Program
-from reelstep.compiler.sharded import check_ranks, plan_ranks
+from reelstep.compiler.sharded import check_even, plan_ranks
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
 from reelstep.engine.executors.on_mesh import ranks_of
@@ -49,6 +48,10 @@ def build_uneven() -> MovieGenTransformer:
 
 def build_even() -> MovieGenTransformer:
     return MovieGenTransformer(EVEN)
+
+
+def build_seven() -> MovieGenTransformer:
+    return MovieGenTransformer(replace(EVEN, width=56, heads=7))
 
 
 def odd_programs(module: MovieGenTransformer) -> tuple[Program, ...]:
@@ -184,17 +187,30 @@ def test_a_mesh_that_is_too_large_and_a_process_that_is_a_rank_are_refused() -> 
     assert not dist.is_initialized()
 
 
-def test_ranks_are_checked_before_any_capture_and_against_what_their_backend_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_are_even_or_refused_before_any_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("reelstep.compiler.sharded.capture_all")
-    tensorrt, eager = BACKENDS["tensorrt"], BACKENDS["eager"]
     uneven = r"program 'denoise' at profile 'p' on mesh cp=2: .* uneven shares, of 1,008 and 936 and 672 values, and backend 'tensorrt' exchanges even ones"
     with pytest.raises(ConfigError, match=uneven):
-        check_ranks([ODD_PART], Mesh.parse("cp=2"), tensorrt)  # 14 and 13 tokens by 3 and 2 heads of 8, for q, k and v
-    check_ranks([ODD_PART], Mesh.parse("cp=2"), eager)
+        check_even([ODD_PART], Mesh.parse("cp=2"), "tensorrt")  # 14 and 13 tokens by 3 and 2 heads of 8, for q, k and v
+    with pytest.raises(ConfigError, match="uneven shares"):
+        check_even([replace(EVEN_PART, build=f"{__name__}:build_seven")], Mesh.parse("cp=2,tp=2"), "tensorrt")  # rank 0 has 4 of 7 heads, the last 3
     for mesh in ("cp=2", "cp=4", "tp=3", "cp=2,tp=2"):
-        check_ranks([EVEN_PART], Mesh.parse(mesh), tensorrt)
-    with pytest.raises(ConfigError, match=r"on mesh cp=2,tp=3: 1 attention heads cannot be split over 2 ranks"):
-        check_ranks([EVEN_PART], Mesh.parse("cp=2,tp=3"), eager)  # rank 0 has 2 of the 4 heads, the last has 1
+        check_even([EVEN_PART], Mesh.parse(mesh), "tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "backend", "text"),
+    [
+        ("cp=3", "tensorrt", "'denoise' at profile 'video' on mesh cp=3: ranks would exchange uneven shares"),
+        ("cp=2,tp=3", "null", "mesh cp=2,tp=3 leaves 1 of the 4 heads of 'reel-tiny' to 2 ranks of cp, which need at least 1 each; use ring=2"),
+    ],
+)
+def test_the_command_line_refuses_a_mesh_that_no_rank_could_run_before_the_work(
+    mesh: str, backend: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reelstep.engine.build.hash_weights", lambda _: pytest.fail("work began"))
+    assert cli.main(["compile", "reel-tiny", "--sku", "h100-sxm", "--backend", backend, "--mesh", mesh, "-o", str(tmp_path / "x.reel")]) == 2
+    assert text in capsys.readouterr().err
 
 
 def test_a_plan_of_a_mesh_survives_json_and_names_every_rank() -> None:

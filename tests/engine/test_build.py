@@ -248,14 +248,14 @@ def test_who_stops_while_engines_are_built_finds_the_bundle_done(compile_toy, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "build_here", stop)
+        patch.setattr(build, "load", stop)
         with pytest.raises(KeyboardInterrupt):
             compile_toy(backend="eager", precision="float32")
     assert not compile_toy(backend="eager", precision="float32")[1]
 
 
 def test_a_portable_bundle_is_not_made_again_either_and_leaves_engines_to_others(compile_toy, monkeypatch):
-    monkeypatch.setattr(build, "build_here", lambda *_: pytest.fail("engines were built"))
+    monkeypatch.setattr(build, "load", lambda *_, **__: pytest.fail("engines were built"))
     assert compile_toy(backend="eager", precision="float32", portable=True)[1]
     assert not compile_toy(backend="eager", precision="float32", portable=True)[1]
 

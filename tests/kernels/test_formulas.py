@@ -219,6 +219,23 @@ def test_a_package_is_looked_for_once_and_not_at_every_call(monkeypatch: pytest.
     assert len(asked) <= 1
 
 
+def test_a_package_for_another_torch_is_as_good_as_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from reelstep.kernels import attention_fa3
+
+    def breaks(_: str) -> None:
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(attention_fa3, "find_spec", lambda _: "here")
+    monkeypatch.setattr(attention_fa3, "import_module", breaks)
+    attention_fa3.lacks.cache_clear()
+    try:
+        assert choose("auto", torch.randn(1, 1, 4, 8), None).name == "sdpa"
+        with pytest.raises(ConfigError, match="package flash_attn_interface cannot be imported: undefined symbol"):
+            choose("fa3", torch.randn(1, 1, 4, 8), None)
+    finally:
+        attention_fa3.lacks.cache_clear()
+
+
 def test_vectors_of_a_batch_row_are_not_written_out_for_every_token() -> None:
     """Whatever they are cut from: a gigabyte each at 73,728 tokens of width 6144."""
     rows, chunk, turned = torch.randn(2, 8), torch.randn(2, 48).chunk(6, -1)[1], torch.randn(8, 2).mT

@@ -108,6 +108,14 @@ def test_a_model_in_one_piece_has_no_step_cache_to_fit(tmp_path, capsys):
     assert "does not come in the pieces" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("data", [b"GIF89a" + bytes(range(128, 256)) * 100, b"a cat", b"[" * 200_000])
+def test_a_file_that_is_no_json_is_refused_in_a_line_without_what_is_in_it(tmp_path, data):
+    (tmp_path / "cat.gif").write_bytes(data)
+    with pytest.raises(ConfigError) as caught:
+        load_fitted([tmp_path / "cat.gif"], MODELS["reel-tiny"], "0" * 64)
+    assert str(caught.value) == f"{tmp_path / 'cat.gif'} is not a JSON file; `reelstep fit` writes such a file"
+
+
 @pytest.mark.parametrize("damage", [{"steps": 5}, {"schedule": "karras"}, {"solver": "gone"}])
 def test_linear_ag_enters_a_bundle_only_for_the_solver_table_it_was_fitted_to(fit, tmp_path, damage):
     data = json.loads(fit("linear-ag").read_text())

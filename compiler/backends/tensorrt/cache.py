@@ -22,7 +22,7 @@ from torch import Tensor
 
 from reelstep.compiler.backends import Graph, Watch
 from reelstep.compiler.backends.tensorrt.build import STREAM_ABOVE, build_plan, row_ranges
-from reelstep.compiler.backends.tensorrt.engine import Plan, TensorRtExecutable
+from reelstep.compiler.backends.tensorrt.engine import Plan, TensorRtExecutable, check_links
 from reelstep.compiler.backends.tensorrt.network import Network, convert, lower
 from reelstep.compiler.backends.tensorrt.records import Records
 from reelstep.compiler.graphs import dump_graph
@@ -85,16 +85,20 @@ def _make(graph: Graph, signature: Signature, precision: Precision, cache: Path 
     structure = dump_graph(exported)  # first: lowering changes the graph in place
     with Records() as records:
         network = convert(lower(exported, signature, precision), signature, records)
+        collectives = any(len(ranks) > 1 for ranks in network.groups.values())
+        if collectives:
+            check_links(device)  # before minutes of work
         streams = network.weight_bytes > STREAM_ABOVE * torch.cuda.mem_get_info(device)[1]
         timings = cache and cache / f"tensorrt-{digest(machine(device))}.timings"
         path = cache and cache / f"tensorrt-{plan_key(structure, signature, precision, network, streams, machine(device))}.plan"
         if path is not None and sealed(path):
             data = path.read_bytes()
         else:
+            torch.cuda.empty_cache()  # what torch keeps for itself TensorRT cannot try its kernels in
             data = build_plan(network, signature, timings, streams, records, watch)
             if path is not None:
                 seal(path, lambda temporary: write_file(temporary, data))
-    return Plan(data, network.inputs, network.outputs, network.weights, any(len(ranks) > 1 for ranks in network.groups.values()), path)
+    return Plan(data, network.inputs, network.outputs, network.weights, collectives, path)
 
 
 def keep(entry: Path, plan: Plan) -> None:

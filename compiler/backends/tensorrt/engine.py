@@ -7,7 +7,6 @@ an engine and what surrounds it, and Torch-TensorRT needs torch's CUDA anyway.
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch_tensorrt.logging import TRT_LOGGER
 
-from reelstep.compiler.backends import Executable
+from reelstep.compiler.backends import AT_WORK, Executable
+from reelstep.compiler.backends.recording import record
 from reelstep.compiler.backends.tensorrt.build import STREAM_ABOVE, row_ranges
 from reelstep.compiler.backends.tensorrt.records import Records
 from reelstep.compiler.signature import Edge, Signature, torch_dtype
 from reelstep.errors import CompileError, InternalError, Unavailable
-
-log = logging.getLogger(__name__)
 
 TRT_DTYPES = {
     torch.float32: trt.DataType.FLOAT, torch.bfloat16: trt.DataType.BF16, torch.float16: trt.DataType.HALF, torch.float8_e4m3fn: trt.DataType.FP8,
@@ -78,6 +76,8 @@ class TensorRtExecutable(Executable):
         with self.records, torch.cuda.device(device):
             self.runtime = trt.Runtime(TRT_LOGGER)
             self.records.watch(self.runtime)
+            if plan.collectives:
+                check_links(device)
             torch.cuda.empty_cache()  # what torch keeps for itself TensorRT cannot have, and it counts as taken
             self.engine = self.runtime.deserialize_cuda_engine(plan.data)
             if self.engine is None:
@@ -87,7 +87,6 @@ class TensorRtExecutable(Executable):
             self._check_edges()
             self.buffers = self._allocate()
             self.workspace = self.buffers.pop(WORKSPACE)
-            self.communicator = world_communicator(device) if plan.collectives else None  # here: ranks load in one order, and call in any
             self.contexts: dict[int, trt.IExecutionContext] = {}
             self.stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -125,28 +124,23 @@ class TensorRtExecutable(Executable):
     def _run(self, rows: int) -> None:
         if rows in self.graphs:
             self.graphs[rows].replay()
-            return
-        if rows not in self.contexts:
-            self.contexts[rows] = self._context(rows)
-        self._enqueue(self.contexts[rows])
-        if self.records_graphs:
-            self._record(rows)
-
-    def _record(self, rows: int) -> None:
-        """Runs a second time, into a graph: the first run of a shape does work that a graph must not hold.
-
-        Where it cannot be recorded the outputs of the first run stand, and this executable goes on without more graphs: right, and slower to launch.
-        """
-        self.stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):  # ends the capture whatever happens in it
-                self._enqueue(self.contexts[rows])
-        except (InternalError, RuntimeError) as error:
-            self.records_graphs = False
-            log.warning("%s cannot be recorded as a CUDA graph, and runs without, its kernels launched one by one: %s", self.where, error.__context__ or error)
+        elif rows in self.contexts:
+            self._enqueue(self.contexts[rows])
         else:
-            self.graphs[rows] = graph
+            with AT_WORK:
+                self.contexts[rows] = context = self._context(rows)
+                self._enqueue(context)
+                if self.records_graphs:
+                    self._record(rows, context)
+
+    def _record(self, rows: int, context: trt.IExecutionContext) -> None:
+        """Runs a second time, into a graph. Where that cannot be, the outputs of the first run stand, and this executable goes on without more graphs."""
+        self.stream.synchronize()
+        found = record(lambda: self._enqueue(context), self.stream, self.where)
+        if found is None:
+            self.records_graphs = False
+        else:
+            self.graphs[rows] = found[0]
 
     def _enqueue(self, context: trt.IExecutionContext) -> None:
         if not context.execute_async_v3(self.stream.cuda_stream):
@@ -227,7 +221,7 @@ class TensorRtExecutable(Executable):
         self.stream.synchronize()
         for name, buffer in self.buffers.items():
             context.set_tensor_address(name, buffer.data_ptr())
-        if self.collectives and not context.set_communicator(self.communicator):
+        if self.collectives and not context.set_communicator(world_communicator(self.device)):
             raise CompileError(f"{self.where}: TensorRT refuses the communicator of the ranks. {self.records.explain()}")
         for name in self.inputs:
             if not context.set_input_shape(name, tuple(self.buffers[name][:rows].shape)):
@@ -239,16 +233,16 @@ class TensorRtExecutable(Executable):
         return context
 
 
-def world_communicator(device: torch.device) -> Any:
-    """The NCCL communicator of all ranks as TensorRT takes it: layers name the ranks that take part. Collective: ranks load engines in the same order.
-
-    Raises CompileError where ranks do not meet over NCCL on this device.
-    """
+def check_links(device: torch.device) -> None:
+    """Raises CompileError where ranks do not meet over NCCL on this device."""
     links = dist.get_backend_config() if dist.is_initialized() else "none"  # by device, such as "cpu:gloo,cuda:nccl"
     if f"{device.type}:nccl" not in links.split(","):
         text = f"ranks whose plans hold collectives meet over 'nccl', and here the links are {links}"
         raise CompileError(f"{text}; serve with --cluster, whose ranks have a GPU each")
-    dist.all_reduce(torch.zeros(1, device=device))  # NCCL makes its communicator at the first use
+
+
+def world_communicator(device: torch.device) -> Any:
+    """The NCCL communicator of all ranks as TensorRT takes it: layers name the ranks that take part. NCCL has made it when the ranks tested their links."""
     group: Any = dist.group.WORLD
     make = ctypes.pythonapi.PyCapsule_New
     make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]

@@ -16,16 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 from zipfile import ZipFile
 
 import pytest
 import torch
 from torch import Tensor
 
-from reelstep.compiler.backends import BACKENDS, inductor
+from reelstep.compiler.backends import BACKENDS, Executable, inductor
 from reelstep.compiler.backends.inductor import InductorBackend, Replayed
 from reelstep.compiler.capture import capture
+from reelstep.compiler.load import Later
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.mixed_precision import mixed_precision
 from reelstep.compiler.passes.quantise import Scheme, linears, quantise
@@ -302,21 +303,77 @@ def test_a_call_is_recorded_once_for_each_number_of_rows_and_then_replayed(prete
     assert one[1] is two[1], "memory of a pool is given again on the stream that it was taken on"
 
 
-def test_engines_are_recorded_one_after_the_other(pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_recorded_is_launched_and_warned_of_once(pretended: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    @contextmanager
+    def refuses_two_rows(graph: PretendGraph, **how: Any) -> Iterator[None]:
+        with recording(graph, **how):
+            yield
+        if launched[-1] == 2:
+            raise torch.AcceleratorError("operation failed due to a previous error during capture")
+
+    launched: list[int] = []
+
+    def doubles(x: Tensor) -> list[Tensor]:
+        launched.append(len(x))
+        return [2 * x]
+
+    monkeypatch.setattr(torch.cuda, "graph", refuses_two_rows)
+    signature = Signature("p", "any", (Edge("x", "float32", (3,)),), (Edge("y", "float32", (3,)),), 4)
+    executable = Replayed(doubles, signature, "cpu")
+    for _ in range(3):
+        x = torch.randn(2, 3)
+        assert torch.equal(executable({"x": x})["y"], 2 * x)
+    assert launched == [2, 2, 2, 2, 2], "to warm up, to be recorded, and three times since it could not be"
+    (warning,) = caplog.messages
+    assert warning.startswith("program 'p' at profile 'any' of 2 rows cannot be recorded as a CUDA graph, and runs without")
+    executable.open(3)
+    assert executable.recorded[3] is not None, "other numbers of rows may"
+
+
+def test_engines_are_recorded_one_after_the_other_and_not_while_one_is_made(pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:
     busy, most = Lock(), []
 
-    def record(*_: object) -> Callable[[object], list[Tensor]]:
+    def alone(*_: object) -> tuple[PretendGraph, list[Tensor]]:
         most.append(busy.acquire(blocking=False))
         time.sleep(0.05)
         busy.release()
-        return lambda given: []
+        return PretendGraph(), []
 
-    monkeypatch.setattr(inductor, "Recording", record)
+    def make() -> Executable:
+        alone()
+        return Replayed(list, signature, "cpu")
+
+    monkeypatch.setattr(inductor, "record", alone)
     signature = Signature("p", "any", (Edge("x", "float32", (3,)),), (), 1)
-    with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(Replayed(list, signature, "cpu").open, 1) for _ in range(4)]:
+    works = [Replayed(lambda _: [], signature, "cpu") for _ in range(3)] + [Later(signature, make, lambda: None)] * 2
+    with ThreadPoolExecutor(5) as pool:
+        for done in [pool.submit(work.open, 1) for work in works]:
             done.result()
-    assert most == [True] * 4
+    assert most == [True] * 5, "three, and another that was made before it was recorded"
+
+
+def test_an_engine_for_a_gpu_is_kept_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    found = []
+    for threads in (1, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append((InductorBackend(device="cuda")._machine(), InductorBackend()._machine()))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1], "on a CPU it is compiled for them"
+
+
+def test_before_a_gpus_engine_is_loaded_memory_is_given_back_and_float32_is_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    did: list[str] = []
+    backend = InductorBackend(device="cuda", cuda_graphs=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: did.append("empty"))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(InductorBackend, "_package", lambda *_: did.append(f"package, TF32 {torch.backends.cudnn.allow_tf32}"))
+    monkeypatch.setattr(inductor, "AOTIModelPackageLoader", lambda *_: did.append("load"))
+    signature = Signature("p", "any", (Edge("x", "float32", (3,)),), (), 1)
+    backend.build(lambda: pytest.fail("it is packaged"), signature, "float32", None, "key")
+    assert did == ["package, TF32 False", "empty", "load"]
 
 
 @pytest.mark.gpu

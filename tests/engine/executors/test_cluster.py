@@ -54,7 +54,7 @@ STORE_BYTES = 80 << 20
 
 
 def world(mesh: str = "") -> World:
-    return World(Mesh.parse(mesh), "gloo", start_s=120.0, collective_s=20.0, silence_s=4.0)
+    return World(Mesh.parse(mesh), "gloo", start_s=120.0, load_s=120.0, collective_s=20.0, silence_s=4.0)
 
 
 class Nodes:

@@ -32,7 +32,7 @@ Row = tuple[float, float]
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Path]]:
     folder = tmp_path_factory.mktemp("halves")
-    begin = partial(start, World(Mesh.parse("cfg=2"), "gloo", start_s=60.0, collective_s=20.0, silence_s=4.0), Halves(folder))
+    begin = partial(start, World(Mesh.parse("cfg=2"), "gloo", start_s=60.0, load_s=60.0, collective_s=20.0, silence_s=4.0), Halves(folder))
     engine = engine_on(Restarting([begin], Bounds(starts=3, window_s=60.0, reruns=2)))
     yield engine, folder
     engine.close(1.0)

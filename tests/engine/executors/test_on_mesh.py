@@ -18,8 +18,9 @@ from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.compile import compile_model
 from reelstep.compiler.part import Part
 from reelstep.compiler.plan import Quantised
+from reelstep.compiler.sharded import check_part
 from reelstep.engine.executors import on_mesh
-from reelstep.engine.executors.on_mesh import check_part, open_on_mesh
+from reelstep.engine.executors.on_mesh import open_on_mesh
 from reelstep.engine.loop import open_engine
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import ModelSpec
@@ -119,6 +120,13 @@ def test_what_cannot_be_sharded_is_refused(
     monkeypatch.setattr(on_mesh, "MODELS", {"small": registered})
     with pytest.raises(error, match=words):
         open_on_mesh(bundle, Mesh.parse(mesh), tmp_path)
+
+
+@pytest.mark.usefixtures("no_process")
+def test_ranks_of_one_process_share_no_gpu(small: ModelSpec, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_mesh, "arch_here", lambda *_: "sm90")
+    with pytest.raises(ConfigError, match=r"on mesh cp=2 by backend 'eager': ranks beside this process share a CPU; add `--cluster local`"):
+        open_on_mesh(bundle, Mesh.parse("cp=2"), tmp_path)
 
 
 def test_a_quantised_bundle_is_refused(small: ModelSpec, bundle: Bundle) -> None:

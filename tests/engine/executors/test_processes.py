@@ -30,7 +30,7 @@ from reelstep.parallel.mesh import Mesh
 
 
 def world(mesh: str, collective_s: float = 60.0, start_s: float = 120.0) -> World:
-    return World(Mesh.parse(mesh), "gloo", start_s=start_s, collective_s=collective_s, silence_s=4.0)
+    return World(Mesh.parse(mesh), "gloo", start_s=start_s, load_s=start_s, collective_s=collective_s, silence_s=4.0)
 
 
 def add(*values: float) -> Call:

@@ -318,7 +318,7 @@ class Killable:
 
         def begin() -> Processes:
             ranks = then if then and self.made else Toy(self.folder, **options)
-            replica = start(World(Mesh.parse("tp=2"), "gloo", start_s=60.0, collective_s=20.0, silence_s=4.0), ranks)
+            replica = start(World(Mesh.parse("tp=2"), "gloo", start_s=60.0, load_s=60.0, collective_s=20.0, silence_s=4.0), ranks)
             self.made.append(replica)
             return replica
 

@@ -248,6 +248,7 @@ WRONG: dict[str, tuple[Mapping[str, Tensor], dict[str, str], str]] = {
     "shape": (pairs(1.0) | {"transformer.blocks.0.q.lora_A.weight": torch.ones(1, 4)}, {}, r"is \[1, 4\]; layer 'blocks.0.q' takes \[rank, 3\]"),
     "numbers": (pairs(1.0) | {"transformer.blocks.0.q.lora_B.weight": NAN}, {}, "numbers that are not finite"),
     "kind of numbers": (pairs(1.0) | {"transformer.blocks.0.q.lora_B.weight": COMPLEX}, {}, "holds numbers of type C64; save it as one of F64, F32, F16"),
+    "whole numbers": (pairs(1.0) | {"transformer.blocks.0.q.lora_B.weight": NAN.int()}, {}, "holds numbers of type I32; save it as one of .* F8_E5M2$"),
     "no configuration": (pairs(1.0, prefix=PEFT), {}, "PEFT keeps alpha in adapter_config.json, and there is none beside it"),
     "no table": (pairs(1.0), {"lora_adapter_metadata": "[1]"}, "its configuration is not PEFT's"),
     "no number": (pairs(1.0), {"lora_adapter_metadata": '{"transformer.lora_alpha": [8]}'}, "its configuration is not PEFT's"),
@@ -272,7 +273,7 @@ def test_what_is_no_safetensors_file_is_refused(uploads: tuple[Client, Engine], 
     client, _ = uploads
     for data in (b"PK\x03\x04 a pickle in a zip", bytes(8), b"\xff" * 100):
         (tmp_path / "file").write_bytes(data)
-        with pytest.raises(InvalidRequest, match="file: LoRA 'neon': "):
+        with pytest.raises(InvalidRequest, match="file: LoRA 'neon': no safetensors file, or not a whole one"):
             client.load_lora("neon", tmp_path / "file")
     with pytest.raises(InvalidRequest, match=r"file: cannot read .*nothing: No such file"):
         client.load_lora("neon", tmp_path / "nothing")

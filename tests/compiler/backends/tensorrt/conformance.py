@@ -37,7 +37,7 @@ from torch_tensorrt.dynamo.conversion import DYNAMO_ATEN_CONVERTERS  # noqa: E40
 from torch_tensorrt.dynamo.lowering.passes.fuse_distributed_ops import tensorrt_fused_nccl_reduce_scatter_op  # noqa: E402
 
 from reelstep.compiler import sources  # noqa: E402
-from reelstep.compiler.backends import unwatched  # noqa: E402
+from reelstep.compiler.backends import recording, unwatched  # noqa: E402
 from reelstep.compiler.backends.tensorrt import cache, collectives, engine, network  # noqa: E402
 from reelstep.compiler.backends.tensorrt.records import Progress, Records  # noqa: E402
 from reelstep.compiler.capture import capture  # noqa: E402
@@ -290,7 +290,7 @@ def pretend(runtime: PretendEngine) -> Any:
     """TensorRT and CUDA on the CPU, for the backend's own part of a run: names, rows, addresses, weights, graphs."""
 
     class Recording:
-        def __init__(self, graph: PretendGraph, stream: Any, capture_error_mode: str) -> None:
+        def __init__(self, graph: PretendGraph, pool: Any, stream: Any, capture_error_mode: str) -> None:
             self.graph = graph
 
         def __enter__(self) -> None:
@@ -351,7 +351,7 @@ def check_run() -> dict[str, Any]:
         streamed = engine.TensorRtExecutable(plan_of(program), signature, torch.device("cpu"))
         streamed({"x": torch.zeros(2, 3), "n": torch.zeros(2, 1, dtype=torch.int64)})
     stubborn = PretendEngine(recordable=False)
-    with pretend(stubborn), mock.patch.object(engine.log, "warning") as warned:
+    with pretend(stubborn), mock.patch.object(recording.log, "warning") as warned:
         unrecorded = engine.TensorRtExecutable(plan_of(program), signature, torch.device("cpu"))
         ones = [unrecorded({"x": torch.ones(rows, 3), "n": torch.zeros(rows, 1, dtype=torch.int64)})["y"].tolist() for rows in (2, 1, 2)]
     return {
