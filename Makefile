@@ -52,7 +52,7 @@ test: lint
 
 bench: setup
 	@mkdir -p $(RESULTS)
-	set -e; for name in $$($(BIN)/reelstep bench | grep -vx gpu_check); do $(BIN)/reelstep bench $$name --json $(RESULTS)/$$name.json; done
+	set -e; for name in $$($(BIN)/reelstep bench | awk '$$1 != "gpu_check" { print $$1 }'); do $(BIN)/reelstep bench $$name --json $(RESULTS)/$$name.json; done
 
 # Without `setup`: the checkout is found through a link, as by mypy below. Exit code 2 says that there is no GPU.
 gpu-check:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from reelstep.engine.request import Event, Request
     from reelstep.engine.resolve import Ask, Engine, Served
     from reelstep.engine.result import Artifact, ClientEvent, Generation
+    from reelstep.registry import Registry
 
 T = TypeVar("T")
 USER_ERRORS = (ConfigError, InvalidRequest, UnsupportedRequest, NotFound, AlreadyExists)
@@ -950,11 +951,17 @@ def describe_artifact(path: Path, artifact: Artifact) -> str:
     return f"{path}  {artifact.width}x{artifact.height}{frames}, {len(artifact.data) / 1e3:.1f} kB, seed {artifact.seed}"
 
 
+def listed(registry: Registry[T]) -> str:
+    """A line for each entry: its name and what it is."""
+    width = max(map(len, registry))
+    return "\n".join(f"{name:<{width}}  {registry.about(name)}" for name in registry)
+
+
 def run_fit(args: argparse.Namespace) -> None:
     from reelstep.training.fits import FITS
 
     if args.name is None:
-        print("\n".join(FITS))
+        print(listed(FITS))
     else:
         FITS[args.name](args.arguments)
 
@@ -963,7 +970,7 @@ def run_bench(args: argparse.Namespace) -> None:
     from reelstep.benchmarks import BENCHMARKS
 
     if args.name is None:
-        print("\n".join(BENCHMARKS))
+        print(listed(BENCHMARKS))
     else:
         BENCHMARKS[args.name](args.arguments)
 

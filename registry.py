@@ -5,8 +5,11 @@ Adding a thing is one file and one line in its table: MODELS, SOLVERS, PIPELINES
 
 from __future__ import annotations
 
+from ast import get_docstring, parse
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from reelstep.errors import unknown
@@ -28,6 +31,13 @@ class Registry(Mapping[str, T], Generic[T]):
         module, attribute = self._entries[name].split(":")
         found: Any = getattr(import_module(module), attribute)
         return found  # type: ignore[no-any-return]
+
+    def about(self, name: str) -> str:
+        """What the module of an entry says of itself in its first line. It is read and not imported."""
+        found = find_spec(self._entries[name].split(":")[0])
+        assert found is not None
+        assert found.origin is not None
+        return (get_docstring(parse(Path(found.origin).read_bytes())) or "").partition("\n")[0]
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -104,6 +104,10 @@ class Finding:
     note: str = ""
 
 
+FAILED = "failed"
+"""How a row's `what` ends where something was not found."""
+
+
 def tried(what: str, find: Callable[[], Finding], right: bool | None = None) -> Finding:
     """A finding, or the row that says why there is none, so that others are found after it. right: of that row."""
     try:
@@ -114,9 +118,6 @@ def tried(what: str, find: Callable[[], Finding], right: bool | None = None) -> 
 
 def in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip()[:400]}"
-
-
-FAILED = "failed"
 
 
 def checked(what: str, error: float, allowed: float, seconds: float | None = None, note: str = "") -> Finding:

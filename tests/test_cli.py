@@ -15,11 +15,13 @@ from types import SimpleNamespace
 import pytest
 
 from reelstep import __main__ as cli
+from reelstep.benchmarks import BENCHMARKS
 from reelstep.compiler.backends.tensorrt import NOT_RUN
 from reelstep.compiler.plan import Plan
 from reelstep.errors import ConfigError
 from reelstep.tests.engine.service.fake_engine import FakeEngine, FakeModel
 from reelstep.tests.engine.service.in_process import Served, served, wait_until
+from reelstep.training.fits import FITS
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,14 @@ def test_compile_says_what_of_a_backend_nobody_has_seen_on_hardware(monkeypatch:
     monkeypatch.setattr("reelstep.engine.build.build_bundle", lambda *_, **__: bundle)
     assert cli.main(["compile", "reel-tiny", "--sku", "b200"]) == 0
     assert f"\n{NOT_RUN}\nleft to b200: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("table", ["bench", "fit"])
+def test_benchmarks_and_fits_are_listed_with_what_they_are(table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([table]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list({"bench": BENCHMARKS, "fit": FITS}[table])
+    assert all(len(line.split()) > 5 for line in lines)
 
 
 def test_a_port_that_is_taken_is_one_line_of_ours() -> None:

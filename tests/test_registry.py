@@ -58,3 +58,10 @@ def test_a_table_keeps_its_entries_when_the_mapping_it_was_made_from_changes() -
     table: Registry[object] = Registry("shape", entries)
     entries["triangle"] = "fractions:Fraction"
     assert list(table) == ["square"]
+
+
+def test_a_table_tells_of_an_entry_without_importing_it() -> None:
+    table: Registry[object] = Registry("game", {"snake": "turtledemo.chaos:main"})
+    assert Registry("shape", {"square": "fractions:Fraction"}).about("square") == "Fraction, infinite-precision, rational numbers."
+    assert isinstance(table.about("snake"), str)
+    assert "turtledemo.chaos" not in sys.modules

@@ -1,4 +1,4 @@
-"""`reelstep fit adaptive-guidance`: the threshold at which Adaptive Guidance lets go of a model's null branch."""
+"""The threshold at which Adaptive Guidance lets go of a model's null branch: `reelstep fit adaptive-guidance`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`reelstep fit bespoke`: a Bespoke solver for one model, NFE and scale."""
+"""A Bespoke solver for one model, NFE and scale: `reelstep fit bespoke`."""
 
 from __future__ import annotations
 

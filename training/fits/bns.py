@@ -1,4 +1,4 @@
-"""`reelstep fit bns`: a BNS solver for one model, NFE and scale."""
+"""A BNS solver for one model, NFE and scale: `reelstep fit bns`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`reelstep fit linear-ag`: LinearAG for one model, solver and scale."""
+"""LinearAG for one model, solver and scale: `reelstep fit linear-ag`."""
 
 from __future__ import annotations
 

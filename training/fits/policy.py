@@ -1,4 +1,4 @@
-"""`reelstep fit policy`: at which evaluations a model needs guidance, and at which scale, within a budget of forwards."""
+"""At which evaluations a model needs guidance, and at which scale, within a budget of forwards: `reelstep fit policy`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`reelstep fit step-cache`: the options with which a step cache skips a wanted share of a model's evaluations."""
+"""The options with which a step cache skips a wanted share of a model's evaluations: `reelstep fit step-cache`."""
 
 from __future__ import annotations
 
