@@ -8,6 +8,7 @@ which nothing was measured on, run through the engines that will be written and 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,9 +26,11 @@ from reelstep.compiler.passes.decompose_ops import decompose_ops
 from reelstep.compiler.passes.quantise import Counting, Grid, Quantising, Scheme, Stored, Watching, quantisable, quantise, quantise_weight
 from reelstep.compiler.plan import RUN_BY, Kept, ProgramPlan, Quality, Quantised
 from reelstep.compiler.program import Precision
-from reelstep.compiler.skus import SKUS, Sku
+from reelstep.compiler.skus import SKUS, Sku, is_gpu
 from reelstep.compiler.write_bundle import Captured
 from reelstep.errors import CompileError, ConfigError
+
+log = logging.getLogger(__name__)
 
 Key = tuple[str, str]
 Engines = Mapping[Key, Executable]
@@ -95,7 +98,7 @@ class Quantisation:
         return [self.scheme, self.max_error, self.min_psnr_db, self.requests.identity]
 
     def check(self, backend: str, sku: Sku) -> None:
-        """Raises ConfigError where the backend or the SKU cannot do it."""
+        """Raises ConfigError where the backend or the SKU cannot do it, and warns where it gains nothing but size."""
         if not multiplies(self.scheme, sku):
             rate = RATES[self.scheme]
             known = ", ".join(name for name, other in SKUS.items() if rate.peak in other.peak_flops)
@@ -104,6 +107,8 @@ class Quantisation:
             instead = engines_for(self.scheme, sku)
             advice = " or ".join(instead) if instead else f"null, which only plans it, or {runs_there(sku)}"
             raise ConfigError(f"{self.scheme} with backend {backend!r} on {sku.name}, which makes nothing of it; use {advice}")
+        if self.scheme == "int8" and not is_gpu(sku.arch) and not sku.int8:
+            log.warning("%s has no VNNI and no AMX: what is quantised to int8 runs there in float32, as right as elsewhere and no faster", sku.model)
 
 
 def multiplies(scheme: Scheme, sku: Sku) -> bool:

@@ -34,12 +34,12 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from reelstep.compiler.backends import AT_WORK, Backend, Executable, Graph
-from reelstep.compiler.backends.recording import record
 from reelstep.compiler.capture import log_levels, quiet_torch
 from reelstep.compiler.graphs import weights_of
 from reelstep.compiler.passes.cast_weights import cast_weights
 from reelstep.compiler.passes.mixed_precision import mixed_precision
 from reelstep.compiler.program import Precision
+from reelstep.compiler.recording import record
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import is_gpu
 from reelstep.compiler.skus.cpu import SKU

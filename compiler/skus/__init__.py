@@ -40,6 +40,11 @@ class Sku:
         """Whether matrix products in bfloat16 are native."""
         return bool(self.features & {"avx512_bf16", "amx_bf16", "sm80", "sm89", "sm90", "sm100", "sm120"})
 
+    @property
+    def int8(self) -> bool:
+        """Whether a CPU sums products of 8-bit integers in 32 bits. One without VNNI or AMX sums pairs in 16, where they are cut off."""
+        return bool(self.features & {"avx512_vnni", "avx_vnni", "amx_int8"})
+
 
 SKUS: Registry[Sku] = Registry(
     "SKU",

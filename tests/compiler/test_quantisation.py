@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -330,3 +331,9 @@ def test_keys_that_are_values_are_heard_apart_and_what_is_not_finite_is_refused(
     assert [watching.ranges[part_of("attention", part)][1] for part in "qkv"] == [1, 2, 2]
     with pytest.raises(CompileError, match="nothing can be calibrated on that"):
         watching.run(torch.ones(1, 2, 4, 8), torch.full((1, 2, 4, 8), math.nan))
+
+
+@pytest.mark.parametrize(("features", "warned"), [({"avx2"}, True), ({"avx2", "avx_vnni"}, False)])
+def test_a_cpu_without_products_of_8_bits_is_warned_of(features, warned, caplog):
+    Quantisation("int8", 0.2, 10.0, Requests()).check("openvino", replace(SKUS["cpu"], features=frozenset(features)))
+    assert ("has no VNNI and no AMX: what is quantised to int8 runs there in float32" in caplog.text) is warned

@@ -181,8 +181,8 @@ class OpenVinoBackend(Backend):
             raised = Raised()
             model = lower(exported, signature, precision, raised)
             variants = variants_of(signature, has_collectives(model))
-            compiled = {rows: core.compile_model(for_batch(model, signature, rows), DEVICE, _options(ALONE)) for rows, _ in variants}
-            ready = {v: partial(_given, compiled[v.rows]) if v.lanes == 1 else partial(_again, core, compiled[v.rows], _options(v)) for v in variants}
+            compiled = {rows: core.compile_model(for_batch(model, signature, rows), DEVICE, options_of(ALONE)) for rows, _ in variants}
+            ready = {v: partial(_given, compiled[v.rows]) if v.lanes == 1 else partial(_again, core, compiled[v.rows], options_of(v)) for v in variants}
             return OpenVinoExecutable(ready, signature, raised)
         machine = "\n".join([key, precision, ov.__version__, SKU.model, str(SKU.units), *sorted(SKU.features)])
         name = f"openvino-{hashlib.sha256(machine.encode()).hexdigest()}"
@@ -195,14 +195,16 @@ class OpenVinoBackend(Backend):
 
             model = lower(exported, signature, precision)
             for rows, path in paths.items():
-                made = core.compile_model(for_batch(model, signature, rows), DEVICE, _options(ALONE))
+                made = core.compile_model(for_batch(model, signature, rows), DEVICE, options_of(ALONE))
                 seal(path, partial(_save, made))
-        return OpenVinoExecutable({v: partial(_open, core, paths[v.rows], _options(v)) for v in variants}, signature)
+        return OpenVinoExecutable({v: partial(_open, core, paths[v.rows], options_of(v)) for v in variants}, signature)
 
 
-def _options(variant: Variant) -> dict[str, Any]:
+def options_of(variant: Variant) -> dict[str, Any]:
     # float32 where the graph does not say otherwise: the bfloat16 hint would round the sums as well
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": SKU.units // variant.lanes}
+    if not SKU.int8:  # OpenVINO would multiply integers all the same, and be wrong by up to a fifth
+        options["LP_TRANSFORMS_MODE"] = "NO"
     # each lane is an engine of its own, and pinned they would all sit on the first cores; streams of one engine share weights that some layers spoil
     return options if variant.lanes == 1 else {**options, "ENABLE_CPU_PINNING": False}
 

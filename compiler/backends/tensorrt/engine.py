@@ -19,9 +19,9 @@ from torch import Tensor
 from torch_tensorrt.logging import TRT_LOGGER
 
 from reelstep.compiler.backends import AT_WORK, Executable
-from reelstep.compiler.backends.recording import record
 from reelstep.compiler.backends.tensorrt.build import STREAM_ABOVE, row_ranges
 from reelstep.compiler.backends.tensorrt.records import Records
+from reelstep.compiler.recording import record
 from reelstep.compiler.signature import Edge, Signature, torch_dtype
 from reelstep.errors import CompileError, InternalError, Unavailable
 

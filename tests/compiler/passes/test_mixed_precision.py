@@ -137,7 +137,7 @@ def test_so_do_cumulative_sums():
 @pytest.mark.parametrize("kept", [3, 0])
 def test_a_mask_of_the_least_float32_hides_keys_and_makes_no_nan(kept):
     def attended(x, keep):
-        mask = (1.0 - (torch.arange(x.shape[1]) < keep).float())[:, None] * torch.finfo(torch.float32).min
+        mask = (1.0 - (torch.arange(x.shape[1]) < keep).to(x.dtype))[:, None] * torch.finfo(torch.float32).min  # torch misreads one of another dtype
         return nn.functional.scaled_dot_product_attention(*[x[:, None]] * 3, attn_mask=mask[:, None])[:, 0]
 
     torch.manual_seed(0)

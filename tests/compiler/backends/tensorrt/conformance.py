@@ -36,8 +36,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch_tensorrt.dynamo.conversion import DYNAMO_ATEN_CONVERTERS  # noqa: E402
 from torch_tensorrt.dynamo.lowering.passes.fuse_distributed_ops import tensorrt_fused_nccl_reduce_scatter_op  # noqa: E402
 
-from reelstep.compiler import sources  # noqa: E402
-from reelstep.compiler.backends import recording, unwatched  # noqa: E402
+from reelstep.compiler import recording, sources  # noqa: E402
+from reelstep.compiler.backends import unwatched  # noqa: E402
 from reelstep.compiler.backends.tensorrt import cache, collectives, engine, network  # noqa: E402
 from reelstep.compiler.backends.tensorrt.records import Progress, Records  # noqa: E402
 from reelstep.compiler.capture import capture  # noqa: E402
