@@ -135,8 +135,8 @@ def add_compile(commands: Commands) -> None:
     examples = "  reelstep compile reel-tiny\n  reelstep compile reel-tiny -o fast --precision bf16 --explain\n"
     parser = add_command(commands, "compile", run_compile, text, examples)
     parser.add_argument("model", metavar="MODEL", help="a model's name; a wrong one prints those there are")
-    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="bundle to write (MODEL.reel)")
-    parser.add_argument("--fitted", type=Path, action="append", default=[], metavar="FILE", help="made by `reelstep fit`; may be repeated")
+    parser.add_argument("-o", "--out", type=parse_path, metavar="DIR", help="bundle to write (MODEL.reel)")
+    parser.add_argument("--fitted", type=parse_path, action="append", default=[], metavar="FILE", help="made by `reelstep fit`; may be repeated")
     split = "add the denoiser in pieces, on the same weights, for requests with a step cache; they take memory where they are loaded"
     parser.add_argument("--step-cache", action="store_true", help=split)
     fuses = "fuse a LoRA into the weights: safetensors, strength 1 if not given; may be repeated; it costs nothing to run"
@@ -151,7 +151,7 @@ def add_compile(commands: Commands) -> None:
     parser.add_argument("--backend", help="what executes the programs (openvino on a CPU, tensorrt elsewhere; inductor runs on both)")
     portable = "build no native engines, as ever for a SKU that is not here: `reelstep finalize` does on the target"
     parser.add_argument("--portable", action="store_true", help=portable)
-    parser.add_argument("--sign", type=Path, metavar="KEY", help="sign the bundle with this private key of `reelstep keygen`")
+    parser.add_argument("--sign", type=parse_path, metavar="KEY", help="sign the bundle with this private key of `reelstep keygen`")
     add_precision(parser)
     add_cache(parser)
 
@@ -163,34 +163,34 @@ def add_quantisation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-error", type=float, metavar="X", help=keeps)
     parser.add_argument("--min-psnr", type=float, metavar="DB", help=f"fail if other requests come out worse than this, to float32 ({MIN_PSNR_DB:g})")
     asks = f"one a line: the first {QUANTISE_PROMPTS} of the first half to measure layers on, of the second half to compare (the model's own kind)"
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help=asks)
+    parser.add_argument("--prompts", type=parse_path, metavar="FILE", help=asks)
 
 
 def add_finalize(commands: Commands) -> None:
     text = "Build the native engines of a bundle on the machine that will run it. What is in the cache stays, so it may be stopped and run again."
     examples = "  reelstep finalize reel-tiny.reel\n  reelstep finalize reel-tiny.reel --require-signature release.pub --cache engines\n"
     parser = add_command(commands, "finalize", run_finalize, text, examples)
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("bundle", type=parse_path, metavar="BUNDLE")
     add_engine_options(parser)
 
 
 def add_sign(commands: Commands) -> None:
     text = "Sign a bundle: its manifest, and by the hashes there every file of it."
     parser = add_command(commands, "sign", run_sign, text, "  reelstep sign reel-tiny.reel --key release.key\n")
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    parser.add_argument("--key", type=Path, required=True, metavar="KEY", help="the private one of `reelstep keygen`")
+    parser.add_argument("bundle", type=parse_path, metavar="BUNDLE")
+    parser.add_argument("--key", type=parse_path, required=True, metavar="KEY", help="the private one of `reelstep keygen`")
 
 
 def add_keygen(commands: Commands) -> None:
     text = "Make a pair of ed25519 keys: NAME.key signs bundles and is secret, NAME.pub goes to those who serve them."
     parser = add_command(commands, "keygen", run_keygen, text, "  reelstep keygen release\n")
-    parser.add_argument("name", type=Path, metavar="NAME")
+    parser.add_argument("name", type=parse_path, metavar="NAME")
 
 
 def add_inspect(commands: Commands) -> None:
     text = "Show what a bundle holds, and verify its hashes."
     parser = add_command(commands, "inspect", run_inspect, text, "  reelstep inspect reel-tiny.reel\n  reelstep inspect reel-tiny.reel --json\n")
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("bundle", type=parse_path, metavar="BUNDLE")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
@@ -215,10 +215,10 @@ def add_plan(commands: Commands) -> None:
     parser.add_argument("--guidance", choices=("cfg", "none"), help="cfg: a velocity is two forwards (the model's default)")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the denoiser (all that the SKU has)")
     parser.add_argument("--price", type=float, metavar="P", help="of one device for an hour, in any currency, to print what a video costs")
-    parser.add_argument("--corrections", type=Path, metavar="FILE", help="what `reelstep bench planner` measured on the SKU")
+    parser.add_argument("--corrections", type=parse_path, metavar="FILE", help="what `reelstep bench planner` measured on the SKU")
     parser.add_argument("--top", type=int, default=12, metavar="N", help="choices to print (12)")
     parser.add_argument("--json", action="store_true", help="all choices, and all that was dropped, for programs")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw where the time goes in the best ones: .png, .svg or .pdf")
+    parser.add_argument("--plot", type=parse_path, metavar="FILE", help="also draw where the time goes in the best ones: .png, .svg or .pdf")
 
 
 def add_serve(commands: Commands) -> None:
@@ -230,7 +230,7 @@ def add_serve(commands: Commands) -> None:
         "  reelstep serve reel-tiny.reel --replicas 2 --mesh cp=2 --cluster head:6379\n"
     )
     parser = add_command(commands, "serve", run_serve, text, examples)
-    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
+    parser.add_argument("bundles", type=parse_path, nargs="+", metavar="BUNDLE")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=50051, help="0 takes a free one and prints it (50051)")
     parser.add_argument("--allow-plaintext", action="store_true", help="listen without encryption where other machines can connect")
@@ -247,7 +247,7 @@ def add_serve(commands: Commands) -> None:
     add_engine_options(parser)
     add_mesh(parser)
     states = "keep states of running requests here; a server that is started again goes on with those that are asked for again"
-    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help=states)
+    parser.add_argument("--checkpoints", type=parse_path, metavar="DIR", help=states)
     parser.add_argument("--checkpoint-every", type=int, default=4, metavar="K", help="steps between two of them (4)")
     group = parser.add_argument_group("replicas", "outside this process, on Ray: pip install 'reelstep[cluster]'")
     number = "replicas of all bundles, or LEAST:MOST to have as many as the load needs (1 with --cluster, else none)"
@@ -304,7 +304,7 @@ def add_sample(commands: Commands) -> None:
     text = "The same as generate, without a server: load one bundle, run one request."
     examples = '  reelstep sample reel-tiny.reel "a yellow star bounces" -o star.gif --solver heun --steps 10\n'
     parser = add_command(commands, "sample", run_sample, text, examples)
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("bundle", type=parse_path, metavar="BUNDLE")
     parser.add_argument("prompt", metavar="PROMPT", help="what to show, in words")
     adds = "add this LoRA, strength 1 if not given, for a bundle compiled with --lora-rank; may be repeated"
     parser.add_argument("--lora", type=parse_lora, action="append", default=[], metavar="FILE[=X]", help=adds)
@@ -315,7 +315,7 @@ def add_sample(commands: Commands) -> None:
 
 def add_fit(commands: Commands) -> None:
     text = "Fit a solver or guidance to a model; without a name, list what can be fitted."
-    parser = add_command(commands, "fit", run_fit, text, "  reelstep fit\n  reelstep fit bns reel-tiny --nfe 8 -o bns_8.json\n")
+    parser = add_command(commands, "fit", run_fit, text, "  reelstep fit\n  reelstep fit bns reel-tiny --nfe 5 -o bns_5.json\n")
     parser.add_argument("name", nargs="?", metavar="NAME")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of that fit; all take MODEL, -o FILE and --help")
 
@@ -329,8 +329,8 @@ def add_bench(commands: Commands) -> None:
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation", "what is left out is the model's default")
-    group.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the suffix chooses the format: .mp4 .webp .gif .png")
-    group.add_argument("--image", type=Path, metavar="FILE", help="a picture to animate: PNG, JPEG, WebP or GIF")
+    group.add_argument("-o", "--out", type=parse_path, required=True, metavar="FILE", help="the suffix chooses the format: .mp4 .webp .gif .png")
+    group.add_argument("--image", type=parse_path, metavar="FILE", help="a picture to animate: PNG, JPEG, WebP or GIF")
     group.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
     group.add_argument("--seed", type=int, help="the same seed gives the same result; drawn and printed if absent")
     group.add_argument("--count", type=int, metavar="N", help="how many, with seeds counting up; writes FILE-0, FILE-1, ...")
@@ -358,7 +358,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine", "what is left out is the bundle's plan")
     group.add_argument("--backend", help="execute with this one instead")
     signed = "take only bundles that this public key signed; may be repeated"
-    group.add_argument("--require-signature", type=Path, action="append", default=[], metavar="KEY", help=signed)
+    group.add_argument("--require-signature", type=parse_path, action="append", default=[], metavar="KEY", help=signed)
     add_precision(group)
     add_cache(group)
 
@@ -376,7 +376,13 @@ def add_precision(parser: argparse._ActionsContainer) -> None:
 
 
 def add_cache(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="compiled engines ($REELSTEP_CACHE, else ~/.cache/reelstep)")
+    parser.add_argument("--cache", type=parse_path, metavar="DIR", help="compiled engines ($REELSTEP_CACHE, else ~/.cache/reelstep)")
+
+
+def parse_path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name; give a file or a folder, or leave the option out")
+    return Path(text)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -450,6 +456,7 @@ def tell_stage(stage: str, done: int, total: int) -> None:
 
 
 def run_compile(args: argparse.Namespace) -> None:
+    from reelstep.compiler.backends import BACKENDS
     from reelstep.compiler.bundle import sign_bundle
     from reelstep.compiler.describe import not_run
     from reelstep.compiler.load import on_this_machine
@@ -473,7 +480,9 @@ def run_compile(args: argparse.Namespace) -> None:
     print(f"{bundle.path}  {bundle.total_bytes / 1e6:.1f} MB, plan {bundle.plan.hash[:16]}{f', signed by {bundle.signed_by}' if key else ''}")
     if unseen := not_run(bundle.plan):
         print(unseen)
-    if not bundle.has_weights:
+    if not BACKENDS[backend].runs:
+        print(f"a plan alone: backend {backend!r} computes nothing; read it with `reelstep inspect {bundle.path}`")
+    elif not bundle.has_weights:
         print(f"a plan alone: model {args.model!r} comes without weights, so that nothing can run it; read it with `reelstep inspect {bundle.path}`")
     elif bundle.plan.mesh:
         there = "" if on_this_machine(args.sku) else f" on {args.sku}"
@@ -551,7 +560,9 @@ def run_inspect(args: argparse.Namespace) -> None:
         print(json.dumps(describe_json(bundle), indent=2))
     else:
         served = ServedModel.of(bundle)
-        print(describe(bundle) + describe_loras(served.settings) + describe_menus(served), end="")
+        menus = describe_menus(served)
+        note = "measured without quantisation:\n" if bundle.plan.quality and menus else ""
+        print(describe(bundle) + describe_loras(served.settings) + note + menus, end="")
 
 
 def describe_loras(settings: ModelSettings) -> str:
@@ -585,14 +596,19 @@ def describe_menus(model: Served) -> str:
 def run_plan(args: argparse.Namespace) -> None:
     from typing import get_args
 
-    from reelstep.compiler.planner import device_of, explain, plot, rank, read_device, to_json
+    from reelstep.compiler.planner import check_plot, device_of, explain, plot, rank, read_device, to_json
     from reelstep.compiler.program import Precision
     from reelstep.compiler.skus import SKUS, detect
     from reelstep.engine.models import MODELS
+    from reelstep.parallel.mesh import MOST_RANKS
 
     for option, value in (("--gpus", args.gpus), ("--top", args.top), ("--frames", args.frames), ("--price", args.price)):
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{option} {value:g}; a number above 0")
+    if args.gpus > MOST_RANKS:
+        raise ConfigError(f"--gpus {args.gpus}; at most {MOST_RANKS}")
+    if args.plot:
+        check_plot(args.plot)
     spec = MODELS[args.model]
     sku = SKUS[args.sku] if args.sku else detect()
     device = read_device(args.corrections, sku) if args.corrections else device_of(sku)
@@ -603,6 +619,7 @@ def run_plan(args: argparse.Namespace) -> None:
     print(json.dumps(to_json(ranking, args.price), indent=2) if args.json else explain(ranking, args.top, args.price), end="\n" if args.json else "")
     if args.plot:
         plot(ranking, args.top, args.plot)
+        print(f"wrote {args.plot}", file=sys.stderr)
 
 
 def planned_samplings(settings: ModelSettings, args: argparse.Namespace) -> list[Sampling]:

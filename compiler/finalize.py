@@ -13,9 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from reelstep.compiler.backends import Backend
+from reelstep.compiler.backends import BACKENDS, Backend
 from reelstep.compiler.bundle import Bundle
-from reelstep.compiler.load import NotInCacheError, Progress, build_engine, check_memory, choose, in_gb, not_read, silent, telling, weights_of_engines
+from reelstep.compiler.load import (
+    NotInCacheError,
+    Progress,
+    build_engine,
+    check_memory,
+    check_weights,
+    choose,
+    in_gb,
+    not_read,
+    silent,
+    telling,
+    weights_of_engines,
+)
 from reelstep.compiler.program import Precision
 from reelstep.compiler.skus import SKUS
 from reelstep.compiler.storage import check_writable, free_bytes, watch_seals
@@ -49,6 +61,7 @@ def finalize(
     StorageError if `cache` cannot be written or its disk has too little room (where engines hold their weights), all before anything is built; and whatever
     the backend raises.
     """
+    check_weights(bundle, BACKENDS[backend or bundle.plan.backend])
     if bundle.plan.mesh:
         text = f"was planned for mesh {bundle.plan.mesh_name}: its ranks build their own engines when it is opened, so there is nothing to finalize"
         raise CompileError(f"{bundle.path} {text}. Open it with `reelstep serve {bundle.path} --mesh {bundle.plan.mesh_name}`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import count
@@ -22,6 +23,8 @@ from reelstep.parallel.mesh import GIVEN, Mesh
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with what begins, how many steps are done, and how many there are; 0 where nobody knows, as of what is made only if it is called."""
@@ -122,6 +125,8 @@ def choose_alone(bundle: Bundle, backend: str | None, precision: Precision | Non
     chosen, wanted = choose(bundle, backend, precision)
     if chosen.runs:
         check_mesh(bundle, None)
+    else:
+        log.warning("backend %r computes nothing: whatever is asked of %s comes out as zeros", chosen.name, bundle.path)
     return chosen, wanted
 
 
@@ -129,6 +134,7 @@ def choose(bundle: Bundle, backend: str | None, precision: Precision | None) -> 
     """What executes the bundle here, and how. Raises as `load`."""
     name = backend or bundle.plan.backend
     chosen = BACKENDS[name]
+    check_weights(bundle, chosen)
     if chosen.runs and name == bundle.plan.backend:
         check_sku(bundle)
     chosen = chosen.on(arch_here(bundle, chosen))
@@ -139,9 +145,13 @@ def choose(bundle: Bundle, backend: str | None, precision: Precision | None) -> 
     default = bundle.plan.precision if name == bundle.plan.backend else chosen.default_precision()[0]
     wanted = precision or default
     check_precision(chosen, wanted)
-    if chosen.runs and not bundle.has_weights:
-        raise CompileError(f"bundle {bundle.path} has no weights (it was compiled on the meta device); only backend 'null' can load it")
     return chosen, wanted
+
+
+def check_weights(bundle: Bundle, backend: Backend) -> None:
+    """Raises CompileError for a bundle without weights, but for a backend that computes nothing."""
+    if backend.runs and not bundle.has_weights:
+        raise CompileError(f"bundle {bundle.path} has no weights (it was compiled on the meta device); only backend 'null' can load it")
 
 
 def build_engine(

@@ -542,6 +542,17 @@ def to_json(ranking: Ranking, price: float | None = None) -> dict[str, Any]:
     }
 
 
+PLOTS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Raises ConfigError for what `plot` could not write: another suffix, a folder that is not there."""
+    if path.suffix not in PLOTS:
+        raise ConfigError(f"a plot {str(path)!r}; its name ends in one of {', '.join(PLOTS)}")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"a plot {str(path)!r}, and there is no folder {path.parent}; make it, or choose another")
+
+
 def plot(ranking: Ranking, top: int, path: Path) -> None:
     """Where the time goes in the best choices, as bars. Raises ConfigError where matplotlib is missing, StorageError where the file cannot be written."""
     try:
@@ -549,7 +560,7 @@ def plot(ranking: Ranking, top: int, path: Path) -> None:
     except ImportError as error:
         raise ConfigError("a plot needs matplotlib; pip install 'reelstep[bench]', or leave --plot out") from error
     chosen = ranking.choices[:top]
-    canvas = Canvas(figsize=(10, 1.2 + 0.35 * len(chosen)), layout="constrained")
+    canvas = Canvas(figsize=(10, 1.6 + 0.35 * len(chosen)), layout="constrained")
     axes = canvas.add_subplot()
     names = [f"{in_words(c.mesh)}, {c.precision}, {c.sampling.solver} {c.sampling.nfe} NFE" for c in chosen]
     left = [0.0] * len(chosen)
@@ -561,7 +572,7 @@ def plot(ranking: Ranking, top: int, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("predicted seconds of one video")
     axes.set_title(f"{ranking.workload.model} on {ranking.devices} x {ranking.device.sku.name}")
-    axes.legend()
+    canvas.legend(loc="outside lower center", ncols=len(BOUNDS))
     try:
         canvas.savefig(path)
     except (OSError, ValueError) as error:  # ValueError: a suffix it does not know

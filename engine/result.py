@@ -14,7 +14,7 @@ class Artifact:
 
     name: str
     media_type: str
-    data: bytes
+    data: bytes = field(repr=False)  # who prints an event wants to read it
     width: int
     height: int
     frames: int
@@ -27,7 +27,7 @@ class PreviewFile:
 
     step: int
     media_type: str
-    data: bytes
+    data: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ Axis = Literal["cfg", "cp", "tp", "ring", "ulysses"]
 """`ring` and `ulysses` are the two factors of `cp`."""
 
 GIVEN = ("cfg", "cp", "tp", "ring")
+MOST_RANKS = 1 << 16
 LINES: tuple[Axis, ...] = ("cfg", "cp", "tp", "ring", "ulysses")
 
 
@@ -23,7 +24,7 @@ LINES: tuple[Axis, ...] = ("cfg", "cp", "tp", "ring", "ulysses")
 class Mesh:
     """Ranks by axis. `ring`: how many ring stages `cp` has; the other factor of it exchanges heads for sequence (Ulysses).
 
-    Raises ConfigError for a size below 1, and where ring does not divide cp.
+    Raises ConfigError for a size below 1, more than `MOST_RANKS` in all, and where ring does not divide cp.
     """
 
     cfg: int
@@ -35,6 +36,8 @@ class Mesh:
         for axis in GIVEN:
             if getattr(self, axis) < 1:
                 raise ConfigError(f"mesh axis {axis}={getattr(self, axis)}; every axis has at least 1 rank")
+        if self.world > MOST_RANKS:
+            raise ConfigError(f"a mesh of cfg {self.cfg} x cp {self.cp} x tp {self.tp} ranks; it has at most {MOST_RANKS:,}")
         if self.cp % self.ring:
             raise ConfigError(f"ring={self.ring} does not divide cp={self.cp}; take one of {', '.join(str(n) for n in divisors(self.cp))}")
 

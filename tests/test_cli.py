@@ -163,6 +163,22 @@ def test_compile_ends_with_how_what_it_made_gets_its_engines(
     assert capsys.readouterr().out.endswith(ends)
 
 
+def test_compile_says_that_a_backend_computes_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan("toy", "1", "null", "b200", "sm100", {}, "bfloat16", "asked for", ())
+    bundle = SimpleNamespace(path=Path("y.reel"), total_bytes=10**6, plan=plan, signatures={("denoise", "video"): None}, has_weights=True)
+    monkeypatch.setattr("reelstep.engine.build.build_bundle", lambda *_, **__: bundle)
+    assert cli.main(["compile", "reel-tiny", "--sku", "b200", "--backend", "null"]) == 0
+    assert capsys.readouterr().out.endswith("a plan alone: backend 'null' computes nothing; read it with `reelstep inspect y.reel`\n")
+
+
+@pytest.mark.parametrize("arguments", [["compile", "reel-tiny", "--cache", ""], ["compile", "reel-tiny", "-o", ""], ["inspect", ""]])
+def test_an_empty_name_of_a_file_is_no_name(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "an empty name; give a file or a folder" in capsys.readouterr().err
+
+
 def test_compile_says_what_of_a_backend_nobody_has_seen_on_hardware(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan = Plan("toy", "1", "tensorrt", "b200", "sm100", {}, "bfloat16", "asked for", ())
     bundle = SimpleNamespace(path=Path("y.reel"), total_bytes=10**6, plan=plan, signatures={("denoise", "video"): None}, has_weights=True)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import copy as shallow
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from reelstep.compiler import storage
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.describe import describe, describe_json
+from reelstep.compiler.finalize import finalize
 from reelstep.compiler.load import load
 from reelstep.compiler.plan import canonical_json
 from reelstep.compiler.program import Profile, Program, TensorSpec
@@ -339,12 +341,19 @@ def test_a_description_names_programs_edges_and_hashes(bundle: Bundle) -> None:
     assert json.loads(json.dumps(describe_json(bundle)))["total_bytes"] == bundle.total_bytes
 
 
-def test_a_meta_model_needs_no_weights_file_and_loads_only_on_null(tmp_path: Path, programs: tuple[Program, ...], compile_toy: CompileToy) -> None:
+def test_a_meta_model_needs_no_weights_file_and_loads_only_on_null(
+    tmp_path: Path, programs: tuple[Program, ...], compile_toy: CompileToy, caplog: pytest.LogCaptureFixture
+) -> None:
     meta = replace(programs[1], module=deepcopy(programs[1].module).to("meta"))
     bundle = compile_toy(tmp_path / "meta.reel", (meta,), "null")
     assert not (bundle.path / "weights.safetensors").exists()
     found = load(bundle, None)["lookup", "l4"]({"ids": torch.zeros(3, 4, dtype=torch.int64)})
     assert found["sum"].shape == (3, 8)
     assert bundle.program("lookup", "l4").state_dict["table.weight"].is_meta
+    assert f"backend 'null' computes nothing: whatever is asked of {bundle.path} comes out as zeros" in caplog.text
     with pytest.raises(CompileError, match="only backend 'null'"):
         load(bundle, None, "eager")
+    shared = shallow(bundle)
+    shared.plan = replace(bundle.plan, backend="eager", mesh={"cp": 2})
+    with pytest.raises(CompileError, match="only backend 'null'"):
+        finalize(shared, tmp_path)

@@ -240,6 +240,23 @@ def test_a_plot_is_written_or_says_why_not(tmp_path: Path) -> None:
         plot(ranking, 4, tmp_path / "plan.nonsense")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--plot", "plan.bmp"], "a plot 'plan.bmp'; its name ends in one of .png, .svg, .pdf"),
+        (["--plot", "nowhere/plan.png"], "a plot 'nowhere/plan.png', and there is no folder nowhere; make it, or choose another"),
+        (["--gpus", "99999999999999999999"], "--gpus 99999999999999999999; at most 65536"),
+    ],
+)
+def test_what_a_plan_could_not_give_is_refused_before_it_is_made(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "planned_workload", lambda *_, **__: pytest.fail("it was planned"))
+    assert cli.main(["plan", "movie-gen-30b", "--sku", "h200-sxm", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_measured_rates_are_read_back_and_belong_to_their_sku(tmp_path: Path) -> None:
     sku = replace(SKUS["cpu"], peak_flops={"float32": 1e11}, bandwidth_bytes_per_s=2e10)
     measured = Device(sku, {"float32": replace(ASSUMED, product=Figure(0.9, "measured: here"))})

@@ -19,6 +19,8 @@ def test_a_mesh_is_read_and_printed() -> None:
 @pytest.mark.parametrize(
     ("text", "error", "words"),
     [
+        ("cp=99999999999999999999", ConfigError, "a mesh of cfg 1 x cp 99999999999999999999 x tp 1 ranks; it has at most 65,536"),
+        ("cfg=256,cp=256,tp=2", ConfigError, "it has at most 65,536"),
         ("cp=0", ConfigError, "at least 1"),
         ("cp=4,ring=3", ConfigError, "ring=3 does not divide cp=4; take one of 1, 2, 4"),
         ("cp4", ConfigError, "'cp4' is not axis=number"),

@@ -16,9 +16,9 @@ TEXT = """\
 Fit a BNS solver: all times and coefficients of a table of NFE velocities, to one model under one scale.
 
 examples:
-  reelstep fit bns reel-tiny --nfe 8 -o bns_8.json
-  reelstep compile reel-tiny --fitted bns_8.json       then: reelstep generate "..." --solver bns_8 -o out.mp4
-  torchrun --nproc-per-node 2 -m reelstep fit bns reel-tiny --nfe 8 -o bns_8.json       (docs/training.md)
+  reelstep fit bns reel-tiny --nfe 5 -o bns_5.json
+  reelstep compile reel-tiny --fitted bns_5.json       then: reelstep generate "..." --solver bns_5 -o out.mp4
+  torchrun --nproc-per-node 2 -m reelstep fit bns reel-tiny --nfe 5 -o bns_5.json       (docs/training.md)
 """
 
 
