@@ -184,7 +184,7 @@ def add_sign(commands: Commands) -> None:
 def add_keygen(commands: Commands) -> None:
     text = "Make a pair of ed25519 keys: NAME.key signs bundles and is secret, NAME.pub goes to those who serve them."
     parser = add_command(commands, "keygen", run_keygen, text, "  reelstep keygen release\n")
-    parser.add_argument("name", type=parse_path, metavar="NAME")
+    parser.add_argument("name", type=Path, metavar="NAME")
 
 
 def add_inspect(commands: Commands) -> None:
