@@ -244,7 +244,7 @@ def test_what_is_done_is_found_where_nothing_can_be_written(compile_toy, monkeyp
 
 
 def test_who_stops_while_engines_are_built_finds_the_bundle_done(compile_toy, monkeypatch):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
