@@ -248,7 +248,11 @@ def _check_op(asked: tuple[str, torch.dtype, torch.device]) -> Finding:
     name, dtype, device = asked
     torch.set_num_threads(1)
     with torch.inference_mode():
-        return tried(f"{name} {str(dtype).removeprefix('torch.')}", lambda: check_op(OPS[name], dtype, Bench(device, LARGE)), right=False)
+        return tried(in_dtype(name, dtype), lambda: check_op(OPS[name], dtype, Bench(device, LARGE)), right=False)
+
+
+def in_dtype(name: str, dtype: torch.dtype) -> str:
+    return f"{name} {str(dtype).removeprefix('torch.')}"
 
 
 def check_op(op: Op, dtype: torch.dtype, bench: Bench) -> Finding:
@@ -264,7 +268,7 @@ def check_op(op: Op, dtype: torch.dtype, bench: Bench) -> Finding:
         float32 = 4 * torch.finfo(torch.float32).eps if here else FROM_HALVES
         pairs.append(error_and_bound(found, op.reference(*arguments), op.reference(*doubled(arguments)), float32))
     error, allowed = worst(pairs)
-    return checked(f"{op.name} {str(dtype).removeprefix('torch.')}", error, allowed, note="kernel" if here else "no Triton kernel here: what the op runs")
+    return checked(in_dtype(op.name, dtype), error, allowed, note="kernel" if here else "no Triton kernel here: what the op runs")
 
 
 def ceilings(bench: Bench) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ Made = TypeVar("Made")
 
 log = logging.getLogger(__name__)
 
+
 def record(launch: Callable[[], Made], stream: torch.cuda.Stream, where: str, memory: Any = None) -> tuple[torch.cuda.CUDAGraph, Made] | None:
     """What `launch` puts on a stream, as a graph that does it again on the same memory, and what it gave. memory: a pool to take from, else one of its own.
 

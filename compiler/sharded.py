@@ -76,7 +76,7 @@ class _Even(TorchDispatchMode):
     """Inside, an all-to-all of different sizes is a ConfigError that names the backend."""
 
     def __init__(self, backend: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has not typed it
         self.backend = backend
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:

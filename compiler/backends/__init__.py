@@ -30,8 +30,8 @@ def unwatched(phase: str, done: int, total: int) -> None:
 
 
 AT_WORK = Lock()
-"""Held while an engine is built, loaded, run for the first time or recorded, in any thread of the process. Graphs are traced by one thread at a time; a build
-waits for the whole device, and to load kernels may, which must not be while another engine is recorded.
+"""Held, in any thread of the process, by who makes an engine while others run (`compiler.load.Later`), and for an engine's first run and its recording.
+Graphs are traced by one thread at a time; a build waits for the whole device, and to load kernels may, which must not be while another engine is recorded.
 """
 
 

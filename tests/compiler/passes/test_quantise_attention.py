@@ -144,7 +144,7 @@ def test_the_graph_is_saved_and_read_and_keeps_its_batch_dynamic():
         assert torch.equal(again(x_of(rows)), made.module()(x_of(rows)))
 
 
-@pytest.mark.skipif(not SKUS["cpu"].int8, reason="a CPU without 8-bit products")
+@pytest.mark.skipif(not SKUS["cpu"].int8, reason="a CPU without 8-bit products")  # it looks at nodes of integers, and there are none elsewhere
 @pytest.mark.parametrize("kind", ["plain", "scaled", "normed"])
 @pytest.mark.parametrize("precision", BACKENDS["openvino"].precisions)
 def test_openvino_runs_it_as_one_node_of_integers_that_moves_no_keys(precision, kind):

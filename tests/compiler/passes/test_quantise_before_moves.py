@@ -86,7 +86,7 @@ def test_the_layer_behind_a_moved_rounding_reads_float32_in_a_bfloat16_plan():
     assert attention.meta["val"].dtype is torch.bfloat16
 
 
-@pytest.mark.skipif(not SKUS["cpu"].int8, reason="a CPU without 8-bit products")
+@pytest.mark.skipif(not SKUS["cpu"].int8, reason="a CPU without 8-bit products")  # it looks at nodes of integers, and there are none elsewhere
 @pytest.mark.skipif("bfloat16" not in BACKENDS["openvino"].precisions, reason="a CPU without bfloat16, in which attention is one node")
 def test_openvinos_attention_writes_integers_and_the_layer_reads_them():
     made, signature, x = quantised()
