@@ -63,7 +63,7 @@ def conditions(seed: int) -> dict[str, Any]:
             versions[package] = "absent"
     sku = SKUS["cpu"]
     return {
-        "sku": sku.name, "machine": sku.model, "cores": sku.units, "system": f"{platform.system()} {platform.machine()}",
+        "sku": sku.name, "machine": sku.model, "arch": sku.arch, "cores": sku.units, "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(), "versions": versions, "commit": commit(), "seed": seed,
         "load_1min": round(os.getloadavg()[0], 2), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": command(sys.argv[1:]),

@@ -31,6 +31,11 @@ SECTIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "the captured graph with our ops taken apart, so that it may fuse all of it.",
         ("model", "rows", "dtype", "contender", "median_s", "p10_s", "p90_s", "ratio_to_eager_f32", "over_raw_openvino", "share_of_peak", "rel_l2"),
     ),
+    "engine_avx2": (
+        "The same on a CPU without bfloat16",
+        "All the contenders in float32, on a CPU whose widest instructions are AVX2.",
+        ("model", "rows", "contender", "median_s", "p10_s", "p90_s", "ratio_to_eager_f32", "over_raw_openvino", "share_of_peak", "rel_l2"),
+    ),
     "quantised": (
         "8 bits against bfloat16",
         "Through our engine, in turn. The aims were 1.5 with at least 35 dB on videos. PSNR and SSIM are of held-out requests' "
@@ -176,9 +181,15 @@ def section(name: str) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in c["versions"].items())
     return (
         f"## {title}\n{words}\n\n{markdown(data['rows'], columns)}\n\n"
-        f"`{c['command']}`.{notes}\n{c.get('gpu', c['machine'])}, {c['cores']} cores, Python {c['python']}, {versions}, commit {c['commit']}, "
+        f"`{c['command']}`.{notes}\n{machine(c)}, {c['cores']} cores, Python {c['python']}, {versions}, commit {c['commit']}, "
         f"seed {c['seed']}, {c['time']}.\n"
     )
+
+
+def machine(conditions: Mapping[str, Any]) -> str:
+    """Rows from before instruction sets were written down have none."""
+    arch = f" ({conditions['arch']})" if "arch" in conditions else ""
+    return str(conditions.get("gpu", conditions["machine"] + arch))
 
 
 def refresh_card() -> None:

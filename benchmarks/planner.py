@@ -26,7 +26,7 @@ from reelstep.compiler.backends import BACKENDS
 from reelstep.compiler.compile import compile_model
 from reelstep.compiler.cost import Transformer, transformer_of
 from reelstep.compiler.load import load
-from reelstep.compiler.planner import ASSUMED, Corrections, Device, Figure, Sampling, Workload, device_of, in_words, rank, spent_on_call
+from reelstep.compiler.planner import ASSUMED, Corrections, Device, Figure, Sampling, Workload, device_of, rank, spent_on_call
 from reelstep.compiler.program import Precision, Profile
 from reelstep.compiler.skus import SKUS
 from reelstep.engine.models import dit_mid, reel_tiny
@@ -210,7 +210,7 @@ def compare() -> list[Row]:
                 "who": one.who,
                 "published_s": one.seconds,
                 "predicted_s": best.latency_s,
-                "mesh": in_words(best.mesh),
+                "mesh": str(best.mesh),
                 "error": best.latency_s / one.seconds - 1 if implied <= 1 else None,
                 "implied_share_of_peak": implied,
                 "source": one.source,

@@ -17,7 +17,7 @@ from reelstep.compiler.capture import capture
 from reelstep.compiler.cost import graph_flops, graph_parameters
 from reelstep.compiler.cubins import with_kernels
 from reelstep.compiler.graphs import asked_at, dump_graph, ops_of, refused
-from reelstep.compiler.load import Progress, axes_of, check_precision, on_this_machine, silent
+from reelstep.compiler.load import Progress, check_precision, on_this_machine, silent
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.plan import Plan, ProgramPlan, Quality, RankPlan
 from reelstep.compiler.program import Precision, Profile, Program
@@ -74,7 +74,7 @@ def compile_model(
             captured, drafts, quantisation, backend if here else "eager", wanted if here else "float32", progress
         )  # fmt: skip
     plan = make_plan(model, version, backend, target, wanted, reason, drafts, quality)
-    plan = with_kernels(replace(plan, mesh=axes_of(mesh), ranks=tuple(ranks)), cache)
+    plan = with_kernels(replace(plan, mesh=mesh.axes if mesh else {}, ranks=tuple(ranks)), cache)
     progress(f"write {out}", len(drafts), len(drafts) + 1)
     write_bundle(out, plan=plan, captured=captured, settings=settings, solvers=solvers, fitted=fitted or {}, card=card)
     return Bundle.open(out)

@@ -18,7 +18,7 @@ from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS, Sku, detect, device_here, is_gpu
 from reelstep.compiler.sources import made_of
 from reelstep.errors import CompileError, NotFound
-from reelstep.parallel.mesh import GIVEN, Mesh
+from reelstep.parallel.mesh import Mesh, in_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -229,18 +229,13 @@ def in_gb(count: int) -> str:
     return f"{count / 1e9:.3g} GB"
 
 
-def axes_of(mesh: Mesh | None) -> Mapping[str, int]:
-    """As a plan has a mesh: the axes of more than one rank. None: one device."""
-    return {axis: size for axis in GIVEN if (size := getattr(mesh, axis)) > 1} if mesh else {}
-
-
 def check_mesh(bundle: Bundle, mesh: Mesh | None) -> None:
     """Raises CompileError for a bundle that was planned for another mesh. One that was planned for one device may be split as anybody likes."""
-    planned, asked = bundle.plan.mesh, axes_of(mesh)
+    planned, asked = bundle.plan.mesh, mesh.axes if mesh else {}
     if not planned or planned == asked:
         return
-    here, option = (f"mesh {mesh}", f" --mesh {mesh}") if asked else ("one device", "")
-    text = f"{bundle.path} was planned for mesh {bundle.plan.mesh_name}, and is to be opened on {here}"
+    option = f" --mesh {mesh}" if asked else ""
+    text = f"{bundle.path} was planned for mesh {bundle.plan.mesh_name}, and is to be opened on {in_words(asked)}"
     raise CompileError(f"{text}. Open it with `--mesh {bundle.plan.mesh_name}`, or compile one for here: `reelstep compile {bundle.plan.model}{option}`")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from reelstep.compiler.program import Precision
 from reelstep.errors import BundleError
+from reelstep.parallel.mesh import in_words
 
 
 def canonical_json(data: Any, indent: int | None = 1) -> bytes:
@@ -208,8 +209,7 @@ class Plan:
 
     @property
     def mesh_name(self) -> str:
-        """As `--mesh` takes it."""
-        return ",".join(f"{axis}={size}" for axis, size in self.mesh.items()) or "one device"
+        return in_words(self.mesh)
 
     @property
     def hash(self) -> str:

@@ -309,11 +309,6 @@ def link_of(axis: Axis, mesh: Mesh, sku: Sku) -> Link:
     return link
 
 
-def in_words(mesh: Mesh) -> str:
-    """A mesh as `--mesh` reads it; one device needs none."""
-    return str(mesh) if mesh.world > 1 else "one device"
-
-
 def run_by(mesh: Mesh, arch: str) -> list[str]:
     """The backends that run a mesh's ranks on an arch."""
     able = [(name, backend) for name, backend in BACKENDS.items() if backend.runs and backend.runs_on(arch)]
@@ -378,7 +373,7 @@ def rank(
                 try:
                     choices.append(_choose(workload, sampling, mesh, device, precision))
                 except ConfigError as error:
-                    dropped.append(Dropped(f"{sampling.nfe} NFE in {precision} on {in_words(mesh)}", str(error)))
+                    dropped.append(Dropped(f"{sampling.nfe} NFE in {precision} on {mesh}", str(error)))
     dropped = list(dict.fromkeys(dropped))
     if not choices:
         last = dropped[-1]  # on most ranks
@@ -394,11 +389,11 @@ def rank(
         best = min(late, key=lambda c: c.latency_s)
         raise ConfigError(
             f"{workload.model} cannot be made in {deadline_s:g} s on {devices} x {device.sku.name}; the best possible is {best.latency_s:.3g} s, with "
-            f"{best.sampling.solver} of {best.sampling.nfe} NFE in {best.precision} on {in_words(best.mesh)}; allow that, fewer NFE, a smaller size or more "
+            f"{best.sampling.solver} of {best.sampling.nfe} NFE in {best.precision} on {best.mesh}; allow that, fewer NFE, a smaller size or more "
             "devices"
         )
     past = f"past the deadline of {deadline_s:g} s"
-    dropped += [Dropped(f"{c.latency_s:.3g} s for {c.sampling.nfe} NFE of {c.sampling.solver} in {c.precision} on {in_words(c.mesh)}", past) for c in late]
+    dropped += [Dropped(f"{c.latency_s:.3g} s for {c.sampling.nfe} NFE of {c.sampling.solver} in {c.precision} on {c.mesh}", past) for c in late]
     return Ranking(workload, device, devices, deadline_s, tuple(timely), tuple(dropped))
 
 
@@ -481,7 +476,7 @@ def _cells(place: int, choice: Choice, arch: str, price: float | None) -> list[s
     pair = " (a pair in two calls)" if sampling.pairs and choice.mesh.cfg == 1 and choice.rows == 1 else ""
     return [
         str(place), f"{choice.latency_s:.4g} s", f"{choice.device_s:.4g}", *paid, str(sampling.nfe), f"{sampling.forwards:g}", sampling.solver,
-        choice.precision, f"{in_words(choice.mesh)}{pair}", ", ".join(run_by(choice.mesh, arch)) or "none yet", f"{choice.memory.total / 1e9:.1f}",
+        choice.precision, f"{choice.mesh}{pair}", ", ".join(run_by(choice.mesh, arch)) or "none yet", f"{choice.memory.total / 1e9:.1f}",
         f"{spent.bound}: {split}", sampling.quality,
     ]  # fmt: skip
 
@@ -562,7 +557,7 @@ def plot(ranking: Ranking, top: int, path: Path) -> None:
     chosen = ranking.choices[:top]
     canvas = Canvas(figsize=(10, 1.6 + 0.35 * len(chosen)), layout="constrained")
     axes = canvas.add_subplot()
-    names = [f"{in_words(c.mesh)}, {c.precision}, {c.sampling.solver} {c.sampling.nfe} NFE" for c in chosen]
+    names = [f"{c.mesh}, {c.precision}, {c.sampling.solver} {c.sampling.nfe} NFE" for c in chosen]
     left = [0.0] * len(chosen)
     for bound in BOUNDS:
         widths = [float(getattr(c.spent, bound)) for c in chosen]

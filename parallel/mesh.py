@@ -60,7 +60,12 @@ class Mesh:
         return cls(**{axis: sizes.get(axis, 1) for axis in GIVEN})
 
     def __str__(self) -> str:
-        return ",".join(f"{axis}={getattr(self, axis)}" for axis in GIVEN if getattr(self, axis) > 1) or "1 rank"
+        return in_words(self.axes)
+
+    @property
+    def axes(self) -> Mapping[str, int]:
+        """Those of more than one rank, with their sizes: none for one device."""
+        return {axis: size for axis in GIVEN if (size := getattr(self, axis)) > 1}
 
     @property
     def world(self) -> int:
@@ -105,6 +110,11 @@ class Mesh:
             at = self.coordinates(rank)
             groups.setdefault(tuple(at[name] for name in fixed), []).append(rank)
         return tuple(tuple(group) for group in groups.values())
+
+
+def in_words(axes: Mapping[str, int]) -> str:
+    """As `--mesh` takes them; one device needs none."""
+    return ",".join(f"{axis}={axes[axis]}" for axis in GIVEN if axis in axes) or "one device"
 
 
 def divisors(n: int) -> list[int]:

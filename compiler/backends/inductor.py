@@ -207,15 +207,16 @@ class InductorBackend(Backend):
     def _lowered(self, exported: ExportedProgram, signature: Signature, precision: Precision) -> ExportedProgram:
         if precision == "bfloat16":
             exported = cast_weights(mixed_precision(exported, signature))
-        return exported if self.device == "cpu" else move_to_device_pass(exported, self.device)
+        return exported if self.device == "cpu" else moved(exported, self.device)
 
     def _options(self, lowered: ExportedProgram) -> dict[str, Any]:
         if self.device != "cpu":
             return {"max_autotune": self.autotune, "autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
         integers = any(weight.dtype is torch.int8 for weight in weights_of(lowered).values())
-        # Frozen weights are laid out for the products that read them; those in int8 would be unpacked to float32 for good. Threads are counted when a call
-        # begins: a count from here would be the length of arrays that each thread writes to, and another process, or just another thread, may have more.
-        return {"freezing": not integers, "cpp.dynamic_threads": True}
+        # Frozen weights are laid out for oneDNN's products, which are the fastest with AVX-512; with AVX2 alone MKL's are, of weights as they lie. Those in
+        # int8 would be unpacked to float32 for good. Threads are counted when a call begins: a count from here would be the length of arrays that each thread
+        # writes to, and another process, or just another thread, may have more.
+        return {"freezing": "avx512f" in SKU.features and not integers, "cpp.dynamic_threads": True}
 
     def _load(self, path: Path, signature: Signature) -> InductorExecutable:
         """Not by `aoti_load_package`: it compiles and runs C++ to see which vector instructions this CPU has, in every process, which the path already tells,
@@ -234,6 +235,15 @@ class InductorBackend(Backend):
         executable = (Replayed if replayed else InductorExecutable)(lambda *given: held[0].boxed_run(list(given)), signature, self.device)
         weakref.finalize(executable, held.clear)  # at the latest as the process ends, which may leave objects as they are: a package removes what it unpacked
         return executable
+
+
+def moved(exported: ExportedProgram, device: str) -> ExportedProgram:
+    """To another device, where a tensor may lie otherwise than on the CPU that the graph was traced on: what only looked at it there, may have to copy."""
+    program = move_to_device_pass(exported, device)
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    program.graph_module.recompile()
+    return program
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def test_a_report_writes_rows_and_conditions(tmp_path, capsys):
     written = json.loads((tmp_path / "deep" / "rows.json").read_text())
     assert written["rows"] == [{"name": "x", "seconds": 0.123456}]
     assert written["more"] == 1
-    assert {"machine", "sku", "versions", "commit", "seed", "command"} <= written["conditions"].keys()
+    assert {"machine", "arch", "sku", "versions", "commit", "seed", "command"} <= written["conditions"].keys()
     assert "0.1235" in capsys.readouterr().out
 
 

@@ -24,7 +24,6 @@ from reelstep.compiler.planner import (
     Workload,
     device_of,
     explain,
-    in_words,
     link_of,
     meshes,
     plot,
@@ -67,7 +66,7 @@ def test_an_operator_takes_the_longer_of_its_flops_and_its_bytes() -> None:
 def test_fifty_steps_of_movie_gen_on_eight_h100_at_forty_percent_take_324_seconds() -> None:
     at_forty = replace(IDEAL, product=Figure(0.4, "assumed"), attention=Figure(0.4, "assumed"), bandwidth=Figure(1e6, "assumed"), link=Figure(1e6, "assumed"))
     ranking = rank(MOVIE_GEN, Device(SKUS["h100-sxm"], {"bfloat16": at_forty}), devices=8, samplings=[FIFTY], precisions=["bfloat16"])
-    by_mesh = {in_words(choice.mesh): choice.latency_s for choice in ranking.choices}
+    by_mesh = {str(choice.mesh): choice.latency_s for choice in ranking.choices}
     text = 48 * 4 * 6144**2 * 1024  # keys and values, which three more ranks compute too
     assert by_mesh["cfg=2,cp=4"] == pytest.approx(100 * (1.0249e16 + 3 * text) / (8 * 989.5e12 * 0.4), rel=1e-4)
 
@@ -111,7 +110,7 @@ def test_a_guidance_pair_that_does_not_fit_in_one_call_runs_in_two() -> None:
 
 def test_weights_are_divided_by_tp_and_activations_by_all() -> None:
     ranking = rank(MOVIE_GEN, H200, devices=8, samplings=[FIFTY], precisions=["bfloat16"])
-    memory = {in_words(choice.mesh): choice.memory for choice in ranking.choices}
+    memory = {str(choice.mesh): choice.memory for choice in ranking.choices}
     assert memory["tp=8"].weights == 2 * (BIG.block_parameters / 8 + 29_303_494_656 - BIG.block_parameters)
     assert memory["cp=8"].weights == 2 * 29_303_494_656
     assert memory["cp=8"].activations < memory["tp=8"].activations < memory["one device"].activations
@@ -215,7 +214,7 @@ def test_a_plan_says_the_video_and_which_backends_run_each_mesh_as_the_command_l
     assert "  none yet  " in lines["cp=8,ring=4"]
     assert "  tensorrt  " in lines["cfg=2,cp=4"]
     for choice in ranking.choices:
-        assert in_words(choice.mesh) == "one device" or Mesh.parse(in_words(choice.mesh)) == choice.mesh
+        assert str(choice.mesh) == "one device" or Mesh.parse(str(choice.mesh)) == choice.mesh
     alone = explain(rank(MOVIE_GEN, H200, devices=1, samplings=[FIFTY], precisions=["bfloat16"]), 3)
     assert "none yet" in text
     assert "none yet" not in alone

@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 from reelstep.__main__ import main
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.compile import capture_all, choose_precision, make_plan
-from reelstep.compiler.load import axes_of
 from reelstep.compiler.plan import ProgramPlan, RankPlan
 from reelstep.compiler.program import Precision
 from reelstep.compiler.sharded import plan_ranks
@@ -92,7 +91,7 @@ def plan_text(golden: Golden) -> str:
     whole = () if golden.mesh else drafts(golden.model)
     plan = make_plan(spec.name, spec.version, golden.backend, made_for, precision, reason, whole)
     if golden.mesh:
-        plan = replace(plan, mesh=axes_of(Mesh.parse(golden.mesh)), ranks=ranks(golden.model, golden.mesh, precision))
+        plan = replace(plan, mesh=Mesh.parse(golden.mesh).axes, ranks=ranks(golden.model, golden.mesh, precision))
     return plan.explain()
 
 

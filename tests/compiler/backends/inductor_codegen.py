@@ -1,7 +1,8 @@
-"""What AOTInductor makes of a model's graph for a GPU, up to the point where it runs kernels on one; run as `inductor_codegen.py MODEL PROGRAM CHECK ...`.
+"""What AOTInductor makes of a model's programs for a GPU, up to the point where it runs kernels on one; run as `inductor_codegen.py SKU MODEL`.
 
-CHECK is PRECISION or PRECISION:SCHEME. A process of its own, since much of torch.cuda is replaced: what is made up is one GPU that can be asked its name
-and size, and tensors on it have shapes and no values. The lowering, the source it gives and Triton's compiler are the real ones. Prints one line of JSON.
+Every program at every profile, in the precision that its engine would have; a denoiser in E4M3 too where the SKU has it. A process of its own, since much
+of torch.cuda is replaced: what is made up is one GPU that can be asked its name and size, and tensors on it have shapes and no values. The lowering, the
+source it gives and Triton's compiler are the real ones. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,21 +29,23 @@ from torch.export.passes import move_to_device_pass
 
 from reelstep.compiler.backends import inductor
 from reelstep.compiler.capture import capture
-from reelstep.compiler.cubins import resources
+from reelstep.compiler.cubins import SHARED_LIMIT, resources
 from reelstep.compiler.passes import apply_passes
 from reelstep.compiler.passes.quantise import Scheme, linears, quantise
-from reelstep.compiler.program import Precision
+from reelstep.compiler.program import Precision, Profile, Program
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
-from reelstep.engine.models import MODELS
+from reelstep.engine.models import MODELS, movie_gen
 
-DEVICE, SKU = "cuda:0", SKUS["h100-sxm"]
+DEVICE, SKU = "cuda:0", SKUS[sys.argv[1]]
 CAPABILITY = int(SKU.arch.removeprefix("sm"))
+THREADS = {"sm80": 2048, "sm89": 1536, "sm90": 2048, "sm100": 2048, "sm120": 1536}
+"""Of a multiprocessor (CUDA C++ Programming Guide, compute capabilities), from which the other limits are as well."""
 GPU = SimpleNamespace(
     name=SKU.device_names[0], major=CAPABILITY // 10, minor=CAPABILITY % 10, total_memory=SKU.memory_bytes, multi_processor_count=SKU.units, warp_size=32,
-    max_threads_per_multi_processor=2048, max_threads_per_block=1024, regs_per_multiprocessor=65536, shared_memory_per_block_optin=232448,
+    max_threads_per_multi_processor=THREADS[SKU.arch], max_threads_per_block=1024, regs_per_multiprocessor=65536,
+    shared_memory_per_block_optin=SHARED_LIMIT[SKU.arch],
 )  # fmt: skip
-"""The limits of compute capability 9.0 (CUDA C++ Programming Guide)."""
 
 
 class Driver:
@@ -102,6 +106,8 @@ def pretended_gpu() -> Iterator[None]:
         mock.patch("torch._inductor.graph.is_same_tensor", lambda a, b: a is b),  # and not by address
         mock.patch("torch._inductor.runtime.triton_helpers.set_driver_to_gpu"),
         mock.patch("torch._inductor.runtime.triton_heuristics.StaticTritonCompileResult.can_statically_launch", return_value=None),
+        mock.patch.object(Tensor, "__invert__", Tensor.bitwise_not),  # the same, but that it sets the device first, which a CPU build of torch cannot
+        mock.patch.object(Tensor, "item", return_value=1.0),  # which a weight of one value is written into the source as
         mock.patch.object(inductor, "move_to_device_pass", move),
         mock.patch.object(PythonWrapperCodegen, "generate_and_run_autotune_block", stop),
         torch.no_grad(),
@@ -127,15 +133,14 @@ def move(exported: ExportedProgram, device: str) -> ExportedProgram:
         return move_to_device_pass(exported, device)
 
 
-def check(model: str, name: str, precision: Precision, scheme: Scheme | None) -> dict[str, Any]:
+def check(program: Program, profile: Profile, scheme: Scheme | None) -> dict[str, Any]:
     """Operators of the graph; casts of weights; in the C++ calls of products, and of ops that torch has no C function for; what each kernel uses, as
     first configured.
     """
-    spec = MODELS[model]
-    program = next(program for program in spec.programs(spec.build()) if program.name == name)
-    signature = Signature.of(program, program.profiles[0])
+    signature = Signature.of(program, profile)
+    precision: Precision = "float32" if program.keep_f32 else "bfloat16"
     backend = inductor.InductorBackend(device=DEVICE, autotune=False)
-    exported, _ = apply_passes(capture(program, program.profiles[0]), keep=backend.keeps(SKU.arch))
+    exported, _ = apply_passes(capture(program, profile), keep=backend.keeps(SKU.arch))
     if scheme is not None:
         exported = quantise(exported, signature, scheme, [*linears(exported).values()], {})
     ops = Counter(str(node.target) for node in exported.graph.nodes if node.op == "call_function")
@@ -160,11 +165,21 @@ def compiled(name: str, source: str) -> tuple[int, int]:
     return resources(code)
 
 
+def programs_of(name: str) -> tuple[Program, ...]:
+    """Movie Gen's 48 layers are alike: two of them."""
+    if name != "movie-gen-30b":
+        return MODELS[name].programs(MODELS[name].build())
+    with torch.device("meta"):
+        return movie_gen.programs_30b(movie_gen.MovieGenTransformer(replace(movie_gen.CONFIG_30B, layers=2)))
+
+
 if __name__ == "__main__":
-    model, program, *checks = sys.argv[1:]
     found = {}
-    for each in checks:
-        precision, _, scheme = each.partition(":")
-        assert precision in get_args(Precision)
-        found[each] = check(model, program, precision, scheme or None)  # type: ignore[arg-type]  # looked at above, and by `quantise`
+    for program in programs_of(sys.argv[2]):
+        for profile in program.profiles:
+            schemes: tuple[Scheme | None, ...] = (None, "fp8") if program.name == "denoise" and CAPABILITY >= 89 else (None,)
+            for scheme in schemes:
+                name = f"{program.name} {profile.name} {scheme or ''}".strip()
+                print(name, file=sys.stderr)
+                found[name] = check(program, profile, scheme)
     print(json.dumps(found))
