@@ -33,7 +33,7 @@ SECTIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "engine_avx2": (
         "The same on a CPU without bfloat16",
-        "All the contenders in float32, on a CPU whose widest instructions are AVX2.",
+        "All the contenders in float32, on a CPU whose widest instructions are AVX2. On `wan-block` ONNX Runtime is ahead of `reelstep`.",
         ("model", "rows", "contender", "median_s", "p10_s", "p90_s", "ratio_to_eager_f32", "over_raw_openvino", "share_of_peak", "rel_l2"),
     ),
     "quantised": (

@@ -24,8 +24,9 @@ from reelstep.benchmarks.call_costs import Costs, read_costs, reel_tiny
 from reelstep.benchmarks.fleet import POLICIES, Failures, Fleet, Outcome, Run
 from reelstep.benchmarks.harness import Row, parser, report
 from reelstep.benchmarks.traces import Arrival, Burst, Kind
+from reelstep.compiler.planner import check_plot
 from reelstep.engine.client import AsyncClient, Options
-from reelstep.errors import ConfigError, DeadlineExceeded, Overloaded, ReelstepError, unknown
+from reelstep.errors import ConfigError, DeadlineExceeded, Overloaded, ReelstepError, Unavailable, unknown
 
 PICTURE = Path(__file__).parent / "heart.png"
 PROMPT = "a red heart bounces"
@@ -209,7 +210,6 @@ def plot(path: Path, over_load: Sequence[Row], over_replicas: Sequence[Row], dyi
     goodput.set_xscale("log")
     goodput.set_ylim(0, None)
     plot_failures(failing, dying)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
 
 
@@ -244,7 +244,7 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--checkpoints", type=int, nargs="+", default=[0, 1, 4], metavar="K", help="rounds of calls between saves; 0: none (%(default)s)")
     options.add_argument("--trace", type=Path, metavar="FILE", help="recorded arrivals, in place of drawn ones")
     options.add_argument("--record", type=Path, metavar="FILE", help="write the arrivals at --load on --replicas")
-    options.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png)")
+    options.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png, .svg, .pdf)")
     options.add_argument("--live", metavar="HOST:PORT", help="send the trace to this server in place of simulating")
     options.add_argument("--model", default="reel-tiny", help="of the server (%(default)s)")
     args = options.parse_args(argv)
@@ -256,6 +256,9 @@ def main(argv: Sequence[str]) -> None:
     for policy in args.policies:
         if policy not in POLICIES:
             raise unknown("policy", policy, POLICIES)
+    if args.plot is not None:
+        check_plot(args.plot)
+    failures = [Failures(args.mtbf, args.repair, args.notice, checkpoint, args.seed) for checkpoint in args.checkpoints]
     costs = reel_tiny() if args.costs is None else read_costs(args.costs)
     lab = Lab(costs, args.requests, tuple(args.slack), None if args.burst is None else Burst(*args.burst), args.seed)
     recorded = None if args.trace is None else traces.read(args.trace)
@@ -264,14 +267,16 @@ def main(argv: Sequence[str]) -> None:
         traces.write(args.record, arrivals)
     if args.live is not None:
         answered = live(args.live, args.model, arrivals)
-        report("a live server", [{"server": args.live, **served(answered), "failed": sum(each.outcome == "failed" for each in answered)}], args.seed, args.json)
+        failed = sum(each.outcome == "failed" for each in answered)
+        report("a live server", [{"server": args.live, **served(answered), "failed": failed}], args.seed, args.json)
+        if failed == len(answered):
+            raise Unavailable(f"all {failed} requests to {args.live} failed, as said above", retry_after_s=1.0)
         return
     began = time.process_time()
     loads = [] if recorded is not None else args.loads
     over_load = [row for load in loads for row in lab.policies(args.policies, lab.draw(load, args.replicas), args.replicas)]
     own = {replicas: lab.draw(args.load, replicas) if recorded is None else recorded for replicas in args.fleets}
     over_replicas = [{"replicas": replicas, **row} for replicas, trace in own.items() for row in lab.policies(args.policies, trace, replicas)]
-    failures = [Failures(args.mtbf, args.repair, args.notice, checkpoint, args.seed) for checkpoint in args.checkpoints]
     failing, dying = zip(*(lab.failing(args.policies[0], arrivals, args.replicas, each) for each in failures), strict=True)
     cpu_s = time.process_time() - began
     assumed = [

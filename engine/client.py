@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from functools import partial
 from itertools import chain
@@ -97,6 +98,8 @@ LARGEST: Mapping[int, int] = {FieldDescriptor.CPPTYPE_UINT32: 2**32 - 1, FieldDe
 
 def build_request(prompt: str, options: Options) -> pb.GenerateRequest:
     """The message for a call. Raises InvalidRequest for values that the wire cannot carry, such as a negative number of steps or a picture of no bytes."""
+    if odd := sorted(options.keys() - Options.__annotations__.keys()):
+        raise InvalidRequest([FieldViolation(name, f"is no option; one of: {', '.join(Options.__annotations__)}") for name in odd])
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     request = pb.GenerateRequest(inline_artifacts=True)
     set_field(request, "request_id", given.pop("request_id", ""))
@@ -113,6 +116,11 @@ def build_request(prompt: str, options: Options) -> pb.GenerateRequest:
     for name, value in {"prompt": prompt, **given}.items():
         set_field(request.spec, name, value, SPEC_NAMES.get(name, name))
     return request
+
+
+def check_timeout(timeout: float | None) -> None:
+    if timeout is not None and not 0 < timeout < math.inf:
+        raise InvalidRequest([FieldViolation("timeout", f"{timeout} is not a number of seconds above 0; None waits for as long as it takes")])
 
 
 def set_field(message: Message, field: str, value: object, there: str = "") -> None:
@@ -245,14 +253,14 @@ def from_error(error: grpc.RpcError, address: str, started: bool) -> ReelstepErr
         if key == "grpc-status-details-bin":
             return from_status(status_pb2.Status.FromString(value))
     if code is grpc.StatusCode.UNAVAILABLE:
-        happened = "went away while it was generating; nothing was kept" if started else "does not answer; is `reelstep serve` running there?"
+        happened = "went away while it was generating; ask again once it is back" if started else "does not answer; is `reelstep serve` running there?"
         return errors.Unavailable(f"the server at {address} {happened} ({text})", retry_after_s=1.0)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.DeadlineExceeded("waiting for the answer")
     if code is grpc.StatusCode.CANCELLED:
         return errors.Cancelled("the call was cancelled")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # only gRPC's own size limits come without details
-        return InvalidRequest([FieldViolation("request", f"too large for the server; send a smaller picture ({text})")])
+        return InvalidRequest([FieldViolation("request", f"too large for the server; send a smaller picture or a shorter prompt ({text})")])
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return errors.UnsupportedRequest(f"the server at {address} does not serve this call; is it of another version? ({text})")
     return InternalError(f"{code.name}: {text}")
@@ -349,6 +357,7 @@ class Client:
 
     def stream(self, prompt: str, *, timeout: float | None = None, **options: Unpack[Options]) -> Generator[ClientEvent, None, None]:
         """Events as they come, the Generation last. Closing the iterator cancels the work."""
+        check_timeout(timeout)
         return self._events(build_request(prompt, options), timeout)
 
     def _events(self, request: pb.GenerateRequest, timeout: float | None) -> Generator[ClientEvent, None, None]:
@@ -436,6 +445,7 @@ class AsyncClient:
 
     def stream(self, prompt: str, *, timeout: float | None = None, **options: Unpack[Options]) -> AsyncGenerator[ClientEvent, None]:
         """Events as they come, the Generation last. Closing the iterator cancels the work."""
+        check_timeout(timeout)
         return self._events(build_request(prompt, options), timeout)
 
     async def _events(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[ClientEvent, None]:

@@ -96,8 +96,8 @@ class Engine:
     At most `max_running` requests hold memory; `max_queued` more may wait for a place, then Overloaded. `on_batch` hears of every batch.
     checkpoints: where states of running requests are kept, and looked for when one starts; those of an engine that closes stay there.
     rows_at_once: of a call that a replica runs at the same time, on parts of its mesh. `release`, which may be called twice, frees what the executor
-    holds once nothing runs on it. opens: called with a program and rows beside a request's first calls, for those to come, and before each batch. `load` is
-    that of the last moment.
+    holds: it waits for what runs there, and ends what waits for a place. opens: called with a program and rows beside a request's first calls, for those to
+    come, and before each batch. `load` is that of the last moment.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Engine:
             if request.id in self._admitted:
                 raise ConfigError(f"request id {request.id!r} is in use; give every request its own")
             if len(self._admitted) >= self.max_running + self.max_queued:
-                wait = self._request_s * max(1, self.max_queued // 4)
+                wait = self._seconds_for(max(1, self.max_queued // 4))
                 raise Overloaded(f"{len(self._admitted)} requests are running or queued, the limit; try again in {wait:.0f} s", retry_after_s=wait)
             self._admitted.add(request.id)
             self._commands.put(lambda: self._enqueue(Running(request, served, listener, time.monotonic())))  # here: `close` ends whom it finds admitted
@@ -189,11 +189,15 @@ class Engine:
             self._commands.put(partial(self._fail_by_id, request_id, gone))
         self._commands.put(self._stopped.set)
         self._thread.join()
+        if self.release is not None:
+            self.release()  # before its batches are waited for: some may wait for a replica that never comes
         self._workers.shutdown()  # a batch cannot be stopped: what still runs is waited for
         if self._checkpoints is not None:
             self._checkpoints.close()
-        if self.release is not None:
-            self.release()
+
+    def _seconds_for(self, requests: int) -> float:
+        """Until so many have ended, of which `max_running` share the time."""
+        return self._request_s * requests / self.max_running
 
     def _model(self, name: str) -> ServedModel:
         models = self.models
@@ -246,7 +250,7 @@ class Engine:
     def _enqueue(self, running: Running) -> None:
         self._queued[running.request.id] = running
         ahead = len(self._running) + len(self._queued) - 1
-        self._tell(running, Queued(ahead, self._request_s * max(0, ahead + 1 - self.max_running)))
+        self._tell(running, Queued(ahead, self._seconds_for(max(0, ahead + 1 - self.max_running))))
         self._fill()
 
     def _fill(self) -> None:

@@ -52,7 +52,7 @@ def decode_picture(data: bytes, limits: Limits) -> Pixels:
     except InvalidRequest:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise bad_image(f"has more than {limits.max_image_pixels} pixels; scale it down") from error
+        raise bad_image(f"has far more than {limits.max_image_pixels} pixels, the most; scale it down") from error
     except UnidentifiedImageError as error:
         raise bad_image(NO_PICTURE) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:

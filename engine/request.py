@@ -285,7 +285,7 @@ def validate(request: Request, limits: Limits) -> None:
     check_steps(bad, request.steps, limits)
     check(bad, 1 <= request.count <= limits.max_count, "count", f"{request.count} is not in 1..{limits.max_count}")
     check_scale(bad, request.scale, limits)
-    check(bad, 0 <= request.seed <= MAX_SEED - request.count, "seed", f"{request.seed} is not in 0..2^63 - count")
+    check(bad, 0 <= request.seed <= MAX_SEED - request.count, "seed", f"{request.seed} is not in 0..2^63 - 1 - count")
     fps = request.frames_per_second
     check(bad, 0.1 <= fps <= 240, "frames_per_second", f"{fps} is not in 0.1..240")
     check(bad, request.preview_every >= 0, "preview.every_steps", f"{request.preview_every} is negative")

@@ -189,6 +189,7 @@ def connect(address: str, cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     local = address == "local"
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that it handles no SIGTERM, which is ours to handle
     try:
         # Ray writes to no terminal of ours; what its processes say lies in its own logs.
         ray.init(
@@ -196,7 +197,8 @@ def connect(address: str, cpus: int | None = None) -> None:
             configure_logging=False,
         )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise Unavailable(f"no Ray cluster at {address!r}: {error}. Start one with `ray start --head`, or use local", retry_after_s=RETRY_S) from error
+        there = f"no Ray cluster at {address!r}: {error}. Start one with `ray start --head`, or use local"
+        raise Unavailable(f"Ray did not start on this machine: {error}. Try again" if local else there, retry_after_s=RETRY_S) from error
 
 
 Told = tuple[str, Any]

@@ -21,7 +21,7 @@ from reelstep.engine.pipelines import PIPELINES
 from reelstep.engine.pipelines.state import PipelineState
 from reelstep.engine.request import Choice, Defaults
 from reelstep.engine.scheduler import MARGIN
-from reelstep.errors import ConfigError, NotFound
+from reelstep.errors import ConfigError, NotFound, Unavailable
 from reelstep.parallel.shard import empty_weights
 from reelstep.tests.engine.conftest import make_request
 from reelstep.tests.engine.pipelines.test_latent import job_for
@@ -217,6 +217,10 @@ def test_the_full_fleet_refuses_newcomers():
     assert run.span_s == pytest.approx(3)
 
 
+def test_the_rows_that_the_documentation_quotes_are_of_what_calls_cost_now():
+    assert json.loads((RESULTS / "simulate.json").read_text())["costs"] == reel_tiny().origins()
+
+
 def test_simulated_seconds_are_near_those_of_the_measured_engine(lab):
     measured = json.loads((RESULTS / "concurrency.json").read_text())["rows"]
     requests = measured[0]["requests"]
@@ -344,7 +348,7 @@ def test_a_report_counts_what_was_in_time_over_all_that_came():
     assert served(ended[2:3])["p50_s"] is None
 
 
-def test_the_command_prints_what_it_assumes_and_writes_rows_plot_and_trace(tmp_path, capsys):
+def test_the_command_prints_what_it_assumes_and_writes_rows_plot_and_trace(tmp_path, capsys, monkeypatch):
     file, plot, trace = tmp_path / "rows.json", tmp_path / "plot.png", tmp_path / "trace.jsonl"
     command = ["--requests", "60", "--loads", "0.5", "--fleets", "1", "2", "--replicas", "2", "--mtbf", "2", "--repair", "1", "--notice", "0.1"]
     main([*command, "--json", str(file), "--plot", str(plot), "--record", str(trace)])
@@ -362,9 +366,14 @@ def test_the_command_prints_what_it_assumes_and_writes_rows_plot_and_trace(tmp_p
         main(["--trace", str(trace), "--requests", "9", "--burst", "2", "9", "3"])
     with pytest.raises(NotFound, match="unknown policy 'luck'; known: batching"):
         main(["--policies", "luck"])
+    monkeypatch.setattr(Lab, "simulate", lambda *_: pytest.fail("it was simulated"))
+    with pytest.raises(ConfigError, match=r"a plot 'plot\.zzz'; its name ends in one of"):
+        main(["--plot", "plot.zzz"])
+    with pytest.raises(ConfigError, match="between_s is above 0"):
+        main(["--mtbf", "0"])
 
 
-def test_the_same_trace_is_sent_to_a_live_server_at_its_times():
+def test_the_same_trace_is_sent_to_a_live_server_at_its_times(tmp_path):
     arrivals = [
         Arrival(0.0, "text_to_video", 3), Arrival(0.1, "text_to_image", 2), Arrival(0.2, "text_to_video", 6, "draft", 30.0), Arrival(0.3, "animate_sticker", 2),
     ]  # fmt: skip
@@ -376,4 +385,6 @@ def test_the_same_trace_is_sent_to_a_live_server_at_its_times():
     assert served(answered)["attainment"] == 1
     with pytest.raises(ConfigError, match="1 arrivals have a priority"):
         live("localhost:1", "fake", [Arrival(0.0, "text_to_video", 1, priority=2)])
-    assert {each.outcome for each in live("localhost:1", "fake", [Arrival(0.0, "text_to_video", 1)])} == {"failed"}
+    traces.write(tmp_path / "one.jsonl", [Arrival(0.0, "text_to_video", 1)])
+    with pytest.raises(Unavailable, match="all 1 requests to localhost:1 failed"):
+        main(["--trace", str(tmp_path / "one.jsonl"), "--live", "localhost:1"])

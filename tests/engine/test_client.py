@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +125,9 @@ def test_errors_are_those_that_the_server_raised(fake: Served) -> None:
         ("seed: 9223372036854775808 is not a whole number from 0 to 9223372036854775807", {"seed": 2**63}),
         ("every_steps: -1 is not a whole number", {"preview_every": -1}),
         ("scale: 'high' cannot be sent: ", {"scale": "high"}),
+        ("fps: is no option; one of: model, negative_prompt, image, seed, count, width", {"fps": 8.0}),
+        ("timeout: nan is not a number of seconds above 0", {"timeout": math.nan}),
+        ("timeout: -1 is not a number of seconds above 0", {"timeout": -1}),
         ("image: is not a picture that can be read; send one of: PNG, JPEG, WEBP, GIF", {"image": b""}),
         ("image: is not a picture that can be read; send one of: PNG, JPEG, WEBP, GIF", {"image": Path(os.devnull)}),
     ],

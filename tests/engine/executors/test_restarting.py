@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,14 @@ class Fake:
     inline: bool = False
     capacity: int = 1
     rows: int = 8
+    keys: tuple[tuple[str, str, str], ...] = (("m", "p", "q"),)
     closed: int = 0
     ran: int = 0
     gate: threading.Event | None = None
 
     @property
     def max_rows(self) -> dict[tuple[str, str, str], int]:
-        return {("m", "p", "q"): self.rows}
+        return dict.fromkeys(self.keys, self.rows)
 
     def run(self, model: str, calls: Any) -> list[Any]:
         self.ran += 1
@@ -246,6 +248,45 @@ def test_closing_does_not_wait_for_a_start_which_then_ends_what_it_started(monke
     assert late.closed == 0
     gate.set()
     until(lambda: late.closed == 1)
+
+
+def test_closing_waits_for_a_call_that_is_under_way() -> None:
+    replica = Fake(gate=threading.Event())
+    executor = Restarting([lambda: replica], FEW)
+    with ThreadPoolExecutor(2) as pool:
+        ran = pool.submit(executor.run, "m", [call(3.0)])
+        until(lambda: replica.ran == 1)
+        closed = pool.submit(executor.close)
+        time.sleep(0.3)
+        assert not closed.done()
+        assert replica.closed == 0
+        replica.gate.set()  # type: ignore[union-attr]  # given above
+        assert ran.result(20)[0]["y"].item() == 4.0
+        closed.result(20)
+    assert replica.closed == 1
+
+
+def test_a_batch_that_waits_for_a_replica_that_never_comes_keeps_no_server_from_its_end() -> None:
+    replica = Fake([lost()], keys=tuple(Inline({MODEL: alone()}).max_rows))
+    more = threading.Event()
+
+    def begin() -> Fake:
+        if replica.ran:
+            more.set()
+            raise lost("no room")
+        return replica
+
+    engine = engine_on(Restarting([begin], Bounds(starts=1_000_000, window_s=60.0, reruns=2)))
+    heard = Heard()
+    engine.submit(ask(1, 4), heard)
+    assert more.wait(20)
+    closer = threading.Thread(target=engine.close, args=(0.0,))
+    closer.start()
+    closer.join(20)
+    assert not closer.is_alive()
+    assert isinstance(heard.last, Failed)
+    assert isinstance(heard.last.error, Unavailable)
+    assert replica.closed == 1
 
 
 def test_replicas_are_added_and_the_idle_ones_taken_away() -> None:
