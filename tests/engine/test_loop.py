@@ -341,15 +341,22 @@ def test_what_is_already_too_late_is_refused_before_any_compute(toy):
     assert toy.batches == []
 
 
-def test_requests_that_run_at_once_share_the_time_that_the_next_one_waits(make_toy, closed_form):
+@pytest.fixture
+def blocked(closed_form):
+    """What lets the denoiser run, and the denoiser, which waits for it."""
     _, programs, _ = closed_form
     gate = threading.Event()
 
-    def blocked(inputs):
+    def denoise(inputs):
         gate.wait(20)
         return programs["denoise", "video"](inputs)
 
-    toy = make_toy({"denoise": blocked}, max_running=4, max_queued=16)
+    return gate, denoise
+
+
+def test_requests_that_run_at_once_share_the_time_that_the_next_one_waits(make_toy, blocked):
+    gate, denoise = blocked
+    toy = make_toy({"denoise": denoise}, max_running=4, max_queued=16)
     heard = [toy.submit() for _ in range(20)]
     with pytest.raises(Overloaded, match="20 requests are running or queued, the limit; try again in 1 s"):
         toy.submit()
@@ -359,15 +366,9 @@ def test_requests_that_run_at_once_share_the_time_that_the_next_one_waits(make_t
     assert [next(e for e in each.events if isinstance(e, Queued)).estimated_wait_s for each in heard] == [0.0] * 4 + [k / 4 for k in range(1, 17)]
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back(make_toy, closed_form):
-    _, programs, _ = closed_form
-    gate = threading.Event()
-
-    def blocked(inputs):
-        gate.wait(20)
-        return programs["denoise", "video"](inputs)
-
-    toy = make_toy({"denoise": blocked}, max_running=1, max_queued=1)
+def test_a_full_queue_refuses_and_says_when_to_come_back(make_toy, blocked):
+    gate, denoise = blocked
+    toy = make_toy({"denoise": denoise}, max_running=1, max_queued=1)
     heard = [toy.submit(), toy.submit()]
     with pytest.raises(Overloaded) as caught:
         toy.submit()

@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -35,7 +34,7 @@ from reelstep.compiler.passes.quantise import Scheme, linears, quantise
 from reelstep.compiler.program import Precision, Profile, Program
 from reelstep.compiler.signature import Signature
 from reelstep.compiler.skus import SKUS
-from reelstep.engine.models import MODELS, movie_gen
+from reelstep.tests.compiler.backends.shallow import programs_of
 
 DEVICE, SKU = "cuda:0", SKUS[sys.argv[1]]
 CAPABILITY = int(SKU.arch.removeprefix("sm"))
@@ -163,14 +162,6 @@ def compiled(name: str, source: str) -> tuple[int, int]:
     built = autotuner._precompile_config(autotuner.configs[0])
     code: bytes = built.kernel.asm["cubin"]
     return resources(code)
-
-
-def programs_of(name: str) -> tuple[Program, ...]:
-    """Movie Gen's 48 layers are alike: two of them."""
-    if name != "movie-gen-30b":
-        return MODELS[name].programs(MODELS[name].build())
-    with torch.device("meta"):
-        return movie_gen.programs_30b(movie_gen.MovieGenTransformer(replace(movie_gen.CONFIG_30B, layers=2)))
 
 
 if __name__ == "__main__":

@@ -41,16 +41,14 @@ from reelstep.compiler.backends import unwatched  # noqa: E402
 from reelstep.compiler.backends.tensorrt import cache, collectives, engine, network  # noqa: E402
 from reelstep.compiler.backends.tensorrt.records import Progress, Records  # noqa: E402
 from reelstep.compiler.capture import capture  # noqa: E402
-from reelstep.compiler.part import Part  # noqa: E402
 from reelstep.compiler.passes import apply_passes  # noqa: E402
 from reelstep.compiler.program import DType, Precision, Profile, Program, TensorSpec  # noqa: E402
 from reelstep.compiler.sharded import rank_programs  # noqa: E402
 from reelstep.compiler.signature import Signature, torch_dtype  # noqa: E402
-from reelstep.engine.build import sharded_parts  # noqa: E402
-from reelstep.engine.models import MODELS, movie_gen  # noqa: E402
 from reelstep.errors import Cancelled, CompileError  # noqa: E402
 from reelstep.parallel.mesh import Mesh  # noqa: E402
 from reelstep.parallel.pretend import pretended_rank  # noqa: E402
+from reelstep.tests.compiler.backends.shallow import parts_of, programs_of  # noqa: E402
 
 FILES = ("build", "cache", "collectives", "engine", "network", "records")
 
@@ -93,23 +91,6 @@ def dry_run(programs: Sequence[Program]) -> dict[str, Any]:
             about = {"groups": collectives.groups_of(lowered), **dataclasses.asdict(network.coverage(lowered))}
             found[f"{program.name} {profile.name} {precision}"] = about
     return found
-
-
-def parts_of(name: str) -> tuple[Part, ...]:
-    parts = sharded_parts(MODELS[name])
-    return tuple(dataclasses.replace(part, build=f"{__name__}:build_shallow") for part in parts) if name == "movie-gen-30b" else parts
-
-
-def programs_of(name: str) -> tuple[Program, ...]:
-    if name != "movie-gen-30b":
-        return MODELS[name].programs(MODELS[name].build())
-    with torch.device("meta"):
-        return movie_gen.programs_30b(build_shallow())
-
-
-def build_shallow() -> movie_gen.MovieGenTransformer:
-    """The 48 layers of Movie Gen are alike and take minutes to trace: two of them."""
-    return movie_gen.MovieGenTransformer(dataclasses.replace(movie_gen.CONFIG_30B, layers=2))
 
 
 class RankBlock(nn.Module):
