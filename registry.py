@@ -1,6 +1,6 @@
 """Tables of things by name. An entry is a string `module:attribute`, imported when it is first asked for.
 
-Adding a thing is one file and one line in its table: MODELS, SOLVERS, PIPELINES, BACKENDS, SKUS, OPS.
+Adding a thing is one file and one line in its table: MODELS, SOLVERS, PIPELINES, BACKENDS, SKUS, OPS, COMMANDS.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class Registry(Mapping[str, T], Generic[T]):
         assert found is not None
         assert found.origin is not None
         return (get_docstring(parse(Path(found.origin).read_bytes())) or "").partition("\n")[0]
+
+    def listing(self) -> str:
+        """A line for each entry: its name and what it is."""
+        width = max(map(len, self))
+        return "\n".join(f"{name:<{width}}  {self.about(name)}" for name in self)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

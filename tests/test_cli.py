@@ -10,16 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from reelstep import __main__ as cli
 from reelstep.benchmarks import BENCHMARKS
-from reelstep.compiler.backends.tensorrt import NOT_RUN
-from reelstep.compiler.plan import Plan
-from reelstep.errors import ConfigError
-from reelstep.tests.engine.service.fake_engine import FakeEngine, FakeModel
+from reelstep.engine.commands import sample
+from reelstep.tests.engine.service.fake_engine import FakeEngine
 from reelstep.tests.engine.service.in_process import Served, served, wait_until
 from reelstep.training.fits import FITS
 
@@ -54,7 +51,7 @@ def test_generate_writes_the_file_and_prints_seed_and_cost(fake: Served, tmp_pat
 def test_generate_and_sample_take_a_quality_and_print_what_it_chose(
     fake: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "open_for", lambda *_: FakeEngine())
+    monkeypatch.setattr(sample, "open_for", lambda *_: FakeEngine())
     out = str(tmp_path / "fox.webp")
     for command in (["generate", "--server", fake.address], ["sample", "fake.reel"]):
         assert cli.main([*command, "a fox", "-o", out, "--quality", "standard"]) == 0
@@ -68,7 +65,7 @@ def test_generate_and_sample_take_a_quality_and_print_what_it_chose(
 def test_generate_and_sample_take_a_step_cache_and_print_what_it_skipped(
     fake: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "open_for", lambda *_: FakeEngine())
+    monkeypatch.setattr(sample, "open_for", lambda *_: FakeEngine())
     out = str(tmp_path / "fox.webp")
     for command in (["generate", "--server", fake.address], ["sample", "fake.reel"]):
         assert cli.main([*command, "a fox", "-o", out, "--steps", "6", "--step-cache", "skip", "--step-cache-option", "threshold=0.5"]) == 0
@@ -77,14 +74,6 @@ def test_generate_and_sample_take_a_step_cache_and_print_what_it_skipped(
         assert "NFE 6, forwards 6, cached 6; queue" in printed
         assert cli.main([*command, "a fox", "-o", out, "--step-cache", "skip", "--step-cache-option", "treshold=0.5"]) == 2
         assert "unknown option ['treshold']" in capsys.readouterr().err
-
-
-def test_a_menu_is_printed_a_line_for_each_quality_with_what_was_measured() -> None:
-    assert cli.describe_menus(FakeModel()).splitlines()[:3] == [
-        "text_to_video draft: bns_6 on linear, 6 steps, cfg at scale 2.5; 12 forwards, 30.50 dB, SSIM 0.8750 (reelstep bench steps)",
-        "text_to_video standard: heun on linear, 5 steps, gate at scale 3; 14.5 forwards, 31.00 dB, SSIM 0.9000, Frechet distance 0.25 (the same)",
-        "text_to_video best: euler on quadratic, 50 steps, cfg at scale 4; 100 forwards, 40.00 dB, SSIM 0.9900, Frechet distance 0 (the same)",
-    ]
 
 
 def test_count_writes_numbered_files(fake: Served, tmp_path: Path) -> None:
@@ -140,51 +129,6 @@ def test_what_was_asked_wrongly_is_status_2_and_what_is_not_there_status_1(
     assert cli.main(arguments) == status
     assert says in capsys.readouterr().err
     assert "exit status:\n  0 done; 2 the command or the request is wrong; 1 " in cli.build_parser().format_help()
-
-
-@pytest.mark.parametrize(
-    ("mesh", "options", "weights", "ends"),
-    [
-        ({"cp": 3}, [], True, "its ranks build their engines when it is opened: `reelstep serve y.reel --mesh cp=3`\n"),
-        ({"cp": 3}, ["--portable"], True, "its ranks build their engines when it is opened: `reelstep serve y.reel --mesh cp=3`\n"),
-        ({"cp": 3}, [], False, "a plan alone: model 'reel-tiny' comes without weights, so that nothing can run it; read it with `reelstep inspect y.reel`\n"),
-        ({}, ["--portable"], True, "build them there with `reelstep finalize y.reel`\n"),
-        ({}, [], True, "y.reel  1.0 MB, plan 0123456789abcdef\n"),
-    ],
-)
-def test_compile_ends_with_how_what_it_made_gets_its_engines(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mesh: dict[str, int], options: list[str], weights: bool, ends: str
-) -> None:
-    plan = Plan("toy", "1", "openvino", "cpu", "avx512", mesh, "float32", "asked for", ())
-    monkeypatch.setattr(Plan, "hash", "0123456789abcdef")
-    bundle = SimpleNamespace(path=Path("y.reel"), total_bytes=10**6, plan=plan, signatures={("denoise", "video"): None}, has_weights=weights)
-    monkeypatch.setattr("reelstep.engine.build.build_bundle", lambda *_, **__: bundle)
-    assert cli.main(["compile", "reel-tiny", *options]) == 0
-    assert capsys.readouterr().out.endswith(ends)
-
-
-def test_compile_says_that_a_backend_computes_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = Plan("toy", "1", "null", "b200", "sm100", {}, "bfloat16", "asked for", ())
-    bundle = SimpleNamespace(path=Path("y.reel"), total_bytes=10**6, plan=plan, signatures={("denoise", "video"): None}, has_weights=True)
-    monkeypatch.setattr("reelstep.engine.build.build_bundle", lambda *_, **__: bundle)
-    assert cli.main(["compile", "reel-tiny", "--sku", "b200", "--backend", "null"]) == 0
-    assert capsys.readouterr().out.endswith("a plan alone: backend 'null' computes nothing; read it with `reelstep inspect y.reel`\n")
-
-
-@pytest.mark.parametrize("arguments", [["compile", "reel-tiny", "--cache", ""], ["compile", "reel-tiny", "-o", ""], ["inspect", ""]])
-def test_an_empty_name_of_a_file_is_no_name(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    assert ended.value.code == 2
-    assert "an empty name; give a file or a folder" in capsys.readouterr().err
-
-
-def test_compile_says_what_of_a_backend_nobody_has_seen_on_hardware(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = Plan("toy", "1", "tensorrt", "b200", "sm100", {}, "bfloat16", "asked for", ())
-    bundle = SimpleNamespace(path=Path("y.reel"), total_bytes=10**6, plan=plan, signatures={("denoise", "video"): None}, has_weights=True)
-    monkeypatch.setattr("reelstep.engine.build.build_bundle", lambda *_, **__: bundle)
-    assert cli.main(["compile", "reel-tiny", "--sku", "b200"]) == 0
-    assert f"\n{NOT_RUN}\nleft to b200: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("table", ["bench", "fit"])
@@ -272,8 +216,10 @@ def test_a_command_ends_after_threads_and_what_was_registered_and_takes_nothing_
 
 TALKING = """
 import sys
+from dataclasses import replace
 import reelstep.__main__ as cli
-cli.run_inspect = lambda args: print("a line\\n" * 100_000)
+from reelstep.engine.commands import inspect
+inspect.COMMAND = replace(inspect.COMMAND, run=lambda args: print("a line\\n" * 100_000))
 sys.exit(cli.command())
 """
 
@@ -284,17 +230,6 @@ def test_a_reader_that_went_and_an_output_that_was_closed_are_no_crash(ends: str
     assert subprocess.run(shell, capture_output=True, text=True, timeout=60).stderr == status
 
 
-def test_who_has_no_home_is_asked_for_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    for name in ("REELSTEP_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(ConfigError, match="--cache DIR"):
-        cli.cache_dir(cli.build_parser().parse_args(["serve", "x.bundle"]))
-
-
 @pytest.mark.parametrize("option", [["--max-running", "0"], ["--max-queue", "-1"]])
 def test_a_server_that_would_serve_nobody_is_refused(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "x.reel", *option]) == 2
@@ -302,27 +237,7 @@ def test_a_server_that_would_serve_nobody_is_refused(option: list[str], capsys: 
 
 
 def test_sample_makes_what_the_server_makes(fake: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "open_for", lambda *_: FakeEngine())
+    monkeypatch.setattr(sample, "open_for", lambda *_: FakeEngine())
     assert cli.main(["sample", "fake.bundle", "a fox", "-o", str(tmp_path / "local.png"), "--seed", "9"]) == 0
     assert generate(fake, "a fox", "-o", str(tmp_path / "served.png"), "--seed", "9") == 0
     assert (tmp_path / "local.png").read_bytes() == (tmp_path / "served.png").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "environment", "expected"),
-    [
-        (["--cache", "/a"], {"REELSTEP_CACHE": "/b"}, "/a"),
-        ([], {"REELSTEP_CACHE": "/b", "XDG_CACHE_HOME": "/c"}, "/b"),
-        ([], {"XDG_CACHE_HOME": "/c"}, "/c/reelstep"),
-        ([], {"HOME": "/d"}, "/d/.cache/reelstep"),
-    ],
-)
-def test_the_cache_is_the_flag_else_the_environment_else_the_users(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str], environment: dict[str, str], expected: str
-) -> None:
-    for name in ("REELSTEP_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    args = cli.build_parser().parse_args(["serve", "x.bundle", *arguments])
-    assert cli.cache_dir(args) == Path(expected)

@@ -27,6 +27,7 @@ TABLES = {
     "reelstep.benchmarks:BENCHMARKS": None,
     "reelstep.compiler.backends:BACKENDS": "compiler/backends",
     "reelstep.compiler.skus:SKUS": "compiler/skus",
+    "reelstep.engine.commands:COMMANDS": None,
     "reelstep.engine.models:MODELS": None,
     "reelstep.engine.pipelines:PIPELINES": None,
     "reelstep.engine.samplers.guidance:GUIDANCE": "engine/samplers/guidance",

@@ -8,6 +8,7 @@ import pytest
 
 from reelstep import __main__ as cli
 from reelstep.compiler.bundle import Bundle
+from reelstep.engine.commands import serve
 from reelstep.engine.executors.replicas import Decision, Load, Scaler, Scaling
 from reelstep.engine.executors.restarting import Restarting
 from reelstep.errors import ConfigError
@@ -81,7 +82,7 @@ def test_the_command_line_refuses_what_does_not_fit_before_it_listens(options: l
 
 
 def test_without_ray_the_command_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
     assert cli.main(["serve", "absent.reel", "--replicas", "2"]) == 2
     assert "pip install 'reelstep[cluster]'" in capsys.readouterr().err
 

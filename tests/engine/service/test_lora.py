@@ -9,12 +9,11 @@ import pytest
 
 from reelstep import __main__ as cli
 from reelstep.engine.client import Client
-from reelstep.engine.models.spec import ModelSettings
+from reelstep.engine.commands import sample
 from reelstep.engine.service.generation import SERVICE
 from reelstep.errors import InvalidRequest, NotFound, UnsupportedRequest
 from reelstep.protos.reelstep.v1 import media_pb2 as pb
-from reelstep.tests.engine.conftest import SETTINGS
-from reelstep.tests.engine.service.fake_engine import LAYOUT, FakeEngine, FakeModel, FakeSettings
+from reelstep.tests.engine.service.fake_engine import FakeEngine, FakeModel, FakeSettings
 from reelstep.tests.engine.service.in_process import Served, served
 
 
@@ -80,7 +79,7 @@ def test_generate_and_sample_take_loras_and_print_them(
         loaded.append(loras)
         return FakeEngine()
 
-    monkeypatch.setattr(cli, "open_for", open_for)
+    monkeypatch.setattr(sample, "open_for", open_for)
     out = str(tmp_path / "fox.webp")
     for command, name in ((["generate", "--server", fake.address], "neon"), (["sample", "fake.reel"], "styles/neon.safetensors")):
         assert cli.main([*command, "a fox", "-o", out, "--lora", f"{name}=0.5"]) == 0
@@ -90,28 +89,3 @@ def test_generate_and_sample_take_loras_and_print_them(
         assert cli.main([*command, "a fox", "-o", out, "--lora", name, "--lora", f"{name}=2"]) == 2
         assert "--lora names neon twice" in capsys.readouterr().err
     assert loaded == [{"neon": Path("styles/neon.safetensors")}] * 2
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("a", ("a", 1.0)), ("a=0.5", ("a", 0.5)), ("a=-1", ("a", -1.0)), ("x=1/a", ("x=1/a", 1.0)), ("x=1/a=2", ("x=1/a", 2.0))],
-)
-def test_a_strength_stands_behind_the_last_sign(text: str, expected: tuple[str, float]) -> None:
-    assert cli.parse_strength(text) == expected
-
-
-@pytest.mark.parametrize("text", ["neon", "=file", "neon="])
-def test_a_server_needs_a_name_and_a_file(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["serve", "a.reel", "--lora", text])
-    assert "is not NAME=FILE, such as neon=neon.safetensors" in capsys.readouterr().err
-
-
-def test_inspect_prints_what_is_in_the_weights_and_what_requests_may_bring() -> None:
-    fake = FakeSettings()
-    settings = ModelSettings.from_json({**SETTINGS.to_json(), "lora": {"rank": 4, "layers": LAYOUT.layers}, "fused": [vars(fake.fused[0])]})
-    assert cli.describe_loras(settings).splitlines() == [
-        f"LoRA in the weights: base at strength 0.5, rank 2 in 1 layers, sha256 {'0' * 64}",
-        "LoRA of requests: rank up to 4, 128 numbers a row, in 2 layers: blocks.*.q, blocks.*.k",
-    ]
-    assert cli.describe_loras(SETTINGS) == ""
