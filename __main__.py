@@ -19,8 +19,8 @@ EXAMPLES = """\
 examples:
   reelstep compile reel-tiny -o reel-tiny.reel      compile a model ahead of time
   reelstep serve reel-tiny.reel                     serve it on localhost:50051
-  reelstep generate "a red heart spins" -o heart.mp4  ask the server
-  reelstep sample reel-tiny.reel "a dog jumps" -o dog.webp   the same without a server
+  reelstep generate "a panda grows" -o panda.mp4     ask the server
+  reelstep sample reel-tiny.reel "a panda grows" -o panda.webp   the same without a server
 a bundle for another machine:
   reelstep keygen release                           release.key signs, release.pub verifies
   reelstep compile reel-tiny --portable --sign release.key

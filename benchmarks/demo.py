@@ -22,12 +22,12 @@ from reelstep.engine.build import build_bundle
 from reelstep.engine.client import Client
 
 PROMPTS = (
-    "a red heart spins clockwise on a blue background",
-    "a red apple slides left on a yellow background",
     "a yellow star grows on a purple background",
-    "a soccer ball bounces on a green background",
-    "a donut slides right strongly on a light blue background",
+    "a red apple slides left on a yellow background",
     "a ghost fades in and out on a black background",
+    "a panda shrinks on a pink background",
+    "a soccer ball bounces on a green background",
+    "a red heart spins clockwise on a blue background",
 )
 PICTURES = (
     ("rocket.png", "a rocket slides up on a white background"),

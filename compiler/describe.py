@@ -8,6 +8,7 @@ from typing import Any
 from reelstep.compiler.backends.tensorrt import NOT_RUN
 from reelstep.compiler.bundle import Bundle
 from reelstep.compiler.plan import Plan
+from reelstep.compiler.program import FLOAT_BYTES
 from reelstep.compiler.skus import is_gpu
 
 GPU_NOT_RUN = (
@@ -24,7 +25,7 @@ def not_run(plan: Plan) -> str | None:
 
 
 def describe_json(bundle: Bundle) -> dict[str, Any]:
-    """Versions, programs with signatures, sizes, costs and hashes. Plain JSON values."""
+    """Versions, programs with signatures, operators, sizes, costs and hashes. Plain JSON values. weights_bytes: no engine of the program is smaller."""
     manifest, plan = bundle.manifest, bundle.plan
     programs = [
         {
@@ -33,7 +34,9 @@ def describe_json(bundle: Bundle) -> dict[str, Any]:
             "precision": p.precision,
             "quantised": p.quantised.scheme if p.quantised else None,
             "parameters": p.parameters,
+            "weights_bytes": bundle.weights_bytes(p.program, p.profile, FLOAT_BYTES[p.precision]),
             "flops_per_row": p.flops,
+            "ops": dict(p.ops),
             "graph_sha256": p.graph_hash,
             **bundle.signatures[p.program, p.profile].to_json(),
         }
@@ -73,10 +76,11 @@ def describe(bundle: Bundle) -> str:
         f"weights: {len(bundle.tensors)} distinct tensors" if bundle.has_weights else "weights: none; compiled on the meta device",
     ]
     for p in plan.programs:
+        megabytes = bundle.weights_bytes(p.program, p.profile, FLOAT_BYTES[p.precision]) / 1e6
         signature, scheme = bundle.signatures[p.program, p.profile], f"{p.quantised.scheme} and " if p.quantised else ""
         lines += [
             f"program {p.program} profile {p.profile}: B 1..{p.max_batch}, {scheme}{p.precision}, "
-            f"{p.parameters:,} parameters, {p.flops / 1e9:.3f} GFLOP per row",
+            f"{p.parameters:,} parameters in {megabytes:.1f} MB, {p.flops / 1e9:.3f} GFLOP per row",
             *(f"  in  {edge}" for edge in signature.inputs),
             *(f"  out {edge}" for edge in signature.outputs),
         ]

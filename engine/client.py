@@ -1,8 +1,8 @@
 """The Python client, for plain and for asyncio code.
 
     with Client("localhost:50051") as client:
-        result = client.generate("a red heart spins clockwise on a blue background")
-        Path("heart.mp4").write_bytes(result.artifacts[0].data)
+        result = client.generate("a yellow star grows on a purple background")
+        Path("star.mp4").write_bytes(result.artifacts[0].data)
 
 Errors are those of `reelstep.errors`, as the server raised them. Every artifact is checked against its CRC and SHA-256.
 """

@@ -10,9 +10,9 @@ from reelstep.engine.commands.generation import add_generation_options, build_op
 from reelstep.engine.commands.options import add_server, by_name, parse_seconds, parse_strength
 
 EXAMPLES = (
-    '  reelstep generate "a red heart spins clockwise on a blue background" -o heart.mp4\n'
+    '  reelstep generate "a yellow star grows on a purple background" -o star.mp4\n'
     '  reelstep generate "the sticker jumps up and down" --image cat.png -o cat.webp\n'
-    '  reelstep generate "a green apple" -o apple.png --seed 7 --count 4\n'
+    '  reelstep generate "a red apple" -o apple.png --seed 7 --count 4\n'
 )
 
 

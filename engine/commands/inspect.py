@@ -13,23 +13,28 @@ if TYPE_CHECKING:
     from reelstep.engine.models.spec import ModelSettings
     from reelstep.engine.resolve import Served
 
-EXAMPLES = "  reelstep inspect reel-tiny.reel\n  reelstep inspect reel-tiny.reel --json\n"
+EXAMPLES = "  reelstep inspect reel-tiny.reel\n  reelstep inspect reel-tiny.reel --explain\n  reelstep inspect reel-tiny.reel --json\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=parse_path, metavar="BUNDLE")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--explain", action="store_true", help="the plan alone: every choice and its reason, with the commonest operators")
+    group.add_argument("--json", action="store_true", help="for programs")
 
 
 def run(args: argparse.Namespace) -> None:
     from reelstep.compiler.bundle import Bundle
     from reelstep.compiler.describe import describe, describe_json
-    from reelstep.engine.served import ServedModel
 
     bundle = Bundle.open(args.bundle)
-    if args.json:
+    if args.explain:
+        print(bundle.plan.explain())
+    elif args.json:
         print(json.dumps(describe_json(bundle), indent=2))
     else:
+        from reelstep.engine.served import ServedModel
+
         served = ServedModel.of(bundle)
         menus = describe_menus(served)
         note = "measured without quantisation:\n" if bundle.plan.quality and menus else ""

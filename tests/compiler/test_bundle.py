@@ -338,7 +338,12 @@ def test_a_description_names_programs_edges_and_hashes(bundle: Bundle) -> None:
     text = describe(bundle)
     assert "in  ids: int64 [B, 4]" in text
     assert bundle.plan.hash in text
-    assert json.loads(json.dumps(describe_json(bundle)))["total_bytes"] == bundle.total_bytes
+    data = json.loads(json.dumps(describe_json(bundle)))
+    assert data["total_bytes"] == bundle.total_bytes
+    # of embedding, projection, convolution and two buffers, 4 bytes each; the second program reads the embedding alone
+    toy = 11 * 8 + (24 * 8 + 24) + (8 * 8 * 3 + 8) + 1 + 8
+    assert {(each["program"], each["weights_bytes"]) for each in data["programs"]} == {("denoise", 4 * toy), ("lookup", 4 * 11 * 8)}
+    assert [each["ops"] for each in data["programs"]] == [dict(p.ops) for p in bundle.plan.programs]
 
 
 def test_a_meta_model_needs_no_weights_file_and_loads_only_on_null(

@@ -1,13 +1,28 @@
 """The data of reel-tiny: motions against their geometry, captions, the split. Most need no font: a drawn texture does."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from reelstep.training.zoo import stickers
-from reelstep.training.zoo.stickers import BACKGROUNDS, FRAMES, MOTIONS, SIDE, Sticker, caption, is_held_out, load_stickers, make_clips, pose_of, render, words
+from reelstep.training.zoo.stickers import (
+    BACKGROUNDS,
+    FRAMES,
+    MOTIONS,
+    NAMES,
+    SIDE,
+    Sticker,
+    caption,
+    is_held_out,
+    load_stickers,
+    make_clips,
+    pose_of,
+    render,
+    words,
+)
 
 MIDDLE = FRAMES // 2
 
@@ -125,3 +140,9 @@ def test_the_font_gives_over_a_thousand_pictures():
     assert {"red heart", "cat", "pizza"} <= {s.name for s in found}
     assert all(s.texture.shape == (4, 48, 48) and float(s.texture.max()) <= 1 for s in found)
     assert len({s.codepoint for s in found}) == len(found)
+
+
+def test_the_docs_list_the_names_that_were_trained_on() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    listed = page.split("by an everyday name: ")[1].split(". ")[0].replace("\n", " ").split(", ")
+    assert listed == [name for codepoint, name in NAMES.items() if not is_held_out(codepoint)]

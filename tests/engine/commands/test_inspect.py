@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from reelstep import __main__ as cli
 from reelstep.engine.commands.inspect import describe_loras, describe_menus
 from reelstep.engine.models.spec import ModelSettings
+from reelstep.tests.compiler.conftest import compile_toy
 from reelstep.tests.engine.conftest import SETTINGS
 from reelstep.tests.engine.service.fake_engine import LAYOUT, FakeModel, FakeSettings
 
@@ -24,3 +30,9 @@ def test_inspect_prints_what_is_in_the_weights_and_what_requests_may_bring() -> 
         "LoRA of requests: rank up to 4, 128 numbers a row, in 2 layers: blocks.*.q, blocks.*.k",
     ]
     assert describe_loras(SETTINGS) == ""
+
+
+def test_the_plan_of_a_bundle_can_be_read_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = compile_toy(tmp_path / "toy.reel")
+    assert cli.main(["inspect", str(bundle.path), "--explain"]) == 0
+    assert capsys.readouterr().out == bundle.plan.explain() + "\n"
