@@ -118,9 +118,11 @@ def build_request(prompt: str, options: Options) -> pb.GenerateRequest:
     return request
 
 
-def check_timeout(timeout: float | None) -> None:
+def checked(timeout: float | None) -> float | None:
+    """The same. Raises InvalidRequest for what is no time to wait."""
     if timeout is not None and not 0 < timeout < math.inf:
         raise InvalidRequest([FieldViolation("timeout", f"{timeout} is not a number of seconds above 0; None waits for as long as it takes")])
+    return timeout
 
 
 def set_field(message: Message, field: str, value: object, there: str = "") -> None:
@@ -314,7 +316,7 @@ class Client:
         request = pb.ListModelsRequest()
         try:
             while True:
-                page = self._models(request, timeout=timeout)
+                page = self._models(request, timeout=checked(timeout))
                 found += page.models
                 if not page.next_page_token:
                     return found
@@ -328,14 +330,14 @@ class Client:
         The same adapter again is no error. replace: another one of this name, which otherwise is AlreadyExists. model: where the server has several.
         """
         try:
-            return self._load_lora(lora_parts(name, file, model, replace), timeout=timeout).lora
+            return self._load_lora(lora_parts(name, file, model, replace), timeout=checked(timeout)).lora
         except grpc.RpcError as error:
             raise from_error(error, self.address, started=False) from error
 
     def unload_lora(self, name: str, *, model: str | None = None, timeout: float | None = None) -> None:
         """Requests that arrive later cannot name it; those that run or wait keep it."""
         try:
-            self._unload_lora(unload_request(name, model), timeout=timeout)
+            self._unload_lora(unload_request(name, model), timeout=checked(timeout))
         except grpc.RpcError as error:
             raise from_error(error, self.address, started=False) from error
 
@@ -357,8 +359,7 @@ class Client:
 
     def stream(self, prompt: str, *, timeout: float | None = None, **options: Unpack[Options]) -> Generator[ClientEvent, None, None]:
         """Events as they come, the Generation last. Closing the iterator cancels the work."""
-        check_timeout(timeout)
-        return self._events(build_request(prompt, options), timeout)
+        return self._events(build_request(prompt, options), checked(timeout))
 
     def _events(self, request: pb.GenerateRequest, timeout: float | None) -> Generator[ClientEvent, None, None]:
         assembler, started = Assembler(), False
@@ -402,7 +403,7 @@ class AsyncClient:
         request = pb.ListModelsRequest()
         try:
             while True:
-                page = await self._models(request, timeout=timeout)
+                page = await self._models(request, timeout=checked(timeout))
                 found += page.models
                 if not page.next_page_token:
                     return found
@@ -416,14 +417,14 @@ class AsyncClient:
         The same adapter again is no error. replace: another one of this name, which otherwise is AlreadyExists. model: where the server has several.
         """
         try:
-            return (await self._load_lora(await asyncio.to_thread(lora_parts, name, file, model, replace), timeout=timeout)).lora
+            return (await self._load_lora(await asyncio.to_thread(lora_parts, name, file, model, replace), timeout=checked(timeout))).lora
         except grpc.RpcError as error:
             raise from_error(error, self.address, started=False) from error
 
     async def unload_lora(self, name: str, *, model: str | None = None, timeout: float | None = None) -> None:
         """Requests that arrive later cannot name it; those that run or wait keep it."""
         try:
-            await self._unload_lora(unload_request(name, model), timeout=timeout)
+            await self._unload_lora(unload_request(name, model), timeout=checked(timeout))
         except grpc.RpcError as error:
             raise from_error(error, self.address, started=False) from error
 
@@ -445,8 +446,7 @@ class AsyncClient:
 
     def stream(self, prompt: str, *, timeout: float | None = None, **options: Unpack[Options]) -> AsyncGenerator[ClientEvent, None]:
         """Events as they come, the Generation last. Closing the iterator cancels the work."""
-        check_timeout(timeout)
-        return self._events(build_request(prompt, options), timeout)
+        return self._events(build_request(prompt, options), checked(timeout))
 
     async def _events(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[ClientEvent, None]:
         assembler, started = Assembler(), False

@@ -6,8 +6,9 @@ import asyncio
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import pytest
@@ -137,6 +138,26 @@ def test_what_the_wire_cannot_carry_is_refused_before_it_is_sent(says: str, opti
         client.generate("a fox", **options)  # type: ignore[arg-type]
     assert len(caught.value.violations) == 1
     assert str(caught.value).startswith(says)
+
+
+CALLS: list[Callable[[Any], Any]] = [
+    lambda client: client.models(timeout=-1),
+    lambda client: client.load_lora("a", Path(os.devnull), timeout=-1),
+    lambda client: client.unload_lora("a", timeout=-1),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=["models", "load_lora", "unload_lora"])
+def test_a_time_that_is_none_is_refused_by_every_call_of_both_clients(call: Callable[[Any], Any]) -> None:
+    async def run() -> None:
+        async with AsyncClient("localhost:1") as client:
+            await call(client)
+
+    says = "timeout: -1 is not a number of seconds above 0"
+    with Client("localhost:1") as client, pytest.raises(InvalidRequest, match=says):
+        call(client)
+    with pytest.raises(InvalidRequest, match=says):
+        asyncio.run(run())
 
 
 def test_a_prompt_that_was_not_utf8_on_the_command_line_is_refused() -> None:
