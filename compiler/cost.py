@@ -45,11 +45,6 @@ class Op:
     count: int = 1
 
 
-def module_parameters(module: nn.Module) -> int:
-    """Elements of all parameters; a shared one counts once."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def module_flops(module: nn.Module, *inputs: Tensor) -> int:
     """FLOPs of one forward. On the meta device nothing is computed or allocated, so a 30B model takes seconds."""
     counter = FlopCounterMode(display=False)

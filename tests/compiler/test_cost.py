@@ -20,7 +20,6 @@ from reelstep.compiler.cost import (
     graph_ops,
     graph_parameters,
     module_flops,
-    module_parameters,
     ring_bytes,
     transformer_of,
     ulysses_bytes,
@@ -59,7 +58,6 @@ def test_a_module_on_the_meta_device_costs_the_same(programs: tuple[Program, ...
         toy = type(programs[0].module)()
         inputs = torch.zeros(5, 4, dtype=torch.int64), torch.zeros(5)
     assert module_flops(toy, *inputs) == by_hand(5, 4)
-    assert module_parameters(toy) == sum(p.numel() for p in programs[0].module.parameters())
 
 
 CONFIG = MovieGenConfig(
