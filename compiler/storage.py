@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal
 
-from reelstep.errors import StorageError
+from reelstep.errors import ConfigError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +135,12 @@ def free_bytes(folder: Path) -> int:
 def _there(folder: Path) -> Path:
     """It, or the one that it would be made in."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+
+
+def check_folder(path: Path) -> None:
+    """Raises ConfigError if there is no folder for a file that is to be written."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}; make it first")
 
 
 def check_writable(folder: Path) -> None:

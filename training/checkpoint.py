@@ -4,30 +4,55 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from reelstep.errors import ConfigError
+from reelstep.errors import ConfigError, StorageError
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write `state` so that a crash at any moment leaves the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    torch.save(dict(state), temporary)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(state), temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # PyTorch's own writer tells of a full disk in a RuntimeError
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {reason(error)}; what was saved before is unchanged. Free some space, and run it again to go on") from error
 
 
-def load(path: Path, processes: str | None = None) -> dict[str, Any] | None:
+def load(path: Path, processes: str | None = None, asked: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """The saved state, or None where there is none. Tensors and plain values only: nothing else is unpickled.
 
-    processes: that must have saved it, in words. Raises ConfigError if others did.
+    processes: that must have saved it, in words. asked: options that it was saved with, under "asked". Raises ConfigError for a file that cannot be read, and
+    for one of other processes or options, which it names.
     """
     if not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        raise ConfigError(f"{path} cannot be read as what was saved there ({reason(error)}); remove it to begin again") from error
+    if asked is not None:
+        check_same(path, state.get("asked", {}), asked)
     if processes is not None and (by := state.get("processes")) != processes:
         raise ConfigError(f"{path} was saved by {by or 'an older version'}, this is {processes}; continue it as it was begun, or remove it")
     return state
+
+
+def check_same(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises ConfigError, naming each option that differs."""
+    differ = [f"{name} {saved.get(name, 'unknown')}, asked for {value}" for name, value in asked.items() if saved.get(name, ...) != value]
+    if differ:
+        raise ConfigError(f"{path} was saved with {'; '.join(differ)}. Go on with what it was saved with, or remove it, or save elsewhere")
+
+
+def reason(error: Exception) -> str:
+    """Its first line: PyTorch adds where in its sources it was."""
+    return str(error).partition("\n")[0] or type(error).__name__

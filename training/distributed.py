@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -79,7 +80,9 @@ def start(stage: int = 0, mesh: str = "", half: bool = False, whole_below: int =
         raise ConfigError(f"mesh {asked} has {asked.world} ranks, of which {world} processes are no multiple; start {asked.world}, or take another mesh")
     comm = Communicator(replace(asked, cfg=world // asked.world), COLLECTIVE_S)  # the axis of guidance in serving is the batch's here
     try:
-        yield DeepSpeed(stage, comm, half, whole_below)
+        with warnings.catch_warnings():  # DeepSpeed calls what PyTorch would call otherwise by now, at every gather
+            warnings.filterwarnings("ignore", r"`?torch\.distributed\.\w+`? is deprecated", FutureWarning)
+            yield DeepSpeed(stage, comm, half, whole_below)
     finally:
         comm.close()
         if not joined:

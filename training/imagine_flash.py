@@ -38,6 +38,7 @@ from reelstep.engine.samplers.ns import Table, drive, sample, start
 from reelstep.engine.samplers.paths import PATHS, Path
 from reelstep.engine.samplers.tables import SOLVERS, ddim
 from reelstep.errors import ConfigError
+from reelstep.training import checkpoint
 from reelstep.training.field import Field, Fields, Network, Networks, at_number
 from reelstep.training.learning_rate import learning_rate
 from reelstep.training.trainer import ALONE, Processes, Trainer
@@ -294,6 +295,12 @@ class Distilled:
         return replace(self, history=history)
 
 
+def check_saved(saved: File, options: Options, processes: Processes = ALONE) -> None:
+    """For who has work to do before `distil`, which does the same. Raises ConfigError for a file of a run with other options or processes."""
+    if (found := checkpoint.load(saved, str(processes))) is not None:
+        checkpoint.check_same(saved, found["options"], asdict(options))
+
+
 def distil(
     student: nn.Module,
     fields: Fields,
@@ -327,8 +334,7 @@ def distil(
         return trainer.run(lambda: validation.score(fields, options.grid, options.rows))
 
     if saved is not None and (found := processes.load(saved, trainers)) is not None:
-        if found["options"] != asdict(options):
-            raise ConfigError(f"{saved} is of a distillation with {found['options']}; continue with these, or give another file")
+        checkpoint.check_same(saved, found["options"], asdict(options))
         done, best, result = found["iteration"], found["best"], Distilled(**found["result"])
     else:
         at_start = score()

@@ -32,6 +32,7 @@ from reelstep.parallel.collectives import Communicator
 from reelstep.parallel.rules import RULES
 from reelstep.parallel.shard import shard
 from reelstep.training.field import Field, Network
+from reelstep.training.half import half_products
 from reelstep.training.plain_attention import PlainAttention
 
 TASKS = ("text_to_image", "text_to_video", "animate_sticker")
@@ -123,7 +124,7 @@ class ModelFields:
 
         def answer(x: Tensor, t: Any, branches: tuple[str, ...]) -> tuple[Tensor, ...]:
             inputs = self.inputs(index, x, t, branches)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.half), warnings.catch_warnings():
+            with half_products(self.half), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # of a norm, which is then run in parts
                 outputs = self._run("denoise", inputs).float().chunk(len(branches))
             return tuple(TO_VELOCITY[settings.prediction](out, x, t, path) for out in outputs)

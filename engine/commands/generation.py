@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reelstep.engine.commands.options import parse_option, parse_path, parse_size
-from reelstep.errors import ConfigError
 
 if TYPE_CHECKING:
     from reelstep.engine.client import Options
@@ -68,10 +67,10 @@ def build_options(args: argparse.Namespace) -> Options:
 
 def check_out(path: Path) -> str:
     """The media type of an output, before any work is done for it. Raises ConfigError."""
+    from reelstep.compiler.storage import check_folder
     from reelstep.engine.media_types import media_type_of
 
-    if not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+    check_folder(path)
     return media_type_of(path)
 
 

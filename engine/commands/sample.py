@@ -37,11 +37,23 @@ def run(args: argparse.Namespace) -> None:
     strengths = by_name([(file.stem, strength) for file, strength in args.lora])
     ask, loras = build_ask(args, strengths), {file.stem: file for file, _ in args.lora}
     on_mesh = Mesh.parse(args.mesh or "").world > 1
+    if on_mesh:
+        check_ask(args, ask, loras)
     engine = load_engine(args, [args.bundle], 1, 0, loras) if on_mesh else open_for(args, ask, loras)
     try:
         report(args, follow(run_local(engine, ask)))
     finally:
         engine.close(0.0)
+
+
+def check_ask(args: argparse.Namespace, ask: Ask, loras: dict[str, Path]) -> None:
+    """Raises what is wrong with the request before ranks start for it, which takes a minute."""
+    from reelstep.compiler.bundle import Bundle
+    from reelstep.engine.resolve import resolve
+    from reelstep.engine.served import ServedModel
+
+    bundle = Bundle.open(args.bundle, trusted_keys(args))
+    resolve(ask, {bundle.plan.model: ServedModel.of(bundle, loras)})
 
 
 def open_for(args: argparse.Namespace, ask: Ask, loras: dict[str, Path]) -> Engine:

@@ -382,7 +382,7 @@ def test_an_interrupted_run_that_goes_on_gives_the_same_numbers(tmp_path):
     assert heard[1] == heard[0]
     assert [iteration for iteration, *_ in heard[0]] == [1, 2, 3, 4, 5, 6]
     assert all(torch.equal(p, q) for p, q in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
-    with pytest.raises(ConfigError, match="continue with these"):
+    with pytest.raises(ConfigError, match="Go on with what it was saved with"):
         guided_run(Copy(width=8), replace(options, rate=1e-3), tmp_path / "run.pt")
 
 

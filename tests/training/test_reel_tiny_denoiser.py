@@ -1,5 +1,7 @@
 """The denoiser's recipe: what is drawn, what is minimised, what each optimiser moves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,15 +10,18 @@ import torch.nn.functional as F
 from reelstep.engine.models.byte_text import ByteTextEncoder
 from reelstep.engine.models.movie_gen import MovieGenTransformer
 from reelstep.engine.models.reel_tiny import DENOISER_CONFIG, TEXT_CONFIG
+from reelstep.errors import ConfigError
 from reelstep.training.plain_attention import PlainAttention
 from reelstep.training.zoo import reel_tiny_denoiser
 from reelstep.training.zoo.reel_tiny_denoiser import (
     KINDS,
     Latents,
     draw,
+    draw_clips,
     encode_text,
     flow_loss,
     join,
+    kept,
     losses_of,
     optimizers,
     tokens_of,
@@ -99,9 +104,10 @@ def test_muon_moves_the_blocks_matrices_only_and_every_parameter_is_moved_once()
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_the_warm_up_teaches_the_names_of_things(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reel_tiny_denoiser, "WARM_UP_STEPS", 100)
-    monkeypatch.setattr(reel_tiny_denoiser, "WARM_UP_BATCH", 12)
-    text = ByteTextEncoder(TEXT_CONFIG)
+    small = replace(TEXT_CONFIG, width=64, layers=2)  # Muon's products are in bfloat16, slow on a CPU without it
+    for name, value in (("WARM_UP_STEPS", 100), ("WARM_UP_BATCH", 12), ("TEXT_CONFIG", small)):
+        monkeypatch.setattr(reel_tiny_denoiser, name, value)
+    text = ByteTextEncoder(small)
     warm_up_text(text, data, 0, tmp_path / "text.pt")
     name, *others = map(float, capsys.readouterr().out.split("right: ")[1].split(",")[0].split())
     assert name > 0.8, "two names are soon told apart; always the commoner one would be right for about half"
@@ -110,8 +116,38 @@ def test_the_warm_up_teaches_the_names_of_things(data, tmp_path, monkeypatch, ca
     assert float((contexts[0] - contexts[1]).norm() / contexts.norm()) > 0.1
 
 
-def test_a_warm_up_that_is_kept_is_not_done_again(data, tmp_path):
-    one, two = ByteTextEncoder(TEXT_CONFIG), ByteTextEncoder(TEXT_CONFIG)
-    torch.save({"text": one.state_dict()}, tmp_path / "text.pt")
-    warm_up_text(two, data, 0, tmp_path / "text.pt")
-    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_a_warm_up_that_was_cut_off_goes_on_to_the_same_and_one_that_is_done_is_kept(data, tmp_path, monkeypatch):
+    for name, value in (("WARM_UP_STEPS", 4), ("WARM_UP_BATCH", 4), ("WARM_UP_SAVES", 2)):
+        monkeypatch.setattr(reel_tiny_denoiser, name, value)
+
+    def warmed(file):
+        torch.manual_seed(1)
+        text = ByteTextEncoder(TEXT_CONFIG)
+        warm_up_text(text, data, 0, tmp_path / file)
+        return text
+
+    whole = warmed("whole.pt")
+    calls = iter(range(3))
+
+    def cut_off(*args):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return draw_clips(*args)
+
+    monkeypatch.setattr(reel_tiny_denoiser, "draw_clips", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        warmed("cut.pt")
+    monkeypatch.setattr(reel_tiny_denoiser, "draw_clips", draw_clips)
+    again = warmed("cut.pt")
+    monkeypatch.setattr(reel_tiny_denoiser, "draw_clips", lambda *_: pytest.fail("it was done again"))
+    for found in (again, warmed("cut.pt")):
+        assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), found.parameters(), strict=True))
+
+
+def test_clips_that_were_encoded_are_kept_and_not_taken_for_others(data, tmp_path):
+    asked = {"seed": 0, "clips": 100}
+    assert torch.equal(kept(tmp_path / "latents.pt", asked, lambda: data).video, data.video)
+    assert torch.equal(kept(tmp_path / "latents.pt", asked, lambda: pytest.fail("they were encoded again")).video, data.video)
+    with pytest.raises(ConfigError, match=r"latents\.pt was saved with clips 100, asked for 200\. Go on with what it was saved with"):
+        kept(tmp_path / "latents.pt", {"seed": 0, "clips": 200}, lambda: data)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -16,7 +17,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from reelstep.compiler.storage import replace_file
+from reelstep.compiler.storage import check_folder, replace_file
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.spec import ModelSpec, hash_weights
 from reelstep.engine.request import Defaults, Fit
@@ -29,6 +30,7 @@ from reelstep.engine.served import build_table
 from reelstep.errors import ConfigError, ReelstepError, UnsupportedRequest
 from reelstep.registry import Registry
 from reelstep.training import checkpoint, field
+from reelstep.training.arguments import positive, whole
 from reelstep.training.field import Pairs, solve, validate
 from reelstep.training.model_field import TASKS, ModelFields, split_over
 from reelstep.training.trainer import ALONE, Processes
@@ -53,6 +55,7 @@ P = ParamSpec("P")
 
 ROWS = 4  # samples of one forward and backward
 POINTS = 33  # of a stored reference path
+LINES = 20  # of progress, where there is no bar
 VALIDATION_SEED = 1 << 20
 
 
@@ -65,7 +68,7 @@ def parser(name: str, text: str) -> argparse.ArgumentParser:
     made.add_argument("--scale", type=float, metavar="S", help="guidance scale (the task's default)")
     made.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, half to fit and half to validate (the model's own kind)")
     made.add_argument("--pairs", type=int, default=32, metavar="N", help="samples to fit to, and as many to validate (%(default)s)")
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--seed", type=whole(0), default=0)
     return made
 
 
@@ -75,7 +78,7 @@ def solver_parser(name: str, text: str) -> argparse.ArgumentParser:
     made.add_argument("--nfe", type=int, required=True, metavar="N", help="velocities of one sample; each is two forwards under guidance")
     made.add_argument("--guidance", default="cfg", metavar="RULE", help="rule of guidance (%(default)s)")
     made.add_argument("--picture", type=float, metavar="X", help="scale of the picture to animate: guidance is then picture_and_text, three forwards")
-    made.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="of the reference solver, RK45 (%(default)g)")
+    made.add_argument("--tolerance", type=positive, default=1e-4, metavar="X", help="of the reference solver, RK45 (%(default)g)")
     made.add_argument("--cache", type=Path, default=Path(".cache/reelstep/fits"), metavar="DIR", help="references and state to resume from (%(default)s)")
     return made
 
@@ -115,8 +118,7 @@ def prepare(args: argparse.Namespace, fit: Callable[[Defaults, float], Fit], pro
     spec = MODELS[args.model]
     if (student := spec.settings.distilled) is not None:
         raise UnsupportedRequest(f"model {spec.name!r} holds at its own few steps alone, so nothing can be fitted to it; fit {student.teacher!r}, its teacher")
-    if not args.out.parent.is_dir():
-        raise ConfigError(f"cannot write {args.out}: there is no folder {args.out.parent}; make it first")
+    check_folder(args.out)
     if args.pairs < 2:
         raise ConfigError(f"--pairs {args.pairs}; at least 2, 32 for a fit to use")
     if args.task not in spec.settings.defaults:
@@ -144,6 +146,10 @@ def prepare_solver(args: argparse.Namespace, processes: Processes = ALONE) -> tu
         GUIDANCE[guidance].build(scale, PATHS[MODELS[args.model].settings.path], options)
         return Fit((args.task,), args.out.stem, "", args.nfe, guidance, options, scale)
 
+    shipped = {file.stem.removeprefix(f"{args.model}.") for file in MODELS[args.model].fitted}
+    if processes.first and args.out.stem in shipped:
+        text = f"{args.model} comes with a {args.out.stem!r}, beside which `reelstep compile --fitted` takes no other; give -o another name to use both"
+        print(f"note: {text}", file=sys.stderr)
     subject = prepare(args, fit, processes)
     wanted, pictures = subject.fit, [*subject.train.identity, *subject.validation.identity]
     asked = [subject.model_hash, args.task, wanted.guidance, wanted.guidance_options, wanted.scale, *subject.prompts, args.seed, args.tolerance, *pictures]
@@ -238,7 +244,10 @@ class Stopwatch:
 
     def __init__(self, saved: Path, keeps: bool = True) -> None:
         self.file, self.keeps, self.began = saved.with_suffix(".seconds"), keeps, time.monotonic()
-        self.before = float(self.file.read_text()) if saved.exists() and self.file.exists() else 0.0
+        self.before = 0.0
+        if saved.exists() and self.file.exists():
+            with suppress(ValueError):  # half a file: what is lost is the time of a record
+                self.before = float(self.file.read_text())
 
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.began
@@ -256,11 +265,18 @@ class Stopwatch:
 
 @contextmanager
 def progress_bar(total: int, shown: bool = True) -> Iterator[Callable[[int, float, float], None]]:
-    """A bar for (iterations done, loss, best dB)."""
+    """A bar for (iterations done, loss, best dB); where the output is no terminal, some twenty lines."""
     columns = (TextColumn("loss {task.fields[loss]:.3f}, best {task.fields[best]:.2f} dB"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not shown) as bar:
         task = bar.add_task("", total=total, loss=0.0, best=0.0)
-        yield lambda done, loss, best: bar.update(task, completed=done, loss=loss, best=best)
+        in_lines = shown and not bar.console.is_terminal
+
+        def tell(done: int, loss: float, best: float) -> None:
+            bar.update(task, completed=done, loss=loss, best=best)
+            if in_lines and (done == total or done % max(total // LINES, 1) == 0):
+                print(f"iteration {done} of {total}, loss {loss:.3f}, best {best:.2f} dB", flush=True)
+
+        yield tell
 
 
 def plot_scores(path: Path, title: str, history: Sequence[tuple[int, float]], scores: Mapping[str, float]) -> None:
@@ -296,7 +312,8 @@ def write_solver(
     plot_scores(args.out.with_suffix(".png"), f"{title}, {args.nfe} NFE, scale {subject.fit.scale:g}", found.history, scores)
     for other, db in sorted(scores.items(), key=lambda item: -item[1])[:6]:
         print(f"{other:>28}  {db:6.2f} dB")
-    print(f"{args.out}  {args.nfe} NFE at scale {subject.fit.scale:g}, {conditions['seconds']} s{'; ' + found.note if found.note else ''}")
+    gained = "" if found.iteration else "; no iterate was better than the start: take more --iterations or --pairs"
+    print(f"{args.out}  {args.nfe} NFE at scale {subject.fit.scale:g}, {conditions['seconds']} s{gained}{'; ' + found.note if found.note else ''}")
 
 
 def write(path: Path, fitted: Fitted) -> None:

@@ -9,7 +9,9 @@ import torch
 from reelstep.engine.models import MODELS
 from reelstep.errors import ConfigError
 from reelstep.training import bespoke
+from reelstep.training.arguments import positive, whole
 from reelstep.training.fits import ROWS, Stopwatch, prepare_solver, progress_bar, solver_parser, write_solver
+from reelstep.training.half import products
 
 TEXT = """\
 Fit a Bespoke solver: midpoint (rk2) or Euler (rk1) in coordinates of time and scale, fitted to one model under one scale.
@@ -23,8 +25,8 @@ examples:
 def main(arguments: Sequence[str]) -> None:
     made = solver_parser("bespoke", TEXT)
     made.add_argument("--kind", choices=bespoke.KINDS, default="rk2", help="base solver: rk2 has half as many steps as NFE (%(default)s)")
-    made.add_argument("--iterations", type=int, default=240, metavar="N", help="(%(default)s)")
-    made.add_argument("--rate", type=float, default=5e-2, metavar="X", help="of Adam (%(default)g)")
+    made.add_argument("--iterations", type=whole(1), default=240, metavar="N", help="(%(default)s)")
+    made.add_argument("--rate", type=positive, default=5e-2, metavar="X", help="of Adam (%(default)g)")
     args = made.parse_args(arguments)
     each = bespoke.KINDS[args.kind]
     if args.nfe < each or args.nfe % each:
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
         fit = bespoke.fit_bespoke(paths, (subject.validation, validation), options, clock.heard(progress), saved)
     conditions = {
         **fit.solver.to_json(), "lipschitz": options.lipschitz, "reference": f"RK45 at {args.tolerance:g}", "pairs": args.pairs,
-        "iterations": args.iterations, "best_iteration": fit.iteration, "rate": args.rate, "seed": args.seed, "dtype": "bfloat16 products",
+        "iterations": args.iterations, "best_iteration": fit.iteration, "rate": args.rate, "seed": args.seed, "dtype": products(),
         "seconds": round(clock.seconds()), "note": fit.note,
     }  # fmt: skip
     table = fit.solver.table(subject.spec.settings.path)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from reelstep.engine.models import MODELS
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.training import bns
+from reelstep.training.arguments import positive, whole
 from reelstep.training.distributed import start
 from reelstep.training.fits import ROWS, Stopwatch, prepare_solver, progress_bar, solver_parser, write_solver
+from reelstep.training.half import products
 from reelstep.training.trainer import Processes
 
 TEXT = """\
@@ -24,10 +26,10 @@ examples:
 
 def main(arguments: Sequence[str]) -> None:
     made = solver_parser("bns", TEXT)
-    made.add_argument("--iterations", type=int, default=60, metavar="N", help="(%(default)s)")
-    made.add_argument("--batch", type=int, default=8, metavar="N", help="pairs of an iteration (%(default)s)")
-    made.add_argument("--rate", type=float, default=0.05, metavar="X", help="of Adam, as a share of the error at the start (%(default)g)")
-    made.add_argument("--sigma-0", type=float, default=1.0, metavar="X", help="deviation of the source it starts in; 5 to 10 for high scales (%(default)g)")
+    made.add_argument("--iterations", type=whole(1), default=60, metavar="N", help="(%(default)s)")
+    made.add_argument("--batch", type=whole(1), default=8, metavar="N", help="pairs of an iteration (%(default)s)")
+    made.add_argument("--rate", type=positive, default=0.05, metavar="X", help="of Adam, as a share of the error at the start (%(default)g)")
+    made.add_argument("--sigma-0", type=positive, default=1.0, metavar="X", help="deviation of the source it starts in; 5 to 10 for high scales (%(default)g)")
     made.add_argument("--mesh", default="", metavar="AXES", help="with torchrun: processes that hold the model together, as tp=2 or cp=2 (each has it whole)")
     args = made.parse_args(arguments)
     with start(mesh=args.mesh) as processes:
@@ -49,6 +51,6 @@ def fit(args: argparse.Namespace, processes: Processes) -> None:
     conditions = {
         "initial": "rows solved for one after the other, on equal times of the source", "sigma_0": args.sigma_0, "reference": f"RK45 at {args.tolerance:g}",
         "pairs": args.pairs, "iterations": args.iterations, "best_iteration": found.iteration, "batch": args.batch, "rate": args.rate,
-        "seed": args.seed, "dtype": "bfloat16 products", "seconds": round(clock.seconds()), "processes": str(processes), "note": found.note,
+        "seed": args.seed, "dtype": products(), "seconds": round(clock.seconds()), "processes": str(processes), "note": found.note,
     }  # fmt: skip
     write_solver(args, subject, validation, "bns", "BNS", found.solver, found, conditions, processes)

@@ -17,6 +17,7 @@ from reelstep.engine.samplers.ns import Table
 from reelstep.engine.samplers.paths import PATHS
 from reelstep.errors import ConfigError
 from reelstep.training.adaptive_guidance import Trial, attempt, choose_threshold, nearest_stop, record
+from reelstep.training.arguments import positive, whole
 from reelstep.training.field import Pairs
 from reelstep.training.fits import ROWS, Stopwatch, Subject, guidance_parser, prepare_guidance, write
 from reelstep.training.policy_search import Found, Options, check_budget, search
@@ -33,12 +34,12 @@ examples:
 
 def main(arguments: Sequence[str]) -> None:
     made = guidance_parser("policy", TEXT)
-    made.add_argument("--forwards", type=int, metavar="N", help="budget of a run (three quarters of full guidance's)")
+    made.add_argument("--forwards", type=whole(1), metavar="N", help="budget of a run (three quarters of full guidance's)")
     made.add_argument("--multiples", type=float, nargs="+", default=[0.5, 1.0, 2.0], metavar="X", help="of the scale, to choose from (0.5 1 2)")
-    made.add_argument("--iterations", type=int, default=60, metavar="N", help="(%(default)s)")
-    made.add_argument("--batch", type=int, default=8, metavar="N", help="pairs of an iteration (%(default)s)")
-    made.add_argument("--rate", type=float, default=0.2, metavar="X", help="of Adam (%(default)g)")
-    made.add_argument("--trials", type=int, default=16, metavar="N", help="neighbours of the policy that are tried in the end (%(default)s)")
+    made.add_argument("--iterations", type=whole(1), default=60, metavar="N", help="(%(default)s)")
+    made.add_argument("--batch", type=whole(1), default=8, metavar="N", help="pairs of an iteration (%(default)s)")
+    made.add_argument("--rate", type=positive, default=0.2, metavar="X", help="of Adam (%(default)g)")
+    made.add_argument("--trials", type=whole(0), default=16, metavar="N", help="neighbours of the policy that are tried in the end (%(default)s)")
     made.add_argument("--cache", type=Path, default=Path(".cache/reelstep/fits"), metavar="DIR", help="state to resume from (%(default)s)")
     args = made.parse_args(arguments)
     options = Options(tuple(args.multiples), args.iterations, args.batch, ROWS, args.rate, args.trials, seed=args.seed)

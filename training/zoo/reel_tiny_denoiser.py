@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +24,14 @@ from reelstep.engine.models.byte_text import PAD, ByteTextEncoder, tokenize
 from reelstep.engine.models.movie_gen import MovieGenTransformer
 from reelstep.engine.models.reel_tiny import DENOISER_CONFIG, TAE_CONFIG, TEXT_CONFIG, load_weights
 from reelstep.engine.models.tae import TAE
+from reelstep.errors import ConfigError
 from reelstep.training import checkpoint
+from reelstep.training.arguments import hundreds, whole
+from reelstep.training.half import half_products
 from reelstep.training.learning_rate import learning_rate
 from reelstep.training.muon import muon
 from reelstep.training.plain_attention import PlainAttention
+from reelstep.training.recipe import check_paths, run
 from reelstep.training.zoo.reel_tiny_tae import channels_last, load_shipped, psnr
 from reelstep.training.zoo.stickers import BACKGROUNDS, FRAMES, MOTIONS, MOVING, NAMES, Sticker, caption, load_stickers, make_clips
 
@@ -53,6 +57,7 @@ KINDS = {
 MOTION_SHARES = {"still": 0, "spin_clockwise": 2, "spin_counterclockwise": 2, "grow": 2, "shrink": 2}  # shares of the motions that are harder to learn, else 1
 EVERYDAY_COPIES = 8  # how many times a sticker of NAMES stands among the stickers that clips are drawn from
 WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_EVERYDAY = 1600, 128, 0.4
+WARM_UP_SAVES = 100  # steps from one to the next
 FROZEN_STEPS = 800  # in which the text encoder stays as the warm-up left it
 PEAKS = (2e-3, 1e-3)  # of Muon and AdamW
 TEXT_SHARE = 0.1  # of AdamW's rate
@@ -86,7 +91,7 @@ def encode_clips(
     videos, pictures, tags = [], [], []
     for i in range(0, count, 100):
         clips = make_clips(stickers, np.random.default_rng((seed, i)), 100, motions, varied=like is not None)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with half_products():
             videos.append(torch.cat([tae.encode(v) for v in clips.video.split(25)]).half())
             pictures.append(tae.encode(clips.picture).half())
         tags += list(zip(clips.names, clips.motions, clips.amounts, clips.backgrounds, strict=True))
@@ -98,17 +103,21 @@ def encode_clips(
     return Latents(((video.float() - shift) * scale).half(), ((picture.float() - shift) * scale).half(), names, motions, amounts, backgrounds, scale, shift)
 
 
+def kept(path: Path, asked: Mapping[str, int], make: Callable[[], Latents]) -> Latents:
+    """Made once. Raises ConfigError for what was made of other options."""
+    if (saved := checkpoint.load(path, asked=asked)) is None:
+        saved = {"latents": dict(vars(make())), "asked": dict(asked)}
+        checkpoint.save(path, saved)
+    return Latents(**saved["latents"])
+
+
 def load_latents(tae: TAE, known: Sequence[Sticker], seed: int, count: int, out: Path) -> tuple[Latents, Latents]:
     """Clips for samples from words alone, and clips for animated pictures; each encoded once and kept under `out`."""
-    if (plain := checkpoint.load(out / "latents.pt")) is None:
-        common = [s for s in known if s.codepoint in NAMES] * (EVERYDAY_COPIES - 1)
-        plain = dict(vars(encode_clips(tae, [*known, *common], seed + 10, count)))
-        checkpoint.save(out / "latents.pt", plain)
-    if (moving := checkpoint.load(out / "moving.pt")) is None:
-        motions = [m for m in MOTIONS for _ in range(MOTION_SHARES.get(m, 1))]
-        moving = dict(vars(encode_clips(tae, known, seed + 20, count, motions, Latents(**plain))))
-        checkpoint.save(out / "moving.pt", moving)
-    return Latents(**plain), Latents(**moving)
+    asked = {"seed": seed, "clips": count}
+    common = [s for s in known if s.codepoint in NAMES] * (EVERYDAY_COPIES - 1)
+    plain = kept(out / "latents.pt", asked, lambda: encode_clips(tae, [*known, *common], seed + 10, count))
+    motions = [m for m in MOTIONS for _ in range(MOTION_SHARES.get(m, 1))]
+    return plain, kept(out / "moving.pt", asked, lambda: encode_clips(tae, known, seed + 20, count, motions, plain))
 
 
 def tokens_of(texts: list[str]) -> Tensor:
@@ -143,10 +152,9 @@ def draw_captions(data: Latents, index: Tensor, rng: np.random.Generator, moving
 
 
 def warm_up_text(text: ByteTextEncoder, data: Latents, seed: int, path: Path) -> None:
-    """Teach the encoder to read captions before it meets the denoiser, once: the result is kept at `path`."""
-    if (saved := checkpoint.load(path)) is not None:
-        text.load_state_dict(saved["text"])
-        return
+    """Teach the encoder to read captions before it meets the denoiser, once: `path` keeps how far it is, and the result."""
+    asked = {"seed": seed, "clips": len(data.names)}
+    saved = checkpoint.load(path, asked=asked)
     names, motions, places = sorted(set(data.names)), list(MOTIONS), list(BACKGROUNDS)
     rank = {name: i for i, name in enumerate(names)}
     heads = TextHeads(len(names))
@@ -155,13 +163,21 @@ def warm_up_text(text: ByteTextEncoder, data: Latents, seed: int, path: Path) ->
     parameters = [*text.parameters(), *heads.parameters()]
     rest = [p for p in parameters if id(p) not in ids]
     both = [muon(matrices, weight_decay=0.02), torch.optim.AdamW(rest, weight_decay=0.01, betas=(0.9, 0.98))]
-    began = time.monotonic()
-    for step in range(WARM_UP_STEPS):
+    start, elapsed = 0, 0.0
+    if saved is not None:
+        text.load_state_dict(saved["text"])
+        heads.load_state_dict(saved["heads"])
+        for optimizer, state in zip(both, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        start, elapsed = saved["step"], saved["elapsed_s"]
+    print(f"text encoder alone, step {start} of {WARM_UP_STEPS}", flush=True)
+    began = time.monotonic() - elapsed
+    for step in range(start, WARM_UP_STEPS):
         rng = np.random.default_rng((seed, 77, step))
         index = draw_clips(data, rng, WARM_UP_BATCH, WARM_UP_EVERYDAY)
         labels = [(rank[data.names[i]], motions.index(data.motions[i]), data.amounts[i], places.index(data.backgrounds[i])) for i in index.tolist()]
         truth = list(torch.tensor(labels).unbind(1))
-        with torch.autocast("cpu", dtype=torch.bfloat16), PlainAttention():
+        with half_products(), PlainAttention():
             guesses = heads(encode_text(text, tokens_of(draw_captions(data, index, rng, moving=True))))
         loss = sum((F.cross_entropy(g.float(), t) for g, t in zip(guesses, truth, strict=True)), torch.zeros(()))
         for optimizer in both:
@@ -172,11 +188,12 @@ def warm_up_text(text: ByteTextEncoder, data: Latents, seed: int, path: Path) ->
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in both:
             optimizer.step()
-        if (step + 1) % 100 == 0:
+        if (step + 1) % WARM_UP_SAVES == 0:
             right = [f"{float((g.argmax(1) == t).float().mean()):.2f}" for g, t in zip(guesses, truth, strict=True)]
             seconds = time.monotonic() - began
             print(f"text {step + 1} loss {loss.item():.3f} name, motion, amount, background right: {' '.join(right)}, {seconds:.0f} s", flush=True)
-    checkpoint.save(path, {"text": text.state_dict()})
+            state = {"text": text.state_dict(), "heads": heads.state_dict(), "optimizers": [o.state_dict() for o in both]}
+            checkpoint.save(path, {**state, "step": step + 1, "elapsed_s": seconds, "asked": asked})
 
 
 @dataclass(frozen=True)
@@ -217,7 +234,7 @@ def flow_loss(context: Tensor, denoiser: MovieGenTransformer, batch: Batch) -> T
     t = batch.t[:, None, None, None, None]
     x = t * batch.x1 + (1 - t) * batch.noise
     modulation = denoiser.time(batch.t)
-    with torch.autocast("cpu", dtype=torch.bfloat16), PlainAttention():
+    with half_products(), PlainAttention():
         u = denoiser(x, modulation, batch.condition, denoiser.text(context))
     return (u.float() - (batch.x1 - batch.noise)).square().flatten(1).mean(1)
 
@@ -225,7 +242,7 @@ def flow_loss(context: Tensor, denoiser: MovieGenTransformer, batch: Batch) -> T
 def losses_of(text: ByteTextEncoder, denoiser: MovieGenTransformer, data: Mapping[str, Latents], rng: np.random.Generator) -> dict[str, Tensor]:
     """Mean loss of each kind, on one draw of a step's samples from `data` by kind. The two kinds of video go through the denoiser together."""
     batches = {name: draw(data[name], rng, name, kind.count) for name, kind in KINDS.items()}
-    with torch.autocast("cpu", dtype=torch.bfloat16), PlainAttention():
+    with half_products(), PlainAttention():
         contexts = encode_text(text, torch.cat([batch.tokens for batch in batches.values()])).split([kind.count for kind in KINDS.values()])
     videos = flow_loss(torch.cat(contexts[:2]), denoiser, join([batches["animated"], batches["video"]]))
     animated, video = videos.split([KINDS["animated"].count, KINDS["video"].count])
@@ -250,9 +267,10 @@ def load_tae(out: Path, weights: Path | None) -> TAE:
     tae = channels_last(TAE(TAE_CONFIG))
     if (saved := checkpoint.load(out / "tae.pt")) is not None:
         tae.load_state_dict(saved["model"])
-    else:
-        assert weights is not None, f"{out}/tae.pt is missing; run the first stage: python -P -m reelstep.training.zoo.reel_tiny_tae"
+    elif weights is not None:
         load_shipped(tae, weights)
+    else:
+        raise ConfigError(f"{out}/tae.pt is missing; run the first stage, python -P -m reelstep.training.zoo.reel_tiny_tae, or give --weights")
     return tae.eval()
 
 
@@ -261,7 +279,7 @@ def held_out_psnr(text: ByteTextEncoder, denoiser: MovieGenTransformer, tae: TAE
     """Mean PSNR in dB of 48 held-out animations: by 8 Euler steps from noise, of the picture repeated, and through the autoencoder alone."""
     clips = make_clips(stickers, np.random.default_rng(seed), 48, MOVING)
     modulations = denoiser.time(torch.arange(8) / 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16), PlainAttention():
+    with half_products(), PlainAttention():
         truth, picture = tae.encode(clips.video).float(), tae.encode(clips.picture).float()
         condition = ((picture - data.shift) * data.scale).expand_as(truth)
         context = denoiser.text(text(tokens_of(clips.captions)))
@@ -287,7 +305,8 @@ def train(steps: int, clips: int, seed: int, out: Path, weights: Path | None) ->
             nn.init.zeros_(parameter)
     both, start, elapsed = optimizers(text, denoiser), 0, 0.0
     path = out / "denoiser.pt"
-    if (saved := checkpoint.load(path)) is not None:
+    asked = {"seed": seed, "clips": clips}
+    if (saved := checkpoint.load(path, asked=asked)) is not None:
         text.load_state_dict(saved["text"])
         denoiser.load_state_dict(saved["denoiser"])
         for optimizer, state in zip(both, saved["optimizers"], strict=True):
@@ -321,8 +340,9 @@ def train(steps: int, clips: int, seed: int, out: Path, weights: Path | None) ->
             print(f"step {step + 1} " + " ".join(f"{k} {v / 50:.4f}" for k, v in sums.items()) + f", {time.monotonic() - began:.0f} s", flush=True)
             sums = {}
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            state = {"text": text.state_dict(), "denoiser": denoiser.state_dict(), "optimizers": [o.state_dict() for o in both]}
-            checkpoint.save(path, {**state, "step": step + 1, "elapsed_s": time.monotonic() - began, "scale": plain.scale, "shift": plain.shift})
+            trained = {"text": text.state_dict(), "denoiser": denoiser.state_dict(), "optimizers": [o.state_dict() for o in both]}
+            rest = {"step": step + 1, "elapsed_s": time.monotonic() - began, "scale": plain.scale, "shift": plain.shift, "asked": asked}
+            checkpoint.save(path, {**trained, **rest})
         if (step + 1) % 500 == 0 or step + 1 == steps:
             scores = held_out_psnr(text, denoiser, tae, plain, held_out, seed + 1)
             print(f"held-out PSNR in dB: {', '.join(f'{k} {v:.2f}' for k, v in scores.items())}", flush=True)
@@ -330,14 +350,16 @@ def train(steps: int, clips: int, seed: int, out: Path, weights: Path | None) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--clips", type=int, default=16000, help="clips encoded beforehand; captions, noise and t are drawn anew every step")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", type=Path, help="go on from this file, e.g. engine/models/weights/reel-tiny.safetensors, instead of from nothing")
+    parser.add_argument("--steps", type=whole(1), default=4500)
+    parser.add_argument("--clips", type=hundreds, default=16000, help="clips encoded beforehand; captions, noise and t are drawn anew every step")
+    parser.add_argument("--seed", type=whole(0), default=0)
+    begins = "go on from this file, e.g. engine/models/weights/reel-tiny.safetensors, instead of from nothing; its text encoder is first trained alone again"
+    parser.add_argument("--weights", type=Path, metavar="FILE", help=begins)
     parser.add_argument("--out", type=Path, default=Path("checkpoints/reel-tiny"))
     args = parser.parse_args()
+    check_paths(args.out)
     train(args.steps, args.clips, args.seed, args.out, args.weights)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,11 +9,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from reelstep.compiler.storage import check_folder
 from reelstep.engine.models.reel_tiny import WEIGHTS, ReelTiny, load_weights
 from reelstep.errors import ConfigError
 from reelstep.training import checkpoint
+from reelstep.training.recipe import run, write_weights
 
 
 def export(source: Path, target: Path) -> None:
@@ -37,8 +38,8 @@ def export(source: Path, target: Path) -> None:
         model.denoiser.load_state_dict(denoiser["denoiser"])
         model.tae.scale.fill_(denoiser["scale"])
         model.tae.shift.fill_(denoiser["shift"])
-    weights = {name: (value.to(torch.bfloat16) if value.ndim else value).contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, target)
+    weights = {name: value.to(torch.bfloat16) if value.ndim else value for name, value in model.state_dict().items()}
+    write_weights(target, weights)
     steps = ", ".join(f"{name} {saved['step']}" for name, saved in (("tae", tae), ("decoder", decoder), ("denoiser", denoiser)) if saved)
     print(f"{target}: {sum(v.numel() for v in weights.values()):,} values, {target.stat().st_size:,} bytes; steps: {steps}")
 
@@ -48,11 +49,9 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=Path("checkpoints/reel-tiny"))
     parser.add_argument("--target", type=Path, default=WEIGHTS / "reel-tiny.safetensors")
     args = parser.parse_args()
-    try:
-        export(args.source, args.target)
-    except ConfigError as error:
-        parser.error(str(error))
+    check_folder(args.target)
+    export(args.source, args.target)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,15 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reelstep.engine.models.reel_tiny import SPEC, WEIGHTS, ReelTiny, build
 from reelstep.engine.request import Fit
 from reelstep.engine.samplers.paths import PATHS
+from reelstep.errors import ConfigError
+from reelstep.training.arguments import positive, whole
 from reelstep.training.distributed import STAGES, start
-from reelstep.training.imagine_flash import Distilled, Options, StudentGrid, Teacher, Validation, distil, teacher_ends
+from reelstep.training.imagine_flash import Distilled, Options, StudentGrid, Teacher, Validation, check_saved, distil, teacher_ends
 from reelstep.training.model_field import ModelFields
+from reelstep.training.recipe import check_paths, run, write_weights
 from reelstep.training.trainer import ALONE, Processes
 from reelstep.training.zoo.stickers import prompts
 
@@ -57,6 +59,13 @@ def train(iterations: int, batch: int, rate: float, seed: int, out: Path, proces
     scale = SPEC.settings.defaults[TASK].scale
     how = Teacher(nfe=4, scale=scale, solver="ab2")
     words = prompts(PROMPTS + VALIDATION_PROMPTS, seed)
+    processes.share(batch, "samples of a batch")  # before minutes of the teacher's ends
+    grid = StudentGrid(SPEC.settings.path, TIMES, gamma=None)
+    options = Options(grid, how, iterations, batch, rate, weight_decay=0.0, validate_every=100, rows=16, seed=seed)
+    saved = out / "student.pt"
+    check_saved(saved, options, processes)
+    if processes.first:
+        print(f"encoding {len(words)} prompts, and {VALIDATION_PROMPTS * SAMPLES_OF_EACH} of the teacher's ends", flush=True)
     teacher, student = build(), build()
     networks = fields_of(teacher, "cfg", scale, words).network
     fields = fields_of(student, "none", 1.0, words)
@@ -65,33 +74,30 @@ def train(iterations: int, batch: int, rate: float, seed: int, out: Path, proces
     held_out = words[PROMPTS:]
     validation = validation_of(fields_of(teacher, "cfg", scale, held_out), how, seed, processes)
     shifted = replace(validation, index=validation.index + PROMPTS)
-    grid = StudentGrid(SPEC.settings.path, TIMES, gamma=None)
-    options = Options(grid, how, iterations, batch, rate, weight_decay=0.0, validate_every=100, rows=16, seed=seed)
     began = time.monotonic()
 
     def conditions(rng: np.random.Generator, count: int) -> Tensor:
         return torch.from_numpy(rng.integers(PROMPTS, size=count))
 
     def tell(done: int, loss: float, best: float) -> None:
-        if done % 25 == 0 and processes.first:
+        if (done % 25 == 0 or done == iterations) and processes.first:
             print(f"iteration {done} of {iterations}, loss {loss:.4f}, best energy distance {best:.3f}, {time.monotonic() - began:.0f} s", flush=True)
 
-    out.mkdir(parents=True, exist_ok=True)
-    saved = out / "student.pt"
     return student, distil(student.denoiser, fields, networks, conditions, shifted, options, progress=tell, saved=saved, processes=processes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--iterations", type=whole(1), default=500)
+    parser.add_argument("--batch", type=whole(1), default=16)
+    parser.add_argument("--rate", type=positive, default=3e-4)
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--out", type=Path, default=Path("checkpoints/reel-tiny-flash"))
     parser.add_argument("--target", type=Path, default=WEIGHTS / "reel-tiny-flash.safetensors", help="the student's denoiser, bfloat16")
     parser.add_argument("--zero", type=int, default=0, choices=STAGES, help="with torchrun: what is split beside the batch (%(default)s, nothing)")
     parser.add_argument("--half", action="store_true", help="with --zero 1, 2 or 3: weights in bfloat16 beside float32 copies")
     args = parser.parse_args()
+    check_paths(args.out, args.target)
     with start(args.zero, half=args.half) as processes:
         student, result = train(args.iterations, args.batch, args.rate, args.seed, args.out, processes)
         if processes.first:
@@ -99,10 +105,14 @@ def main() -> None:
 
 
 def write(target: Path, student: ReelTiny, result: Distilled) -> None:
-    save_file({name: value.to(torch.bfloat16).contiguous() for name, value in student.denoiser.state_dict().items()}, target)
+    """Raises ConfigError for a student that is still its teacher."""
     print("energy distance " + ", ".join(f"{score:.3f} at {done}" for done, score in result.history))
+    if result.iteration == 0:
+        why = result.note or "take more --iterations, or another --rate"
+        raise ConfigError(f"no iterate was better than the teacher in the student's place, so {target} is left as it was; {why}")
+    write_weights(target, {name: value.to(torch.bfloat16) for name, value in student.denoiser.state_dict().items()})
     print(f"{target}: iterate {result.iteration}, {target.stat().st_size:,} bytes{'; ' + result.note if result.note else ''}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,16 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reelstep.compiler.lora import add_pair
 from reelstep.engine.lora import BASE
 from reelstep.engine.models.reel_tiny import SPEC, WEIGHTS, ReelTiny, adaptable, build
 from reelstep.training import checkpoint
+from reelstep.training.arguments import hundreds, positive, whole
+from reelstep.training.half import half_products
 from reelstep.training.learning_rate import learning_rate
 from reelstep.training.plain_attention import PlainAttention
-from reelstep.training.zoo.reel_tiny_denoiser import Latents, draw, encode_text, flow_loss
+from reelstep.training.recipe import check_paths, run, write_weights
+from reelstep.training.zoo.reel_tiny_denoiser import Latents, draw, encode_text, flow_loss, kept
 from reelstep.training.zoo.stickers import NAMES, Sticker, load_stickers, make_clips
 
 LUMA = (0.299, 0.587, 0.114)
@@ -46,8 +48,9 @@ def grey(pixels: Tensor) -> Tensor:
 @torch.no_grad()
 def encode_grey(model: ReelTiny, stickers: Sequence[Sticker], seed: int, count: int) -> Latents:
     """`count` random clips in grey, through the model's own encoder, in hundreds."""
+    print(f"encoding {count} clips", flush=True)
     clips = [make_clips(stickers, np.random.default_rng((seed, i)), 100) for i in range(count // 100)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with half_products():
         videos = [model.tae.encode(grey(part)).half() for each in clips for part in each.video.split(25)]
         pictures = [model.tae.encode(grey(each.picture)).half() for each in clips]
     tags = {name: [tag for each in clips for tag in getattr(each, name)] for name in ("names", "motions", "amounts", "backgrounds")}
@@ -80,7 +83,7 @@ def step_loss(model: ReelTiny, data: Latents, rng: np.random.Generator) -> Tenso
     losses = []
     for kind, count in COUNTS.items():
         batch = draw(data, rng, kind, count)
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), PlainAttention():
+        with torch.no_grad(), half_products(), PlainAttention():
             context = encode_text(model.text, batch.tokens)
         losses.append(flow_loss(context, model.denoiser, batch).mean())
     return torch.stack(losses).mean()
@@ -91,13 +94,13 @@ def train(steps: int, clips: int, rank: int, peak: float, seed: int, out: Path) 
     model = build().requires_grad_(False)
     known = [s for s in load_stickers() if not s.held_out]
     common = [s for s in known if s.codepoint in NAMES] * (EVERYDAY_COPIES - 1)
-    if (saved := checkpoint.load(out / "latents.pt")) is None:
-        saved = dict(vars(encode_grey(model, [*known, *common], seed + 30, clips)))
-        checkpoint.save(out / "latents.pt", saved)
-    data, pairs = Latents(**saved), Pairs(adaptable(model), rank)
+    drawn = {"seed": seed, "clips": clips}
+    asked = {**drawn, "rank": rank}
+    data = kept(out / "latents.pt", drawn, lambda: encode_grey(model, [*known, *common], seed + 30, clips))
+    pairs = Pairs(adaptable(model), rank)
     optimizer = torch.optim.AdamW(pairs.parameters(), weight_decay=0.0, betas=(0.9, 0.98))
     start, elapsed, total = 0, 0.0, 0.0
-    if (state := checkpoint.load(out / "lora.pt")) is not None:
+    if (state := checkpoint.load(out / "lora.pt", asked=asked)) is not None:
         pairs.load_state_dict(state["pairs"])
         optimizer.load_state_dict(state["optimizer"])
         start, elapsed = state["step"], state["elapsed_s"]
@@ -116,24 +119,25 @@ def train(steps: int, clips: int, rank: int, peak: float, seed: int, out: Path) 
             print(f"step {step + 1} loss {total / ((step % 25) + 1):.4f}, {time.monotonic() - began:.0f} s", flush=True)
             total = 0.0
             state = {"pairs": pairs.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "elapsed_s": time.monotonic() - began}
-            checkpoint.save(out / "lora.pt", state)
+            checkpoint.save(out / "lora.pt", {**state, "asked": asked})
     return pairs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--clips", type=int, default=1000, help="encoded beforehand, a multiple of 100; captions, noise and t are drawn anew every step")
-    parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--peak", type=float, default=3e-3, help="learning rate")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=whole(1), default=100)
+    parser.add_argument("--clips", type=hundreds, default=1000, help="encoded beforehand, a multiple of 100; captions, noise and t are drawn anew every step")
+    parser.add_argument("--rank", type=whole(1), default=4)
+    parser.add_argument("--peak", type=positive, default=3e-3, help="learning rate")
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--out", type=Path, default=Path("checkpoints/reel-tiny-lora"))
     parser.add_argument("--target", type=Path, default=WEIGHTS / "reel-tiny-grey-lora.safetensors")
     args = parser.parse_args()
+    check_paths(args.out, args.target)
     pairs = train(args.steps, args.clips, args.rank, args.peak, args.seed, args.out)
-    save_file(pairs.file(), args.target, {"format": "pt", BASE: SPEC.name})
+    write_weights(args.target, pairs.file(), {"format": "pt", BASE: SPEC.name})
     print(f"{args.target}: {args.target.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

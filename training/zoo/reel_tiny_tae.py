@@ -16,9 +16,13 @@ from torch import Tensor
 
 from reelstep.engine.models.reel_tiny import TAE_CONFIG, load_weights
 from reelstep.engine.models.tae import TAE, LinearSkip, outlier_penalty
+from reelstep.errors import ConfigError
 from reelstep.training import checkpoint
+from reelstep.training.arguments import positive, whole
+from reelstep.training.half import half_products
 from reelstep.training.learning_rate import learning_rate
 from reelstep.training.muon import Matrices, muon
+from reelstep.training.recipe import check_paths, run
 from reelstep.training.zoo.stickers import Clips, Sticker, load_stickers, make_clips
 
 ADAMW_SHARE = 0.5  # of Muon's rate, for what is no inner matrix
@@ -84,8 +88,10 @@ def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak
     path = out / ("tae_decoder.pt" if decoder_only else "tae.pt")
     if decoder_only and (base := checkpoint.load(out / "tae.pt")) is not None:
         model.load_state_dict(base["model"])
-    assert not decoder_only or base or weights, f"{out}/tae.pt is missing; run the first stage before the decoder's, or give --weights"
-    if (saved := checkpoint.load(path)) is not None:
+    elif decoder_only and weights is None:
+        raise ConfigError(f"{out}/tae.pt is missing; run the first stage before the decoder's, or give --weights")
+    asked = {"seed": seed, "batch": batch}
+    if (saved := checkpoint.load(path, asked=asked)) is not None:
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(both, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -100,7 +106,7 @@ def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak
         for optimizer, share in zip(both, (1.0, ADAMW_SHARE), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = share * learning_rate(step, steps, peak, warmup=50)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with half_products():
             z = model.encode(video)
             noisy = z + LATENT_NOISE * z.detach().std() * torch.randn_like(z)
             output = model.decode(noisy)[:, :, : video.shape[2]]
@@ -117,28 +123,29 @@ def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak
             score = evaluate(model, test)
             print(f"step {step + 1} loss {loss.item():.4f} held-out {score:.2f} dB, {time.monotonic() - began:.0f} s", flush=True)
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in both], "step": step + 1}
-            checkpoint.save(path, {**state, "elapsed_s": time.monotonic() - began})
+            checkpoint.save(path, {**state, "elapsed_s": time.monotonic() - began, "asked": asked})
 
 
 @torch.no_grad()
 def evaluate(model: TAE, video: Tensor) -> float:
     """Mean PSNR of the round trip, in dB."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with half_products():
         return float(torch.cat([psnr(model(v).float(), v) for v in video.split(20)]).mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=5200)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--steps", type=whole(1), default=5200)
+    parser.add_argument("--batch", type=whole(1), default=8)
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--peak", type=positive, default=2e-3, help="highest learning rate")
     parser.add_argument("--decoder-only", action="store_true", help="stage 3: the latents stay, only the decoder learns on")
     parser.add_argument("--weights", type=Path, help="start from the autoencoder of this file, e.g. engine/models/weights/reel-tiny.safetensors")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/reel-tiny"))
     args = parser.parse_args()
+    check_paths(args.out)
     train(args.steps, args.batch, args.seed, args.out, args.decoder_only, args.peak, args.weights)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

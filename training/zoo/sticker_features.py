@@ -16,12 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reelstep.training import checkpoint
+from reelstep.training.arguments import positive, whole
+from reelstep.training.half import half_products
 from reelstep.training.learning_rate import learning_rate
 from reelstep.training.muon import Matrices, muon
+from reelstep.training.recipe import check_paths, run, write_weights
 from reelstep.training.zoo.stickers import BACKGROUNDS, FRAMES, MOTIONS, NAMES, SIDE, Clips, load_stickers, make_clips
 
 WIDTH, FEATURES = 128, 64
@@ -128,7 +131,7 @@ def export(model: StickerFeatures, heads: Heads, target: Path) -> None:
     """Kernels and matrices in bfloat16, the rest in float32; names begin with `features.` or `heads.`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     state = nn.ModuleDict({"features": model, "heads": heads}).state_dict()
-    save_file({name: (value.to(torch.bfloat16) if value.ndim > 1 else value).contiguous() for name, value in state.items()}, target)
+    write_weights(target, {name: value.to(torch.bfloat16) if value.ndim > 1 else value for name, value in state.items()})
 
 
 def load(file: Path) -> tuple[StickerFeatures, Heads]:
@@ -165,7 +168,7 @@ def train(steps: int, batch: int, seed: int, peak: float, out: Path, target: Pat
         for optimizer in both:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak, warmup=50)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with half_products():
             guesses = heads(model(clips.video[:, :, shown]))
         loss = loss_of(guesses, truth_of(clips, names), shown.stop - shown.start)
         for parameter in parameters:
@@ -189,15 +192,16 @@ def train(steps: int, batch: int, seed: int, peak: float, out: Path, target: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peak", type=float, default=6e-3, help="highest learning rate")
+    parser.add_argument("--steps", type=whole(1), default=1600)
+    parser.add_argument("--batch", type=whole(1), default=32)
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--peak", type=positive, default=6e-3, help="highest learning rate")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/sticker-features"))
     parser.add_argument("--target", type=Path, default=Path("benchmarks/weights/sticker-features.safetensors"))
     args = parser.parse_args()
+    check_paths(args.out, args.target)
     train(args.steps, args.batch, args.seed, args.peak, args.out, args.target)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

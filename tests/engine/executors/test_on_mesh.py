@@ -19,6 +19,7 @@ from reelstep.compiler.compile import compile_model
 from reelstep.compiler.part import Part
 from reelstep.compiler.plan import Quantised
 from reelstep.compiler.sharded import check_part
+from reelstep.engine.commands import sample
 from reelstep.engine.executors import on_mesh
 from reelstep.engine.executors.on_mesh import open_on_mesh
 from reelstep.engine.loop import open_engine
@@ -158,9 +159,12 @@ def test_an_engine_on_a_mesh_takes_one_bundle_in_float32(bundle: Bundle, tmp_pat
         open_engine([bundle.path], cache=tmp_path, mesh=mesh)
 
 
-def test_the_command_line_refuses_an_unknown_axis(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_refuses_an_unknown_axis_and_a_wrong_request_before_ranks_start(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sample, "load_engine", lambda *_: pytest.fail("ranks were started"))
     command = ["sample", str(bundle.path), "a dog", "-o", str(tmp_path / "dog.webp"), "--cache", str(tmp_path)]
     assert cli.main([*command, "--mesh", "dp=2"]) == 2
     assert "unknown mesh axis 'dp'; known: cfg, cp, ring, tp" in capsys.readouterr().err
     assert cli.main([*command, "--mesh", "cp=2"]) == 2
-    assert "'small' does not say how it is sharded" in capsys.readouterr().err
+    assert "model 'small' does not do text_to_video" in capsys.readouterr().err
