@@ -187,3 +187,13 @@ def test_a_new_calibration_takes_the_place_of_the_one_that_the_model_ships_with(
     assert made["adaptive"].artifact.options["threshold"] == 0.5
     with pytest.raises(ConfigError, match="is there already"):
         load_fitted([*spec.fitted, tmp_path / "mine.json", tmp_path / "mine.json"], spec, data["model_hash"])
+
+
+def test_a_name_that_comes_with_the_model_is_noted_before_the_work(tmp_path, monkeypatch, capsys):
+    def work(*_):
+        raise ConfigError("the work begins")
+
+    monkeypatch.setattr("reelstep.training.fits.prepare", work)
+    for name, noted in (("bns_4", True), ("mine_4", False)):
+        assert main(["fit", "bns", "reel-tiny", "--nfe", "4", "-o", str(tmp_path / f"{name}.json")]) == 2
+        assert ("note: reel-tiny comes with a 'bns_4', beside which" in capsys.readouterr().err) == noted

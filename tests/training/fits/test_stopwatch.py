@@ -6,7 +6,7 @@ import pytest
 
 from reelstep.errors import ConfigError
 from reelstep.training import fits
-from reelstep.training.fits import Stopwatch, field_guidance
+from reelstep.training.fits import Stopwatch, field_guidance, progress_bar
 
 
 @pytest.fixture
@@ -68,3 +68,25 @@ def test_the_scale_of_a_picture_brings_its_rule():
 def test_a_rule_that_makes_no_field_is_refused(asked, message):
     with pytest.raises(ConfigError, match=message):
         field_guidance(*asked)
+
+
+def test_half_a_file_loses_the_seconds_and_nothing_else(tmp_path):
+    saved = tmp_path / "fit.pt"
+    saved.write_bytes(b"state")
+    saved.with_suffix(".seconds").write_bytes(b"")
+    assert Stopwatch(saved).seconds() < 60
+
+
+def test_where_there_is_no_terminal_progress_is_lines_some_twenty_of_them(capsys):
+    with progress_bar(45) as progress:
+        for done in range(1, 46):
+            progress(done, 1 / done, float(done))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iteration")]
+    assert (lines[0], lines[-1], len(lines)) == (
+        "iteration 2 of 45, loss 0.500, best 2.00 dB",
+        "iteration 45 of 45, loss 0.022, best 45.00 dB",
+        23,
+    )
+    with progress_bar(45, shown=False) as progress:
+        progress(45, 0.0, 0.0)
+    assert capsys.readouterr().out == ""
