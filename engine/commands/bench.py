@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable, Sequence
 
-from reelstep.engine.commands import Command
+from reelstep.engine.commands.table import command_of
+from reelstep.registry import Registry
 
 EXAMPLES = "  reelstep bench\n  reelstep bench engine --json engine.json\n"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of that benchmark; all take --json FILE and --help")
-
-
-def run(args: argparse.Namespace) -> None:
+def table() -> Registry[Callable[[Sequence[str]], None]]:
     from reelstep.benchmarks import BENCHMARKS
 
-    if args.name is None:
-        print(BENCHMARKS.listing())
-    else:
-        BENCHMARKS[args.name](args.arguments)
+    return BENCHMARKS
 
 
-COMMAND = Command(__doc__ or "", EXAMPLES, add_arguments, run)
+COMMAND = command_of(__doc__ or "", EXAMPLES, table, "of that benchmark; all take --json FILE and --help")

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable, Sequence
 
-from reelstep.engine.commands import Command
+from reelstep.engine.commands.table import command_of
+from reelstep.registry import Registry
 
 EXAMPLES = "  reelstep fit\n  reelstep fit bns reel-tiny --nfe 5 -o bns_5.json\n"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of that fit; all take MODEL, -o FILE and --help")
-
-
-def run(args: argparse.Namespace) -> None:
+def table() -> Registry[Callable[[Sequence[str]], None]]:
     from reelstep.training.fits import FITS
 
-    if args.name is None:
-        print(FITS.listing())
-    else:
-        FITS[args.name](args.arguments)
+    return FITS
 
 
-COMMAND = Command(__doc__ or "", EXAMPLES, add_arguments, run)
+COMMAND = command_of(__doc__ or "", EXAMPLES, table, "of that fit; all take MODEL, -o FILE and --help")
