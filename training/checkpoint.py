@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import nn
 
 from reelstep.errors import ConfigError, StorageError
 
@@ -44,6 +45,28 @@ def load(path: Path, processes: str | None = None, asked: Mapping[str, Any] | No
     if processes is not None and (by := state.get("processes")) != processes:
         raise ConfigError(f"{path} was saved by {by or 'an older version'}, this is {processes}; continue it as it was begun, or remove it")
     return state
+
+
+def keep(path: Path, modules: Mapping[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer], step: int, seconds: float, **rest: Any) -> None:
+    """Save a training in one process after `step` steps and so many seconds, for `resume`. rest: what else belongs to it, "asked" among it."""
+    states = {name: module.state_dict() for name, module in modules.items()}
+    save(path, {**states, "optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "elapsed_s": seconds, **rest})
+
+
+def resume(
+    path: Path, modules: Mapping[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer], asked: Mapping[str, Any] | None = None
+) -> tuple[int, float]:  # fmt: skip
+    """Bring a training to where `keep` saw it. Gives the steps done and the seconds they took; 0 of both, and nothing is touched, where none was saved.
+
+    asked: as of `load`, which this raises as.
+    """
+    if (saved := load(path, asked=asked)) is None:
+        return 0, 0.0
+    for name, module in modules.items():
+        module.load_state_dict(saved[name])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    return saved["step"], saved["elapsed_s"]
 
 
 def check_same(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

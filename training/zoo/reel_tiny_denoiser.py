@@ -154,7 +154,6 @@ def draw_captions(data: Latents, index: Tensor, rng: np.random.Generator, moving
 def warm_up_text(text: ByteTextEncoder, data: Latents, seed: int, path: Path) -> None:
     """Teach the encoder to read captions before it meets the denoiser, once: `path` keeps how far it is, and the result."""
     asked = {"seed": seed, "clips": len(data.names)}
-    saved = checkpoint.load(path, asked=asked)
     names, motions, places = sorted(set(data.names)), list(MOTIONS), list(BACKGROUNDS)
     rank = {name: i for i, name in enumerate(names)}
     heads = TextHeads(len(names))
@@ -163,13 +162,8 @@ def warm_up_text(text: ByteTextEncoder, data: Latents, seed: int, path: Path) ->
     parameters = [*text.parameters(), *heads.parameters()]
     rest = [p for p in parameters if id(p) not in ids]
     both = [muon(matrices, weight_decay=0.02), torch.optim.AdamW(rest, weight_decay=0.01, betas=(0.9, 0.98))]
-    start, elapsed = 0, 0.0
-    if saved is not None:
-        text.load_state_dict(saved["text"])
-        heads.load_state_dict(saved["heads"])
-        for optimizer, state in zip(both, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        start, elapsed = saved["step"], saved["elapsed_s"]
+    modules = {"text": text, "heads": heads}
+    start, elapsed = checkpoint.resume(path, modules, both, asked)
     print(f"text encoder alone, step {start} of {WARM_UP_STEPS}", flush=True)
     began = time.monotonic() - elapsed
     for step in range(start, WARM_UP_STEPS):
@@ -192,8 +186,7 @@ def warm_up_text(text: ByteTextEncoder, data: Latents, seed: int, path: Path) ->
             right = [f"{float((g.argmax(1) == t).float().mean()):.2f}" for g, t in zip(guesses, truth, strict=True)]
             seconds = time.monotonic() - began
             print(f"text {step + 1} loss {loss.item():.3f} name, motion, amount, background right: {' '.join(right)}, {seconds:.0f} s", flush=True)
-            state = {"text": text.state_dict(), "heads": heads.state_dict(), "optimizers": [o.state_dict() for o in both]}
-            checkpoint.save(path, {**state, "step": step + 1, "elapsed_s": seconds, "asked": asked})
+            checkpoint.keep(path, modules, both, step + 1, seconds, asked=asked)
 
 
 @dataclass(frozen=True)
@@ -303,19 +296,13 @@ def train(steps: int, clips: int, seed: int, out: Path, weights: Path | None) ->
     for name, parameter in denoiser.named_parameters():  # adaLN-zero: every block starts as the identity
         if name.endswith(("patch_out.weight", "time.shared.weight", "cross_attention.out.weight")) or (name.startswith("blocks.") and name.endswith("table")):
             nn.init.zeros_(parameter)
-    both, start, elapsed = optimizers(text, denoiser), 0, 0.0
-    path = out / "denoiser.pt"
-    asked = {"seed": seed, "clips": clips}
-    if (saved := checkpoint.load(path, asked=asked)) is not None:
-        text.load_state_dict(saved["text"])
-        denoiser.load_state_dict(saved["denoiser"])
-        for optimizer, state in zip(both, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        start, elapsed = saved["step"], saved["elapsed_s"]
-    elif weights is not None:
-        load_weights(text, weights, "text.")
-        load_weights(denoiser, weights, "denoiser.")
-    if saved is None:
+    both, modules = optimizers(text, denoiser), {"text": text, "denoiser": denoiser}
+    path, asked = out / "denoiser.pt", {"seed": seed, "clips": clips}
+    start, elapsed = checkpoint.resume(path, modules, both, asked)
+    if not start:
+        if weights is not None:
+            load_weights(text, weights, "text.")
+            load_weights(denoiser, weights, "denoiser.")
         warm_up_text(text, plain, seed, out / "text.pt")
     frozen = FROZEN_STEPS if weights is None else 0
     sizes = [sum(p.numel() for p in module.parameters()) for module in (denoiser, text)]
@@ -340,9 +327,8 @@ def train(steps: int, clips: int, seed: int, out: Path, weights: Path | None) ->
             print(f"step {step + 1} " + " ".join(f"{k} {v / 50:.4f}" for k, v in sums.items()) + f", {time.monotonic() - began:.0f} s", flush=True)
             sums = {}
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            trained = {"text": text.state_dict(), "denoiser": denoiser.state_dict(), "optimizers": [o.state_dict() for o in both]}
-            rest = {"step": step + 1, "elapsed_s": time.monotonic() - began, "scale": plain.scale, "shift": plain.shift, "asked": asked}
-            checkpoint.save(path, {**trained, **rest})
+            rest = {"scale": plain.scale, "shift": plain.shift, "asked": asked}
+            checkpoint.keep(path, modules, both, step + 1, time.monotonic() - began, **rest)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             scores = held_out_psnr(text, denoiser, tae, plain, held_out, seed + 1)
             print(f"held-out PSNR in dB: {', '.join(f'{k} {v:.2f}' for k, v in scores.items())}", flush=True)

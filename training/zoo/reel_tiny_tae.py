@@ -84,18 +84,13 @@ def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak
     matrices = Matrices(trained[n] for n in sorted(inner))
     rest = [p for n, p in trained.items() if n not in inner]
     both = [muon(matrices.parameters, weight_decay=0.0), torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
-    start, elapsed = 0, 0.0
     path = out / ("tae_decoder.pt" if decoder_only else "tae.pt")
     if decoder_only and (base := checkpoint.load(out / "tae.pt")) is not None:
         model.load_state_dict(base["model"])
     elif decoder_only and weights is None:
         raise ConfigError(f"{out}/tae.pt is missing; run the first stage before the decoder's, or give --weights")
     asked = {"seed": seed, "batch": batch}
-    if (saved := checkpoint.load(path, asked=asked)) is not None:
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(both, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        start, elapsed = saved["step"], saved["elapsed_s"]
+    start, elapsed = checkpoint.resume(path, {"model": model}, both, asked)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size:,} parameters; PCA at this rate {pca:.2f} dB; step {start} of {steps}", flush=True)
     began = time.monotonic() - elapsed
@@ -122,8 +117,7 @@ def train(steps: int, batch: int, seed: int, out: Path, decoder_only: bool, peak
         if (step + 1) % 250 == 0 or step + 1 == steps:
             score = evaluate(model, test)
             print(f"step {step + 1} loss {loss.item():.4f} held-out {score:.2f} dB, {time.monotonic() - began:.0f} s", flush=True)
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in both], "step": step + 1}
-            checkpoint.save(path, {**state, "elapsed_s": time.monotonic() - began, "asked": asked})
+            checkpoint.keep(path, {"model": model}, both, step + 1, time.monotonic() - began, asked=asked)
 
 
 @torch.no_grad()

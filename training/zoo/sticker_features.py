@@ -153,13 +153,8 @@ def train(steps: int, batch: int, seed: int, peak: float, out: Path, target: Pat
     matrices = Matrices(p for n, p in model.named_parameters() if p.ndim > 1 and not n.startswith("tower.0"))
     ids = {id(p) for p in matrices.kernels}
     both = [muon(matrices.parameters, weight_decay=0.0), torch.optim.AdamW([p for p in parameters if id(p) not in ids], weight_decay=0.01, betas=(0.9, 0.98))]
-    path, start, elapsed = out / "features.pt", 0, 0.0
-    if (saved := checkpoint.load(path)) is not None:
-        model.load_state_dict(saved["model"])
-        heads.load_state_dict(saved["heads"])
-        for optimizer, state in zip(both, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        start, elapsed = saved["step"], saved["elapsed_s"]
+    path, modules = out / "features.pt", {"model": model, "heads": heads}
+    start, elapsed = checkpoint.resume(path, modules, both)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(names)} names; step {start} of {steps}", flush=True)
     began = time.process_time() - elapsed
     for step in range(start, steps):
@@ -180,8 +175,7 @@ def train(steps: int, batch: int, seed: int, peak: float, out: Path, target: Pat
             optimizer.step()
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             print(f"step {step + 1} loss {loss.item():.3f}, {time.process_time() - began:.0f} s of CPU", flush=True)
-            state = {"model": model.state_dict(), "heads": heads.state_dict(), "optimizers": [o.state_dict() for o in both]}
-            checkpoint.save(path, {**state, "step": step + 1, "elapsed_s": time.process_time() - began})
+            checkpoint.keep(path, modules, both, step + 1, time.process_time() - began)
     standardise(model.eval(), heads, make_clips(known, np.random.default_rng((seed, steps, 1)), SCORED).video)
     export(model, heads, target)
     print(f"{target}: {target.stat().st_size:,} bytes", flush=True)
