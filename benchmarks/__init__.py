@@ -23,7 +23,7 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], None]] = Registry(
         "context_parallel": "reelstep.benchmarks.context_parallel:main",
         "piecewise": "reelstep.benchmarks.piecewise:main",
         "planner": "reelstep.benchmarks.planner:main",
-        "gpu_check": "reelstep.benchmarks.gpu_check:main",
+        "gpu_check": "reelstep.benchmarks.gpu_check.__main__:main",
         "simulate": "reelstep.benchmarks.simulate:main",
         "deadlines": "reelstep.benchmarks.deadlines:main",
         "lora": "reelstep.benchmarks.lora:main",

@@ -22,29 +22,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelstep.benchmarks import gpu_check
-from reelstep.benchmarks.gpu_check import (
-    LARGE,
-    PARTS,
-    Bench,
-    Finding,
-    Part,
-    Piece,
-    Sizes,
-    check_op,
-    checked,
-    doubled,
-    error_and_bound,
-    large_examples,
-    rank_pieces,
-    run_parts,
-    unfinished,
-    worst,
-    wrong,
-)
+from reelstep.benchmarks.gpu_check import __main__ as command
+from reelstep.benchmarks.gpu_check import attention, correctness, memory_bound
+from reelstep.benchmarks.gpu_check.apart import apart
+from reelstep.benchmarks.gpu_check.bench import LARGE, Bench, Finding, Sizes, checked
+from reelstep.benchmarks.gpu_check.bounds import doubled, error_and_bound, worst
+from reelstep.benchmarks.gpu_check.correctness import check_op
+from reelstep.benchmarks.gpu_check.fp8 import fp8_layers
+from reelstep.benchmarks.gpu_check.memory_bound import large_examples
+from reelstep.benchmarks.gpu_check.parts import PARTS
+from reelstep.benchmarks.gpu_check.ranks import Piece, rank_pieces
+from reelstep.benchmarks.gpu_check.running import Part, run_parts, unfinished, wrong
 from reelstep.benchmarks.harness import write
 from reelstep.engine.models.movie_gen import CONFIG_30B
 from reelstep.kernels import OPS
+from reelstep.kernels.attention_choice import ATTENTIONS
 
 CPU = torch.device("cpu")
 TINY = Sizes(
@@ -125,7 +117,7 @@ def test_a_gpu_without_products_in_e4m3_is_not_asked_for_them(bench: Bench, monk
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **__: pytest.fail("it was called"))
     bench.device = torch.device("cuda")
-    (row,) = gpu_check.fp8_layers(bench)
+    (row,) = fp8_layers(bench)
     assert row.note == "not run: products in E4M3 need sm89, and this is sm80"
     assert row.right is None
 
@@ -146,7 +138,7 @@ def test_bounds_hold_one_rounding_and_no_nan() -> None:
 
 def test_every_op_but_attention_is_timed_and_its_bytes_are_counted_once(bench: Bench) -> None:
     assert {name for name, _, _ in large_examples(bench)} == {*OPS} - {"attention"}
-    found = {finding.what: finding for finding in gpu_check.memory_bound(bench)}
+    found = {finding.what: finding for finding in memory_bound.memory_bound(bench)}
     tokens, d = TINY.tokens, TINY.config.width
     row = found["gated_residual"]
     assert row.rate is not None
@@ -222,18 +214,17 @@ def test_an_op_that_fails_is_a_row_and_the_others_are_found(bench: Bench, monkey
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no such instruction")
 
-    attention = replace(gpu_check.ATTENTIONS["sdpa"], run=fails)
-    entries = {name: attention if name == "sdpa" else gpu_check.ATTENTIONS[name] for name in gpu_check.ATTENTIONS}
-    monkeypatch.setattr(gpu_check, "ATTENTIONS", entries)
-    monkeypatch.setattr(gpu_check, "check_op", fails)
+    failing = replace(ATTENTIONS["sdpa"], run=fails)
+    monkeypatch.setattr(attention, "ATTENTIONS", {**ATTENTIONS, "sdpa": failing})
+    monkeypatch.setattr(correctness, "check_op", fails)
     monkeypatch.setattr(Bench, "moved", lambda self, what, *_, **__: fails() if what == "swiglu" else Finding(what))
-    rows = run_parts(bench, [Part("kernels", 60, gpu_check.memory_bound), Part("attention", 60, gpu_check.attention_rates)], tell=lambda line: None)
+    rows = run_parts(bench, [Part("kernels", 60, memory_bound.memory_bound), Part("attention", 60, attention.attention_rates)], tell=lambda line: None)
     failed = [row for row in rows if row["note"] == "RuntimeError: no such instruction"]
     assert [row["what"] for row in failed] == ["swiglu failed", "attention sdpa failed"]
     assert len([row for row in rows if row["part"] == "kernels"]) == len(OPS) - 1
     assert any(row["what"].startswith("torch scaled") and row["right"] for row in rows)
     assert unfinished(rows) == ["kernels", "attention"]
-    assert gpu_check._check_op(("swiglu", torch.float32, bench.device)) == Finding("swiglu float32 failed", right=False, note=failed[0]["note"])
+    assert correctness._check_op(("swiglu", torch.float32, bench.device)) == Finding("swiglu float32 failed", right=False, note=failed[0]["note"])
 
 
 def ends_itself(_: Bench) -> Iterator[Finding]:
@@ -264,7 +255,7 @@ def raises(_: Bench) -> Iterator[Finding]:
 )
 def test_what_ends_its_process_leaves_its_rows_and_the_other_parts(find: str, why: str, bench: Bench) -> None:
     there = getattr(import_module("reelstep.tests.benchmarks.test_gpu_check"), find)  # by the name that another process finds it by
-    parts = [Part("a", 60, lambda bench: gpu_check.apart(there, bench.device)), Part("b", 5, lambda _: iter([Finding("second")]))]
+    parts = [Part("a", 60, lambda bench: apart(there, bench.device)), Part("b", 5, lambda _: iter([Finding("second")]))]
     kept: list[int] = []
     rows = run_parts(bench, parts, tell=lambda line: None, keep=lambda rows: kept.append(len(rows)))
     assert [(row["part"], row["what"]) for row in rows] == [("a", "first"), ("a", "failed"), ("b", "second")]
@@ -273,8 +264,8 @@ def test_what_ends_its_process_leaves_its_rows_and_the_other_parts(find: str, wh
 
 
 def test_ops_are_checked_in_processes_of_their_own(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "DTYPES", (torch.float32,))
-    found = list(gpu_check.correctness(bench))
+    monkeypatch.setattr(correctness, "DTYPES", (torch.float32,))
+    found = list(correctness.correctness(bench))
     assert {row.what for row in found} == {f"{name} float32" for name in OPS}
     assert all(row.right for row in found)
 
@@ -304,13 +295,13 @@ def test_the_exit_code_says_whether_something_was_wrong_or_not_checked(
     find: Callable[[Bench], Iterator[Finding]], code: int | None, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "Bench", lambda device, sizes: Bench(CPU, TINY))
-    monkeypatch.setattr(gpu_check, "PARTS", (Part("p", 5, find),))
+    monkeypatch.setattr(command, "Bench", lambda device, sizes: Bench(CPU, TINY))
+    monkeypatch.setattr(command, "PARTS", (Part("p", 5, find),))
     if code is None:
-        gpu_check.main([])
+        command.main([])
     else:
         with pytest.raises(SystemExit) as stopped:
-            gpu_check.main([])
+            command.main([])
         assert stopped.value.code == code
         assert says in capsys.readouterr().err
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelstep.benchmarks.gpu_check import DTYPES, FROM_HALVES, doubled, error_and_bound
+from reelstep.benchmarks.gpu_check.bounds import FROM_HALVES, doubled, error_and_bound
+from reelstep.benchmarks.gpu_check.correctness import DTYPES
 from reelstep.kernels import OPS
 from reelstep.kernels.jit import HAS_TRITON
 from reelstep.kernels.op import Make, Op, exactly, tensors_of
