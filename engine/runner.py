@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,11 +14,17 @@ Executable = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 class Runner:
-    """Runs calls of one loaded model. Calls of one key are stacked along their rows and split again."""
+    """Runs calls of one loaded model. Calls of one key are stacked along their rows and split again.
 
-    def __init__(self, executables: Mapping[tuple[str, str], Executable], max_batch: Mapping[tuple[str, str], int]) -> None:
+    whole: of a rank, the keys that it runs without the others.
+    """
+
+    def __init__(
+        self, executables: Mapping[tuple[str, str], Executable], max_batch: Mapping[tuple[str, str], int], whole: Collection[tuple[str, str]] = ()
+    ) -> None:
         self.executables = executables
         self.max_batch = max_batch
+        self.whole = whole
 
     def run(self, calls: Sequence[Call]) -> list[Outputs]:
         """Outputs of each call, in order. All calls have the same key; more rows than a batch holds run in several."""

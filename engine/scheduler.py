@@ -155,14 +155,14 @@ def rounds_of(
     tiles: that an output is decoded in. denoiser: the program.
     """
     first = (("encode_text", "any", 2), ("embed_time", "any", evaluations), *((("encode_image", "image", 1),) if picture else ()))
-    decode = [((("decode", profile, count)),)] * tiles
+    decode = (("decode", profile, count),) * tiles
     rounds = [first]
     for j in range(evaluations):
         if preview_every and j and not j % preview_every:
-            rounds += decode
+            rounds.append(decode)
         branches = round(forwards * (j + 1) / evaluations) - round(forwards * j / evaluations)
         rounds.append(((denoiser, profile, 1),) * (branches * count))
-    return tuple(tuple(((model, program, sizes), rows) for program, sizes, rows in calls) for calls in (*rounds, *decode))
+    return tuple(tuple(((model, program, sizes), rows) for program, sizes, rows in calls) for calls in (*rounds, decode))
 
 
 def usual(rounds: Sequence[Round]) -> Round:

@@ -62,7 +62,7 @@ class BundleRanks:
         whole = {key: signature for key, signature in bundle.signatures.items() if key not in shared.executables}
         executables = {key: build_engine(bundle, key, chosen, wanted, self.bundle.cache) for key in whole}
         limits = {key: signature.max_batch for key, signature in whole.items()}
-        return {self.sharded.name: Runner({**shared.executables, **executables}, {**shared.max_batch, **limits})}
+        return {self.sharded.name: Runner({**shared.executables, **executables}, {**shared.max_batch, **limits}, whole.keys())}
 
 
 def open_on_mesh(bundle: Bundle, mesh: Mesh, cache: Path, backend: str | None = None, allowance: Allowance = BOUNDS.calls) -> Restarting:

@@ -1,13 +1,15 @@
 """The ranks of one replica as processes: rank 0 is the engine's own, the others run the programs that it names.
 
 Inputs go out from rank 0 and outputs are whole on every rank, so sampler state lives on rank 0 alone. Commands, reports and heartbeats go through the
-store that rank 0 keeps; tensors through collectives. Rows of a call are spread over the mesh's `cfg` axis: the branches of guidance run at once.
+store that rank 0 keeps; tensors through collectives. Rows of a call are spread over the mesh's `cfg` axis, so that the branches of guidance run at once,
+and over all ranks where each has the whole program: then the tiles of a long decode do too.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import socket
 import threading
@@ -43,12 +45,14 @@ from reelstep.engine.runner import Outputs, Runner
 from reelstep.engine.scheduler import Key
 from reelstep.errors import BundleError, ConfigError, ReelstepError, Unavailable, unknown
 from reelstep.parallel.collectives import Communicator
-from reelstep.parallel.mesh import Mesh, bounds
+from reelstep.parallel.mesh import Axis, Mesh, bounds
 from reelstep.parallel.rules import RULES
 from reelstep.parallel.shard import layer_at, shard
 
 log = logging.getLogger(__name__)
 
+ROWS: tuple[Axis, ...] = ("cfg", "cp", "tp")
+"""Axes that rows are spread over, in turn: the first alone where ranks share a program."""
 KILL_S = 2.0
 """For which it is waited that a killed rank ends, and then a call that only it held up."""
 
@@ -206,14 +210,17 @@ class Processes:
             self._monitor.join()
 
     def _spread(self, model: str, local: Runner) -> Runner:
-        rows = {key: limit * self.world.mesh.cfg for key, limit in local.max_batch.items()}
+        rows = {key: limit * self._shares(local, key) for key, limit in local.max_batch.items()}
         return Runner({key: partial(self._evaluate, model, key) for key in local.executables}, rows)
+
+    def _shares(self, runner: Runner, key: tuple[str, str]) -> int:
+        return math.prod(self.world.mesh.size(axis) for axis in _axes(runner, key))
 
     def _evaluate(self, model: str, key: tuple[str, str], inputs: Mapping[str, Tensor]) -> Outputs:
         runner = self._local[model]
         signature = getattr(runner.executables[key], "signature", None)
         if signature is not None:  # what does not fit is refused before any rank hears of it
-            replace(signature, max_batch=signature.max_batch * self.world.mesh.cfg).ordered(inputs)
+            replace(signature, max_batch=signature.max_batch * self._shares(runner, key)).ordered(inputs)
         with self._lock:
             if self.failure is not None or self._closed.is_set():
                 raise Unavailable(self.failure or "the ranks have been stopped; start them again", retry_after_s=RETRY_S)
@@ -363,21 +370,34 @@ def serve_rank(rank: int, world: World, ranks: Ranks, host: str, port: int) -> N
 
 
 def _evaluate(comm: Communicator, runner: Runner, command: Mapping[str, Any], inputs: Mapping[str, Tensor] | None) -> Outputs:
-    """One call on this rank: inputs from rank 0, this `cfg` coordinate's rows through the program, all rows back."""
+    """One call on this rank: inputs from rank 0, this rank's rows through the program, all rows back."""
     comm.where = command["where"]
     tensors = {
         name: comm.broadcast(torch.empty(sizes, dtype=getattr(torch, dtype)) if inputs is None else inputs[name].contiguous())
         for name, dtype, sizes in command["inputs"]
     }
-    run = runner.executables[command["program"][0], command["program"][1]]
-    halves, rows = comm.size("cfg"), len(next(iter(tensors.values())))
-    if halves == 1:
+    key = (command["program"][0], command["program"][1])
+    run, rows = runner.executables[key], len(next(iter(tensors.values())))
+    if rows == 1:  # on every rank, so that nothing needs to come back
         return run(tensors)
-    sizes = tuple(rows // halves + (i < rows % halves) for i in range(halves))
-    begin, end = bounds(sizes)[comm.at["cfg"]]
-    # A coordinate without a row runs the first one and gives nothing of it: it learns the outputs' shapes, and no rank waits for another.
+    begin, end = 0, rows
+    cuts: list[tuple[Axis, tuple[int, ...]]] = []
+    for axis in _axes(runner, key):
+        whole, extra = divmod(end - begin, comm.size(axis))
+        cuts.append((axis, tuple(whole + (i < extra) for i in range(comm.size(axis)))))
+        first, last = bounds(cuts[-1][1])[comm.at[axis]]
+        begin, end = begin + first, begin + last
+    # A rank without a row runs the first one and gives nothing of it: it learns the outputs' shapes, and no rank waits for another.
     outputs = run({name: x[begin:end] if end > begin else x[:1] for name, x in tensors.items()})
-    return {name: comm.all_gather(outputs[name][: end - begin], "cfg", 0, sizes) for name in sorted(outputs)}
+    found = {name: outputs[name][: end - begin] for name in sorted(outputs)}
+    for axis, sizes in reversed(cuts):
+        if any(sizes):
+            found = {name: comm.all_gather(x, axis, 0, sizes) for name, x in found.items()}
+    return found
+
+
+def _axes(runner: Runner, key: tuple[str, str]) -> tuple[Axis, ...]:
+    return ROWS if key in runner.whole else ROWS[:1]
 
 
 def _check_alone() -> None:

@@ -5,7 +5,7 @@ count outputs of one request, C channels, F H W latent frames and sides, S text 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Hashable, Mapping
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -85,7 +85,7 @@ def generate(job: Job, state: PipelineState, picture: Tensor | None) -> Pipeline
     if state.step < state.steps:
         yield from denoise(job, state)
     state.stage = "decode"
-    video = yield from decode(job, torch.cat([run.sampler.x for run in state.runs]), state.tiles)
+    video = yield from decode(job, torch.cat([run.sampler.x for run in state.runs]))
     frames = to_pixels(video[:, :, : request.frames])
     return Media(frames, tuple(request.seed + k for k in range(request.count)), request.frames_per_second)
 
@@ -186,20 +186,18 @@ def maybe_preview(job: Job, state: PipelineState) -> Generator[tuple[Call, ...],
     path = PATHS[job.settings.path]
     newest = [(run.sampler.newest, job.table.times[run.sampler.step - 1]) for run in state.runs]
     data = torch.cat([velocity_to_x1(seen[1], seen[0], t, path) for seen, t in newest if seen is not None])
-    video = yield from decode(job, data, [])
+    video = yield from decode(job, data)
     state.preview = to_pixels(video[:, :, : job.request.frames])
 
 
-def decode(job: Job, z: Tensor, tiles: list[Tensor]) -> Generator[tuple[Call, ...], Answers, Tensor]:
-    """Latents [count, C, F, H, W] -> video [count, 3, T, H, W], in temporal tiles whose overlap is blended.
+def decode(job: Job, z: Tensor) -> Generator[tuple[Call, ...], Answers, Tensor]:
+    """Latents [count, C, F, H, W] -> video [count, 3, T, H, W], in temporal tiles, which may run at once, and whose overlap is blended.
 
-    Temporal tiling of Polyak et al. 2024, section 3.1.1. `tiles` keeps what is decoded, so that an interrupted decode goes on.
+    Temporal tiling of Polyak et al. 2024, section 3.1.1.
     """
     size, begins = tiles_of(job.settings, z.shape[2])
-    for begin in begins[len(tiles) :]:
-        (out,) = yield (Call("decode", job.profile, {"latent": z[:, :, begin : begin + size].contiguous()}),)
-        tiles.append(out["video"])
-    return blend_tiles(tiles, begins, job.settings.temporal_stride)
+    outputs = yield tuple(Call("decode", job.profile, {"latent": z[:, :, begin : begin + size].contiguous()}) for begin in begins)
+    return blend_tiles([out["video"] for out in outputs], begins, job.settings.temporal_stride)
 
 
 def profile_of(request: Request) -> str:
@@ -213,7 +211,7 @@ def tiles_of(settings: ModelSettings, length: int) -> tuple[int, list[int]]:
     return size, [min(begin, length - size) for begin in tile_starts(length, size, min(settings.tile_overlap, size - 1))]
 
 
-def blend_tiles(tiles: list[Tensor], begins: list[int], stride: int) -> Tensor:
+def blend_tiles(tiles: Sequence[Tensor], begins: Sequence[int], stride: int) -> Tensor:
     """Join decoded tiles [count, 3, T, H, W] that begin at latent frames `begins`; weights of the later one rise over the overlap."""
     video = tiles[0]
     for tile, begin in zip(tiles[1:], begins[1:], strict=True):

@@ -39,8 +39,8 @@ class PipelineState:
     """stage: the program that is wanted now. step, steps: solver evaluations done by every output, and in all.
 
     runs: a sampler and its guidance for each output, since guidance may turn out differently for each.
-    contexts: text of each guidance branch, [1, S, D]; condition: [count, C, F, h, w]; modulations: [nodes, 7, D]; tiles: decoded so
-    far, each [count, 3, frames, H, W]; preview: uint8 [count, F, H, W, 3], replaced as new ones come.
+    contexts: text of each guidance branch, [1, S, D]; condition: [count, C, F, h, w]; modulations: [nodes, 7, D]; preview: uint8
+    [count, F, H, W, 3], replaced as new ones come.
     """
 
     stage: str = "encode"
@@ -50,5 +50,4 @@ class PipelineState:
     condition: Tensor | None = None
     modulations: Tensor | None = None
     runs: list[Run] = field(default_factory=list)
-    tiles: list[Tensor] = field(default_factory=list)
     preview: npt.NDArray[np.uint8] | None = None

@@ -30,14 +30,12 @@ from reelstep.compiler.program import Profile, Program
 from reelstep.compiler.signature import Signature
 from reelstep.engine.models.byte_text import ByteTextConfig, ByteTextEncoder
 from reelstep.engine.models.movie_gen import MovieGenConfig, MovieGenTransformer, denoise_program
-from reelstep.engine.models.tae import TAE, TAEConfig
 from reelstep.errors import Unavailable
 from reelstep.parallel.collectives import Communicator
 from reelstep.parallel.context import gathered, usp
 from reelstep.parallel.mesh import Mesh, bounds, shares
 from reelstep.parallel.rules import BYTE_TEXT, MOVIE_GEN, AttentionRule, Rules
 from reelstep.parallel.shard import empty_weights, layer_at, shard
-from reelstep.parallel.tiles import run_tiles
 
 # Five heads and 22 FFN units divide by none of 2, 4; 27 tokens do not either.
 DIT = MovieGenConfig(
@@ -47,10 +45,6 @@ DIT = MovieGenConfig(
 SHALLOW = replace(DIT, layers=1)  # where a graph is exported, which takes longest
 LATENT, TEXT = (4, 3, 6, 6), 7
 BYTES = ByteTextConfig(length=12, width=40, layers=2, heads=5)
-SMALL_TAE = TAEConfig(
-    channels=8, multipliers=(1, 1), res_blocks=1, latent_channels=4, patch=2, temporal_downs=1, groups=4, variational=False, linear_skip=False, scale=1.0,
-    shift=0.0,
-)  # fmt: skip
 
 
 def serve(rank: int, port: int, link: Any) -> None:
@@ -108,13 +102,6 @@ def text_encoder(rank: int, file: Path, mesh: str, tokens: list[list[int]]) -> n
         with empty_weights():
             module = ByteTextEncoder(BYTES)
         return shard(module, BYTE_TEXT, comm, file)(torch.tensor(tokens)).numpy()
-
-
-def tae_tiles(rank: int, weights: dict[str, np.ndarray], mesh: str, pieces: list[np.ndarray], encode: bool) -> list[np.ndarray]:
-    tae = TAE(SMALL_TAE).eval()
-    tae.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
-    with links(mesh) as comm:
-        return [y.numpy() for y in run_tiles(tae.encode if encode else tae.decode, [torch.from_numpy(p) for p in pieces], comm, "cp")]
 
 
 def attentions(rank: int, mesh: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None) -> dict[str, tuple[np.ndarray, dict[Any, int]]]:

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 from reelstep.compiler.program import Profile, Program
 from reelstep.engine.models.movie_gen import MovieGenConfig, MovieGenTransformer, denoise_program
+from reelstep.engine.models.tae import TAE, TAEConfig
 from reelstep.engine.runner import Runner
 from reelstep.parallel.collectives import Communicator
 
 DIT = MovieGenConfig(
     layers=2, width=24, ffn=10, heads=3, latent_channels=4, condition_channels=0, patch=(1, 2, 2), positions=(3, 2, 2), text_widths=(10,),
     time_frequencies=8, time_scale=1.0, qk_norm=True,
+)  # fmt: skip
+TAE_CONFIG = TAEConfig(
+    channels=8, multipliers=(1, 1), res_blocks=1, latent_channels=4, patch=2, temporal_downs=1, groups=4, variational=False, linear_skip=False, scale=1.0,
+    shift=0.0,
 )  # fmt: skip
 
 
@@ -59,6 +64,28 @@ class Sums:
             return {"y": comm.all_reduce(x + comm.at["tp"], "tp"), "half": torch.full((len(x),), float(comm.at["cfg"]))}
 
         return {"sums": Runner({("add", "p"): add}, {("add", "p"): 2})}
+
+
+def autoencoder() -> TAE:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return TAE(TAE_CONFIG).eval()
+
+
+class Tiles:
+    """An autoencoder's decoder, whole on every rank, which says of each row what rank decoded it."""
+
+    def identity(self) -> Mapping[str, str]:
+        return {}
+
+    def load(self, comm: Communicator) -> Mapping[str, Runner]:
+        tae = autoencoder()
+
+        def decode(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            with torch.no_grad():
+                return {"video": tae.decode(inputs["latent"]), "rank": torch.full((len(inputs["latent"]),), comm.rank)}
+
+        return {"tae": Runner({("decode", "p"): decode}, {("decode", "p"): 2}, {("decode", "p")})}
 
 
 def never(*_: Any) -> None:

@@ -24,6 +24,7 @@ from rank_programs import Sums
 
 from reelstep.compiler.part import Part
 from reelstep.engine.executors.processes import Processes, ShardedModel, World, open_store, start
+from reelstep.engine.pipelines.latent import blend_tiles
 from reelstep.engine.request import Call
 from reelstep.errors import BundleError, ConfigError, NotFound, Unavailable
 from reelstep.parallel.mesh import Mesh
@@ -85,6 +86,27 @@ def test_rows_are_spread_over_cfg_and_come_back_in_order() -> None:
     assert [child.exitcode for child in children] == [0]
     with pytest.raises(Unavailable, match="have been stopped"):
         replica.run("sums", [add(1.0)])
+
+
+def test_tiles_of_an_autoencoder_are_spread_over_all_ranks_and_join_to_one_devices_video() -> None:
+    tae, size, begins = rank_programs.autoencoder().double(), 3, [0, 2, 4, 6, 7]
+    latent = torch.randn(1, 4, 10, 2, 2)
+    tiles = [latent[:, :, begin : begin + size] for begin in begins]
+    with torch.no_grad():
+        wanted = blend_tiles([tae.decode(tile.double()) for tile in tiles], begins, 2)
+    replica = start(world("cfg=2,cp=2"), rank_programs.Tiles())
+    try:
+        assert replica.max_rows == {("tae", "decode", "p"): 8}, "two on each rank"
+        outputs = replica.run("tae", [Call("decode", "p", {"latent": tile}) for tile in tiles])
+        assert [int(output["rank"]) for output in outputs] == [0, 0, 1, 2, 3]
+        assert (blend_tiles([output["video"] for output in outputs], begins, 2) - wanted).norm() < 1e-5 * wanted.norm()
+        for rows in range(1, 10):  # also where a half, or a rank of one, has none, and where they are more than a batch holds
+            (output,) = replica.run("tae", [Call("decode", "p", {"latent": torch.cat(tiles * 2)[:rows]})])
+            alone = torch.cat([outputs[i % 5]["video"] for i in range(rows)])
+            assert (output["video"] - alone).norm() < 1e-5 * alone.norm(), rows
+            assert len(set(output["rank"].tolist())) == min(rows, 4)
+    finally:
+        replica.close()
 
 
 def test_a_rank_that_is_killed_at_work_is_named_within_five_seconds() -> None:
