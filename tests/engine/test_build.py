@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 from torch import nn
 
+from reelstep.compiler.backends.openvino.decoder import decoder_of
 from reelstep.compiler.bundle import Bundle
+from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.load import load, load_later
 from reelstep.compiler.program import Profile, Program, TensorSpec
 from reelstep.compiler.storage import free_bytes
@@ -114,6 +117,14 @@ def test_a_fitted_solver_travels_with_the_bundle_and_is_offered(bundles, artifac
     assert served.fits["bns_2"] == fitted.fit
     assert "bns_2" in served.solvers
     assert served.table("bns_2", "linear_quadratic", 2) == fitted.artifact
+
+
+@pytest.mark.parametrize("name", ["reel-tiny", "dit-mid"])
+def test_openvino_reads_every_program_without_another_trace(name, bundles, monkeypatch):
+    monkeypatch.setattr(TorchFXPythonDecoder, "from_exported_program", lambda *_: pytest.fail("it was traced, which takes as long as a capture"))
+    for key in bundles(name).signatures:
+        with quiet_torch():
+            decoder_of(bundles(name).program(*key))
 
 
 MEASURED = {"psnr_db": 30.0, "ssim": 0.9, "frechet": None, "command": "none: these are for a test"}

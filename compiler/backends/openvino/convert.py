@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 from reelstep.compiler.backends.openvino import tensor_name
 from reelstep.compiler.backends.openvino.attention import read_keys_in_place
 from reelstep.compiler.backends.openvino.collectives import Raised, conversions
+from reelstep.compiler.backends.openvino.decoder import decoder_of
 from reelstep.compiler.capture import quiet_torch
 from reelstep.compiler.passes.mixed_precision import mixed_precision
 from reelstep.compiler.program import Precision
@@ -28,7 +29,7 @@ def _convert(exported: ExportedProgram, signature: Signature, raised: Raised | N
     try:
         with quiet_torch():
             extension = None if raised is None else conversions(raised)
-            model: ov.Model = ov.convert_model(exported, extension=extension)
+            model: ov.Model = ov.convert_model(decoder_of(exported), extension=extension)
     except Exception as error:  # the frontend raises its own unexported classes
         restore_logger_state(logging)  # of the whole process, which only a conversion that succeeds puts back
         raise CompileError(f"{where} cannot be converted to OpenVINO: {error}") from error
