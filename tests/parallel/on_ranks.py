@@ -120,11 +120,10 @@ def attentions(rank: int, mesh: str, q: np.ndarray, k: np.ndarray, v: np.ndarray
 
 def deepspeed_ulysses(rank: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """This rank's part by DeepSpeed's DistributedAttention, and by ours."""
-    import deepspeed.comm
-    import deepspeed.comm.torch
+    import deepspeed
     from deepspeed.sequence.layer import DistributedAttention
 
-    deepspeed.comm.torch.build_shm_op = lambda: None  # an all-reduce of its own, minutes of C++, which an all-to-all does not use
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an all-reduce, minutes of C++, which an all-to-all does not use
     deepspeed.comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     with links(f"cp={dist.get_world_size()}") as comm:
         lengths = shares(q.shape[2], comm.size("cp"), "tokens")
