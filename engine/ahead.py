@@ -50,7 +50,9 @@ def likely(bundle: Bundle, ask: Ask) -> list[tuple[tuple[str, str], int]]:
     guided = ask.guidance != "none" and ask.scale not in (0, 1) and not bundle.settings.get("distilled")
     limits, profile = bundle.settings["limits"], "image" if ask.frames == 1 else "video"
     steps, count = min(ask.steps or STEPS, limits["max_steps"]), min(ask.count or 1, limits["max_count"])  # more will be refused
-    rounds = rounds_of(bundle.plan.model, profile, steps, steps * (2 if guided else 1), count=count, picture=ask.image is not None)
+    frames = ask.frames or max(each["frames"] for each in bundle.settings["defaults"].values())
+    tiles = 1 if frames <= bundle.settings["tile_frames"] * bundle.settings["temporal_stride"] else 2  # or more: it matters whether rows are several
+    rounds = rounds_of(bundle.plan.model, profile, steps, steps * (2 if guided else 1), count=count, picture=ask.image is not None, tiles=tiles)
     return [((program, sizes), rows) for (_, program, sizes), rows in {key: rows for calls in rounds for key, rows in rows_of(calls).items()}.items()]
 
 

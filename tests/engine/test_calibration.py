@@ -99,8 +99,8 @@ def test_others_are_compared_from_other_noise(asked):
     """A decoder that is 10 levels brighter everywhere: PSNR is 20 log10(255 / 10)."""
     requests, engines = asked
     seen = []
-    dark = Engine(lambda inputs: {"video": torch.zeros(1, 3, 2 * inputs["latent"].shape[2], 16, 16)})
-    bright = Engine(lambda inputs: {"video": torch.full((1, 3, 2 * inputs["latent"].shape[2], 16, 16), 20 / 255)})
+    dark = Engine(lambda inputs: {"video": torch.zeros(len(inputs["latent"]), 3, 2 * inputs["latent"].shape[2], 16, 16)})
+    bright = Engine(lambda inputs: {"video": dark.run(inputs)["video"] + 20 / 255})
     watched = Engine(lambda inputs: seen.append(inputs["x"]) or engines["denoise", "video"].run(inputs))
     decoders = [("decode", "video"), ("decode", "image")]
     reference = engines | dict.fromkeys(decoders, dark)
