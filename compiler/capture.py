@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
+from reelstep.compiler.nodes import arguments_of
 from reelstep.compiler.program import BATCH, Profile, Program
 from reelstep.compiler.signature import Edge, Signature, torch_dtype
 from reelstep.errors import CompileError, ConfigError
@@ -218,9 +219,7 @@ def _draws(node: Node) -> bool:
     """Whether a call of the graph depends on the state of a generator."""
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
-    arguments = node.target._schema.arguments
-    given = {**dict(zip((each.name for each in arguments), node.args, strict=False)), **node.kwargs}
-    switches = [given.get(each.name, each.default_value) for each in arguments if each.name in SWITCHES]
+    switches = [value for name, value in arguments_of(node).items() if name in SWITCHES]
     return not switches or any(switches)
 
 

@@ -128,6 +128,11 @@ def shares(total: int, parts: int, what: str) -> tuple[int, ...]:
     """
     if total < parts:
         raise ConfigError(f"{total} {what} cannot be split over {parts} ranks, at least 1 for each; use at most {total} ranks there")
+    return spread(total, parts)
+
+
+def spread(total: int, parts: int) -> tuple[int, ...]:
+    """The same, where a rank may have none."""
     whole, extra = divmod(total, parts)
     return tuple(whole + (i < extra) for i in range(parts))
 

@@ -14,7 +14,9 @@ from timeit import timeit
 import torch
 from torch import Tensor
 
+from reelstep.compiler.skus import Sku, sku_of_device
 from reelstep.engine.models.movie_gen import CONFIG_30B, TEXT_TOKENS_30B, MovieGenConfig
+from reelstep.errors import NotFound
 
 COPY_AIM = 0.85
 """Share of the copy's rate that what memory bounds shall reach."""
@@ -95,6 +97,14 @@ class Bench:
     def between(self) -> Tensor:
         """What is filled between timed calls."""
         return torch.empty(BETWEEN, dtype=torch.int8, device=self.device)
+
+    @property
+    def sku(self) -> Sku | None:
+        """None for a device that the table of SKUs has not."""
+        try:
+            return sku_of_device(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        except NotFound:
+            return None
 
     def randn(self, *sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(sizes, generator=self.generator, device=self.device, dtype=dtype)

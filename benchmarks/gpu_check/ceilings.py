@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import torch
 
 from reelstep.benchmarks.gpu_check.bench import Bench, Finding
-from reelstep.compiler.skus import sku_of_device
-from reelstep.errors import NotFound
 
 
 def ceilings(bench: Bench) -> Iterator[Finding]:
@@ -29,9 +27,7 @@ def peak_note(bench: Bench) -> str:
     """The measured rates beside a data sheet's, where the device is in the table."""
     if bench.device.type != "cuda" or bench.copy_bytes_per_s is None or bench.matmul_flops_per_s is None:
         return ""
-    try:
-        sku = sku_of_device(torch.cuda.get_device_name(bench.device))
-    except NotFound:
+    if (sku := bench.sku) is None:
         return "no data sheet of this device in the table of SKUs"
     memory = "" if sku.bandwidth_bytes_per_s is None else f"{bench.copy_bytes_per_s / sku.bandwidth_bytes_per_s:.1%} of the bandwidth and "
     return f"{memory}{bench.matmul_flops_per_s / sku.peak_flops['bfloat16']:.1%} of the bfloat16 peak of {sku.name}'s data sheet"

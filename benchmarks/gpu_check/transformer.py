@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from reelstep.benchmarks.gpu_check.bench import Bench, Finding
 from reelstep.compiler.cost import module_flops
-from reelstep.compiler.skus import sku_of_device
 from reelstep.engine.models.movie_gen import Block, MovieGenTransformer
-from reelstep.errors import NotFound
 
 BLOCK_AIM = 0.60
 """MFU of a block."""
@@ -36,12 +34,9 @@ def block_inputs(bench: Bench, meta: bool = False) -> tuple[Tensor, ...]:
 
 def with_mfu(bench: Bench, row: Finding) -> Finding:
     """The share is of the peak in the device's data sheet, as MFU is; of the measured product where the table has none."""
-    try:
-        peak = sku_of_device(torch.cuda.get_device_name(bench.device)).peak_flops["bfloat16"] if bench.device.type == "cuda" else None
-    except NotFound:
-        peak = None
-    if peak is None or row.rate is None:
+    if (sku := bench.sku) is None or row.rate is None:
         return replace(row, note=f"share of the measured product; {row.note}")
+    peak = sku.peak_flops["bfloat16"]
     of_measured = "" if row.share is None else f", {row.share:.1%} of the measured product"
     return replace(row, share=row.rate * 1e12 / peak, note=f"MFU, of the data sheet's {peak / 1e12:.0f} TFLOP/s{of_measured}; {row.note}")
 

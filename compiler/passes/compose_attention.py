@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Node
 
+from reelstep.compiler.nodes import call
 from reelstep.kernels import OPS
 from reelstep.kernels.attention_choice import AUTO
 from reelstep.kernels.attention_triton import MAX_HEAD
@@ -33,10 +33,7 @@ def compose_attention(exported: ExportedProgram, keep: Iterable[str] = ()) -> Ex
         q, k, v = node.args[:3]
         arguments = (q, k, v, None, node.kwargs.get("scale") or q.meta["val"].shape[-1] ** -0.5, AUTO)
         with graph.inserting_before(node):
-            both = graph.call_function(op.overload, arguments)
-            out = graph.call_function(getitem, (both, 0))
-        both.meta["val"] = op.overload(*(x.meta["val"] if isinstance(x, Node) else x for x in arguments))
-        out.meta["val"] = both.meta["val"][0]
+            out = call(graph, getitem, call(graph, op.overload, *arguments), 0)
         node.replace_all_uses_with(out)
         graph.erase_node(node)
     exported.graph_module.recompile()

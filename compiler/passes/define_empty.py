@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.export import ExportedProgram
 
+from reelstep.compiler.nodes import replace
+
 aten = torch.ops.aten
 
 EMPTY_OPS = (
@@ -28,14 +30,10 @@ def define_empty(exported: ExportedProgram) -> ExportedProgram:
         if node.target not in EMPTY_OPS:
             continue
         value = node.meta["val"]
-        with graph.inserting_before(node):
-            if node.target is aten.empty_like.default:
-                zeros = graph.call_function(aten.zeros_like.default, (node.args[0],), {"dtype": value.dtype})
-            else:
-                sizes = node.args[1] if node.target in (aten.new_empty.default, aten.new_empty_strided.default) else node.args[0]
-                zeros = graph.call_function(aten.full.default, (sizes, 0), {"dtype": value.dtype, "device": value.device})
-        zeros.meta["val"] = value
-        node.replace_all_uses_with(zeros)
-        graph.erase_node(node)
+        if node.target is aten.empty_like.default:
+            replace(graph, node, aten.zeros_like.default, node.args[0], dtype=value.dtype)
+        else:
+            sizes = node.args[1] if node.target in (aten.new_empty.default, aten.new_empty_strided.default) else node.args[0]
+            replace(graph, node, aten.full.default, sizes, 0, dtype=value.dtype, device=value.device)
     exported.graph_module.recompile()
     return exported

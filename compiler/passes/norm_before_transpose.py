@@ -13,6 +13,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from reelstep.compiler.nodes import call
 from reelstep.compiler.passes.mixed_precision import ROW_NORMS
 
 aten = torch.ops.aten
@@ -29,9 +30,8 @@ def norm_before_transpose(exported: ExportedProgram) -> ExportedProgram:
         source, *dims = transpose.args
         with graph.inserting_before(norm):
             normed = graph.call_function(norm.target, (source, *norm.args[1:]), norm.kwargs)
-            moved = graph.call_function(transpose.target, (normed, *dims))
-        normed.meta["val"] = torch.empty_like(source.meta["val"], dtype=norm.meta["val"].dtype)
-        moved.meta["val"] = transpose.target(normed.meta["val"], *dims)
+            normed.meta["val"] = torch.empty_like(source.meta["val"], dtype=norm.meta["val"].dtype)
+            moved = call(graph, transpose.target, normed, *dims)
         norm.replace_all_uses_with(moved)
         graph.erase_node(norm)
         graph.erase_node(transpose)

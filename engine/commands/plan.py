@@ -101,7 +101,7 @@ def planned_workload(args: argparse.Namespace, guided: bool) -> Workload:
     """The model's programs at the size asked for, one row each. Latents longer than a tile are decoded by overlapping tiles."""
     from reelstep.compiler.planner import workload_of
     from reelstep.engine.models import MODELS
-    from reelstep.engine.models.tae import tile_starts
+    from reelstep.engine.pipelines.latent import tiles_of
 
     spec = MODELS[args.model]
     settings = spec.settings
@@ -111,11 +111,10 @@ def planned_workload(args: argparse.Namespace, guided: bool) -> Workload:
     if width % side or height % side or not width * height:
         raise ConfigError(f"size {width}x{height}; {spec.name} needs sides that are multiples of {side} pixels")
     _, f, h, w = settings.latent_shape(frames, width, height)
-    tile = min(f, settings.tile_frames)
-    tiles = len(tile_starts(f, tile, min(settings.tile_overlap, tile - 1)))
+    tile, begins = tiles_of(settings, f)
     decode = {"F": tile, "H": h, "W": w, "frames": tile * settings.temporal_stride, "height": h * side, "width": w * side}
     sizes = {"encode_text": {}, "embed_time": {}, "denoise": {"F": f, "H": h, "W": w}, "decode": decode}
-    calls = {"encode_text": 2 if guided else 1, "embed_time": 1, "decode": tiles}
+    calls = {"encode_text": 2 if guided else 1, "embed_time": 1, "decode": len(begins)}
     held = f * settings.temporal_stride
     video = f"{frames} frames of {width}x{height}{f', counted as {held}, as latents hold them' if held != frames else ''}"
     return workload_of(spec.name, video, spec.programs(spec.build()), sizes, calls)

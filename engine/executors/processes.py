@@ -45,7 +45,7 @@ from reelstep.engine.runner import Outputs, Runner
 from reelstep.engine.scheduler import Key
 from reelstep.errors import BundleError, ConfigError, ReelstepError, Unavailable, unknown
 from reelstep.parallel.collectives import Communicator
-from reelstep.parallel.mesh import Axis, Mesh, bounds
+from reelstep.parallel.mesh import Axis, Mesh, bounds, spread
 from reelstep.parallel.rules import RULES
 from reelstep.parallel.shard import layer_at, shard
 
@@ -383,8 +383,7 @@ def _evaluate(comm: Communicator, runner: Runner, command: Mapping[str, Any], in
     begin, end = 0, rows
     cuts: list[tuple[Axis, tuple[int, ...]]] = []
     for axis in _axes(runner, key):
-        whole, extra = divmod(end - begin, comm.size(axis))
-        cuts.append((axis, tuple(whole + (i < extra) for i in range(comm.size(axis)))))
+        cuts.append((axis, spread(end - begin, comm.size(axis))))
         first, last = bounds(cuts[-1][1])[comm.at[axis]]
         begin, end = begin + first, begin + last
     # A rank without a row runs the first one and gives nothing of it: it learns the outputs' shapes, and no rank waits for another.

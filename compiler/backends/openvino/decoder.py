@@ -19,8 +19,9 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.decomp_utils import CustomDecompTable
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
+
+from reelstep.compiler.nodes import arguments_of, call, replace
 
 aten = torch.ops.aten
 
@@ -59,7 +60,7 @@ def _rewritable(node: Node) -> bool:
     """Not where the trace would make more of it: of other paddings, of a convolution without rows, of a norm over sizes that are not known."""
     if node.target not in REWRITES:
         return False
-    given = _arguments(node)
+    given = arguments_of(node)
     if node.target is aten.pad.default:
         return bool(given["mode"] == "constant")
     if node.target in SPATIAL:
@@ -78,32 +79,9 @@ def _ask_the_first(graph: Graph) -> None:
             node.args = first.get(str(node.meta["val"]), node.args)
 
 
-def _arguments(node: Node) -> dict[str, Any]:
-    """By name, with what the schema says of those that are not given."""
-    assert isinstance(node.target, OpOverload)
-    schema = node.target._schema.arguments
-    given = {each.name: value for each, value in zip(schema, node.args, strict=False)}
-    return {each.name: each.default_value for each in schema} | given | dict(node.kwargs)
-
-
 def _value(node: Any) -> Tensor:
     found: Tensor = node.meta["val"]
     return found
-
-
-def _call(graph: Graph, target: Any, *args: Any) -> Node:
-    """A node with the shape and dtype that it will have."""
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*map_arg(args, lambda each: each.meta["val"]))
-    return node
-
-
-def _replace(graph: Graph, node: Node, target: Any, *args: Any, **options: Any) -> None:
-    with graph.inserting_before(node):
-        found = graph.call_function(target, args, options)
-    found.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(found)
-    graph.erase_node(node)
 
 
 def _rows(graph: Graph, x: Node) -> int | Node:
@@ -112,44 +90,44 @@ def _rows(graph: Graph, x: Node) -> int | Node:
     if isinstance(rows, int):
         return rows
     known = (node for node in graph.nodes if isinstance(node.meta.get("val"), torch.SymInt) and str(node.meta["val"]) == str(rows))
-    return next(known, None) or _call(graph, aten.sym_size.int, x, 0)
+    return next(known, None) or call(graph, aten.sym_size.int, x, 0)
 
 
 def _transpose(graph: Graph, node: Node) -> None:
-    given = _arguments(node)
+    given = arguments_of(node)
     dims = list(range(_value(given["self"]).ndim))
     first, second = given["dim0"], given["dim1"]
     dims[first], dims[second] = dims[second], dims[first]
-    _replace(graph, node, aten.permute.default, given["self"], dims)
+    replace(graph, node, aten.permute.default, given["self"], dims)
 
 
 def _to(graph: Graph, node: Node) -> None:
-    given = _arguments(node)
+    given = arguments_of(node)
     if given["dtype"] == _value(given["self"]).dtype and not given["copy"]:
         node.replace_all_uses_with(given["self"])
         graph.erase_node(node)
     else:
-        _replace(graph, node, aten._to_copy.default, given["self"], dtype=given["dtype"])
+        replace(graph, node, aten._to_copy.default, given["self"], dtype=given["dtype"])
 
 
 def _view(graph: Graph, node: Node) -> None:
-    _replace(graph, node, aten.view.default, *node.args)
+    replace(graph, node, aten.view.default, *node.args)
 
 
 def _unbind(graph: Graph, node: Node) -> None:
-    given = _arguments(node)
+    given = arguments_of(node)
     x, dim = given["self"], given["dim"] % _value(given["self"]).ndim
     for item in list(node.users):
         place: Any = item.args[1]
         with graph.inserting_before(item):
-            part = _call(graph, aten.slice.Tensor, x, dim, place, place + 1)
-        _replace(graph, item, aten.squeeze.dims, part, [dim])
+            part = call(graph, aten.slice.Tensor, x, dim, place, place + 1)
+        replace(graph, item, aten.squeeze.dims, part, [dim])
     graph.erase_node(node)
 
 
 def _pad(graph: Graph, node: Node) -> None:
-    given = _arguments(node)
-    _replace(graph, node, aten.constant_pad_nd.default, given["self"], given["pad"], given["value"] or 0.0)
+    given = arguments_of(node)
+    replace(graph, node, aten.constant_pad_nd.default, given["self"], given["pad"], given["value"] or 0.0)
 
 
 def _repeated(value: Any, count: int) -> list[int]:
@@ -158,26 +136,26 @@ def _repeated(value: Any, count: int) -> list[int]:
 
 
 def _convolution(graph: Graph, node: Node) -> None:
-    given, spatial = _arguments(node), SPATIAL[node.target]
+    given, spatial = arguments_of(node), SPATIAL[node.target]
     stride, padding, dilation = (_repeated(given[name], spatial) for name in ("stride", "padding", "dilation"))
     operands = (given["input"], given["weight"], given["bias"])
-    _replace(graph, node, aten.convolution.default, *operands, stride, padding, dilation, False, [0] * spatial, given["groups"])
+    replace(graph, node, aten.convolution.default, *operands, stride, padding, dilation, False, [0] * spatial, given["groups"])
 
 
 def _group_norm(graph: Graph, node: Node) -> None:
-    given = _arguments(node)
+    given = arguments_of(node)
     x, shape = given["input"], _value(given["input"]).shape
     with graph.inserting_before(node):
         sizes = (_rows(graph, x), shape[1], shape[2:].numel(), given["num_groups"])
-        norm = _call(graph, aten.native_group_norm.default, x, given["weight"], given["bias"], *sizes, given["eps"])
-    _replace(graph, node, operator.getitem, norm, 0)
+        norm = call(graph, aten.native_group_norm.default, x, given["weight"], given["bias"], *sizes, given["eps"])
+    replace(graph, node, operator.getitem, norm, 0)
 
 
 def _layer_norm(graph: Graph, node: Node) -> None:
-    given = _arguments(node)
+    given = arguments_of(node)
     with graph.inserting_before(node):
-        norm = _call(graph, aten.native_layer_norm.default, *(given[name] for name in ("input", "normalized_shape", "weight", "bias", "eps")))
-    _replace(graph, node, operator.getitem, norm, 0)
+        norm = call(graph, aten.native_layer_norm.default, *(given[name] for name in ("input", "normalized_shape", "weight", "bias", "eps")))
+    replace(graph, node, operator.getitem, norm, 0)
 
 
 SPATIAL: Mapping[Any, int] = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
