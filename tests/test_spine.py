@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from reelstep.benchmarks.clients import server
+from reelstep.compiler.load import here
 from reelstep.engine.client import Client
 from reelstep.engine.models import MODELS
 from reelstep.engine.models.byte_text import tokenize
@@ -18,15 +19,16 @@ from reelstep.errors import InvalidRequest
 PROMPT = "a red heart spins clockwise on a blue background"
 
 
-def reelstep(*arguments, cwd):
-    return subprocess.run([sys.executable, "-P", "-m", "reelstep", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=250)
+def reelstep(*arguments, cwd, timeout=250):
+    return subprocess.run([sys.executable, "-P", "-m", "reelstep", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=timeout)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """reel-tiny.reel and its cache, made by the command line."""
+@pytest.fixture(scope="module", params=["openvino", pytest.param("inductor", marks=[pytest.mark.gpu, pytest.mark.timeout(3600)])])
+def compiled(request, tmp_path_factory):
+    """reel-tiny.reel and its cache, made by the command line, for this machine's CPU or for its GPU."""
     folder = tmp_path_factory.mktemp("spine")
-    done = reelstep("compile", "reel-tiny", "-o", "reel-tiny.reel", "--cache", "cache", cwd=folder)
+    sku = here().name if request.param == "inductor" else "cpu"
+    done = reelstep("compile", "reel-tiny", "-o", "reel-tiny.reel", "--sku", sku, "--backend", request.param, "--cache", "cache", cwd=folder, timeout=3000)
     assert done.returncode == 0, done.stderr
     return folder
 
