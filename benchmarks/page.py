@@ -47,17 +47,27 @@ SECTIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "A GPU against its own ceilings",
         "`share` is of the copy for what memory bounds, of the large product for the rest; a block's is of the data sheet's peak, as MFU is. Shapes are a "
         "block's of Movie Gen 30B at 73,728 tokens. Errors are of the values, those of `correctness` against twice the formula's own and one rounding "
-        "(in this run the nearest to its bound is an example without values: 0). What has run since and what has not: docs/gpu_check.md.",
+        "(the example that comes nearest to it). On the CPU one core captured a model meanwhile; beside `end to end` engines were built and other tests ran.",
         ("part", "what", "seconds", "rate", "unit", "share", "aim", "error", "allowed", "right", "note"),
     ),
-    "gpu_forward": (
-        "The whole of Movie Gen 30B at 73,728 tokens, on random weights",
-        "A forward of all 48 blocks on one GPU; its share is of the data sheet's peak.",
+    "gpu_end_to_end": (
+        "reel-tiny on a GPU once more",
+        "Its last part on another such machine, beside the build of a bundle.",
+        ("part", "what", "seconds", "rate", "unit", "share", "error", "allowed", "right", "note"),
+    ),
+    "gpu_h100": (
+        "The same on an H100",
+        "Before `forward` and `end to end` were among the parts. In `correctness` the nearest to its bound is an example without values: 0.",
+        ("part", "what", "seconds", "rate", "unit", "share", "aim", "error", "allowed", "right", "note"),
+    ),
+    "gpu_h100_forward": (
+        "The whole of Movie Gen 30B on an H100",
+        "A forward of all 48 blocks on random weights; its share is of the data sheet's peak.",
         ("part", "what", "seconds", "rate", "unit", "share", "note"),
     ),
-    "gpu_kernels": (
-        "The kernels once more",
-        "As above, after they were changed; the run was stopped in the next part.",
+    "gpu_h100_kernels": (
+        "The kernels once more on an H100",
+        "After they were changed; the run was stopped in the next part.",
         ("part", "what", "seconds", "rate", "unit", "share", "aim", "note"),
     ),
     "startup": (

@@ -12,8 +12,8 @@ from reelstep.compiler.program import FLOAT_BYTES
 from reelstep.compiler.skus import is_gpu
 
 GPU_NOT_RUN = (
-    "Of backend 'inductor' on a GPU an engine of a small Movie Gen denoiser has run, on an H100: it is the model to less than 2^-7, and a replay of its CUDA "
-    "graph gives the same bits. No bundle of a whole model has been opened or served there yet."
+    "Of backend 'inductor' on a GPU the bundle of reel-tiny has run, on an H200, in bfloat16: compiled, served over gRPC, and right. Of E4M3 its denoiser has. "
+    "Nobody has seen it on other GPUs than Hopper's, with other models of the zoo, with LoRAs of requests or with a step cache."
 )
 
 

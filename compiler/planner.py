@@ -75,7 +75,7 @@ ASSUMED = Corrections(
     message_s=Figure(15e-6, "assumed"),
     reserve_bytes=Figure(2e9, "assumed: context, libraries, workspace"),
 )
-ON_AN_H100 = "measured: gpu_check on an H100, a block of movie-gen-30b at 73,728 tokens (benchmarks/results/gpu_check.json)"
+ON_AN_H100 = "measured: gpu_check on an H100, a block of movie-gen-30b at 73,728 tokens (benchmarks/results/gpu_h100.json)"
 ON_AN_A100 = "published: FlashAttention-2, up to 73 % of an A100's peak forward (Dao 2023, arXiv:2307.08691)"
 BY_ARCH: Mapping[str, Corrections] = {
     "sm80": replace(ASSUMED, attention=Figure(0.73, ON_AN_A100)),
