@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._aoti import AOTIModelPackageLoader
-from torch._inductor import aoti_compile_and_package
+from torch._inductor import aoti_compile_and_package, config
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.utils import fresh_cache
@@ -189,7 +189,8 @@ class InductorBackend(Backend):
         if self.device == "cpu":
             return [*cpu, str(torch.get_num_threads())]  # compiled for one thread, it stays with one
         found = torch.cuda.get_device_properties(self.device)
-        return [*cpu, found.name, f"{found.major}.{found.minor}", str(torch.version.cuda), str(self.autotune)]
+        tuned = config.max_autotune_gemm_backends if self.autotune else ""  # which a user may narrow by its environment variable
+        return [*cpu, found.name, f"{found.major}.{found.minor}", str(torch.version.cuda), tuned]
 
     def _package(self, graph: Graph, signature: Signature, precision: Precision, path: Path) -> None:
         if fault := compiler_fault():

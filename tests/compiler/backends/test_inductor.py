@@ -393,6 +393,15 @@ def test_an_engine_for_a_gpu_is_kept_for_any_number_of_threads(monkeypatch: pyte
     assert found[0][1] != found[1][1], "on a CPU it is compiled for them"
 
 
+def test_an_engine_for_a_gpu_is_of_what_its_products_were_chosen_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who leaves products to cuBLAS, as TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS=ATEN does, is given no engine with tiles, nor the other way round."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="NVIDIA H200", major=9, minor=0))
+    all_of_them, untuned = InductorBackend(device="cuda")._machine(), InductorBackend(device="cuda", autotune=False)._machine()
+    with torch._inductor.config.patch(max_autotune_gemm_backends="ATEN"):
+        assert InductorBackend(device="cuda")._machine() not in (all_of_them, untuned)
+        assert InductorBackend(device="cuda", autotune=False)._machine() == untuned
+
+
 def test_before_a_gpus_engine_is_loaded_memory_is_given_back_and_float32_is_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     did: list[str] = []
     backend = InductorBackend(device="cuda", cuda_graphs=False)
