@@ -12,8 +12,8 @@ from reelstep.compiler.program import FLOAT_BYTES
 from reelstep.compiler.skus import is_gpu
 
 GPU_NOT_RUN = (
-    "Of backend 'inductor' on a GPU the bundle of reel-tiny has run, on an H200, in bfloat16: compiled, served over gRPC, and right; in E4M3 its denoiser alone. "
-    "Nobody has seen it on other GPUs than Hopper's, with other models of the zoo, with LoRAs of requests or with a step cache."
+    "Of backend 'inductor' on a GPU the bundle of reel-tiny has run, on an H200, in bfloat16: compiled, served over gRPC, and right; in E4M3 its denoiser "
+    "alone. Nobody has seen it on other GPUs than Hopper's, with other models of the zoo, with LoRAs of requests or with a step cache."
 )
 
 
