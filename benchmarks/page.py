@@ -56,7 +56,7 @@ SECTIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         ("part", "what", "seconds", "rate", "unit", "share", "error", "allowed", "right", "note"),
     ),
     "gpu_h100": (
-        "The same on an H100",
+        "An H100 against its own ceilings",
         "Before `forward` and `end to end` were among the parts. In `correctness` the nearest to its bound is an example without values: 0.",
         ("part", "what", "seconds", "rate", "unit", "share", "aim", "error", "allowed", "right", "note"),
     ),
